@@ -1,0 +1,194 @@
+#!/usr/bin/env bash
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/lib.sh
+source scripts/lib.sh
+
+usage() {
+  cat <<'END'
+usage: scripts/test.sh [--sanitize] [--fuzz [RUNS]] [--with-torch] [--help]
+
+Installs the Debian packages that are missing (as root or through sudo), builds with warnings as
+errors, and runs the test suite and the examples. The last line is `N passed, N failed, N skipped`.
+
+  --sanitize     also run the suite under AddressSanitizer and UndefinedBehaviorSanitizer, and its
+                 thread tests (named *Thread*) under ThreadSanitizer
+  --fuzz [RUNS]  also run every fuzz target for RUNS inputs (default 20000), at most 60 s each
+  --with-torch   also compare with compressed-tensors' AutoAWQ converter; installs torch from PyPI
+                 into build/venv-torch (3 GB to download, 5.6 GB installed)
+
+NIBBLE_NO_INSTALL=1 leaves Debian packages alone.
+END
+}
+
+sanitize=no torch=no fuzz_runs=0
+while (($# > 0)); do
+  case $1 in
+    --sanitize) sanitize=yes ;;
+    --with-torch) torch=yes ;;
+    --fuzz)
+      fuzz_runs=20000
+      if [[ ${2:-} =~ ^[1-9][0-9]*$ ]]; then
+        fuzz_runs=$2
+        shift
+      fi
+      ;;
+    -h | --help) usage; exit 0 ;;
+    *) usage >&2; exit 2 ;;
+  esac
+  shift
+done
+
+# One line per test: STATUS, SUITE, NAME, REASON, tab-separated.
+results=build/logs/results.tsv
+mkdir -p "$LOGS"
+: >"$results"
+
+record() { # passed|failed|skipped SUITE NAME [REASON]
+  printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "${4:-}" >>"$results"
+}
+
+# build_preset PRESET [CMAKE-OPTION...]: a build that fails counts as one failed test.
+build_preset() {
+  if ! configure "$@"; then
+    record failed "$1" "configure" "see $LOGS/configure-$1.log"
+    return 1
+  fi
+  if ! compile "$1"; then
+    record failed "$1" "build" "see $LOGS/build-$1.log"
+    return 1
+  fi
+}
+
+# run_ctest SUITE BUILD_DIR [CTEST-OPTION...]
+run_ctest() {
+  local suite=$1 dir=$2 junit=$PWD/$LOGS/ctest-$1.xml status=0 failed_before failed_after
+  shift 2
+  rm -f "$junit"
+  failed_before=$(count failed)
+  say "testing $suite"
+  ctest --test-dir "$dir" --output-on-failure --no-tests=error -j2 \
+    --test-output-size-passed 65536 --output-junit "$junit" "$@" </dev/null || status=$?
+  if [[ -e $junit ]]; then
+    python3 scripts/ctest_results.py "$junit" "$suite" >>"$results" ||
+      record failed "$suite" "ctest" "unreadable $junit"
+  fi
+  failed_after=$(count failed)
+  if ((status != 0 && failed_after == failed_before)); then
+    record failed "$suite" "ctest" "exit status $status"
+  fi
+}
+
+count() { awk -F '\t' -v status="$1" '$1 == status { n++ } END { print n + 0 }' "$results"; }
+
+# run_program SUITE NAME COMMAND...: one test; its output is shown only if it fails.
+run_program() {
+  local suite=$1 name=$2
+  shift 2
+  say "running $name"
+  if quietly "$suite-$name" "$@"; then
+    record passed "$suite" "$name"
+  else
+    record failed "$suite" "$name" "see $LOGS/$suite-$name.log"
+  fi
+}
+
+# ---- the suites ---------------------------------------------------------------------------------
+
+suite_plain() {
+  local program name
+  build_preset ci -DNIBBLE_TESTS=ON || return 0
+  run_ctest plain build
+  for program in build/example_*; do
+    name=${program##*/}
+    [[ -f $program && -x $program ]] || continue
+    # an example that ctest has run under its name is not run again
+    ! grep -qP "\tplain\t$name\t" "$results" || continue
+    run_program examples "$name" "$program"
+  done
+}
+
+suite_sanitize() {
+  build_preset sanitize -DNIBBLE_TESTS=ON || return 0
+  UBSAN_OPTIONS=print_stacktrace=1 run_ctest sanitize build/sanitize
+}
+
+# ThreadSanitizer sees OpenMP's barriers only through Archer, a plug-in of LLVM's OpenMP runtime.
+suite_thread() {
+  local archer=/usr/lib/llvm-14/lib/libarcher.so
+  if [[ ! -e $archer ]]; then
+    record failed thread archer "$archer is missing"
+    return 0
+  fi
+  build_preset thread -DNIBBLE_TESTS=ON || return 0
+  OMP_TOOL_LIBRARIES=$archer TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
+    run_ctest thread build/thread -R Thread
+}
+
+suite_fuzz() {
+  local program name found=no corpus
+  build_preset fuzz || return 0
+  for program in build/fuzz/fuzz_*; do
+    name=${program##*/}
+    [[ -f $program && -x $program ]] || continue
+    found=yes
+    corpus=(build/fuzz/corpus/"$name")
+    mkdir -p "${corpus[0]}"
+    # inputs kept in the repository: read, never written
+    [[ ! -d tests/corpus/$name ]] || corpus+=(tests/corpus/"$name")
+    run_program fuzz "$name" "$program" -runs="$fuzz_runs" -max_total_time=60 -timeout=20 -seed=1 \
+      -artifact_prefix="$LOGS/$name-" "${corpus[@]}"
+  done
+  [[ $found == yes ]] || record failed fuzz "targets" "no build/fuzz/fuzz_*"
+}
+
+suite_torch() {
+  local oracle=build/oracle python=build/venv-torch/bin/python
+  local model=build/models/SmolLM2-135M-Instruct-AWQ convert=scripts/convert_awq_to_ct.py
+  if [[ ! -x build/nibble ]]; then
+    record failed torch "converter" "build/nibble was not built"
+    return 0
+  fi
+  need_venv build/venv-torch python/requirements-torch.txt
+  run_program torch sample "$python" "$convert" "$oracle/awq" "$oracle/ct" --sample \
+    --compare build/nibble
+  if [[ -e $model/config.json ]]; then
+    run_program torch smollm2 "$python" "$convert" "$model" "$oracle/smollm2-ct" \
+      --compare build/nibble
+  else
+    record skipped torch smollm2 "$model is not there; scripts/demo.sh makes it"
+  fi
+}
+
+need_packages "${BUILD_PACKAGES[@]}" "${TEST_PACKAGES[@]}"
+if [[ $sanitize == yes || $fuzz_runs != 0 ]]; then
+  need_packages "${CLANG_PACKAGES[@]}"
+fi
+
+suite_plain
+if [[ $sanitize == yes ]]; then
+  suite_sanitize
+  suite_thread
+fi
+if ((fuzz_runs > 0)); then suite_fuzz; fi
+if [[ $torch == yes ]]; then suite_torch; fi
+
+# ---- the summary --------------------------------------------------------------------------------
+
+say "results"
+awk -F '\t' '
+  !($2 in seen) { seen[$2] = 1; order[++suites] = $2 }
+  { n[$2, $1]++ }
+  END {
+    for (i = 1; i <= suites; i++) {
+      s = order[i]
+      printf "  %-10s %5d passed %5d failed %5d skipped\n",
+             s, n[s, "passed"], n[s, "failed"], n[s, "skipped"]
+    }
+  }' "$results"
+awk -F '\t' '$1 == "skipped" { printf "  skipped: %s: %s: %s\n", $2, $3, $4 }' "$results"
+awk -F '\t' '$1 == "failed" { printf "  failed: %s: %s %s\n", $2, $3, $4 }' "$results"
+
+passed=$(count passed) failed=$(count failed) skipped=$(count skipped)
+echo "$passed passed, $failed failed, $skipped skipped"
+((failed == 0 && passed > 0))

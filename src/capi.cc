@@ -1,0 +1,389 @@
+// The C ABI of include/nibble.h on top of gemm/gemm.h: checks what C cannot express (null, enum
+// ranges, reserved fields), converts, and lets no exception out. No arithmetic lives here.
+#include "nibble.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <concepts>
+#include <cstring>
+#include <initializer_list>
+#include <new>
+#include <span>
+#include <stdexcept>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+#include "gemm/cpu/kernel.h"
+#include "gemm/gemm.h"
+
+struct nibble_weight {
+  nibble::PackedWeights packed;
+};
+
+namespace {
+
+using nibble::Code;
+using nibble::Dtype;
+using nibble::Granularity;
+using nibble::Mode;
+using nibble::Plan;
+using nibble::Result;
+using nibble::Status;
+using nibble::WeightLayout;
+
+// ---- both sides say the same --------------------------------------------------------------------
+
+template <class Cpp>
+constexpr bool same(int c, Cpp cpp) {
+  return c == static_cast<int>(cpp);
+}
+static_assert(same(NIBBLE_OK, Code::ok) && same(NIBBLE_INVALID_ARGUMENT, Code::invalid_argument) &&
+              same(NIBBLE_UNSUPPORTED, Code::unsupported) &&
+              same(NIBBLE_CORRUPT_FILE, Code::corrupt_file) &&
+              same(NIBBLE_IO_ERROR, Code::io_error) &&
+              same(NIBBLE_OUT_OF_MEMORY, Code::out_of_memory) &&
+              same(NIBBLE_NON_FINITE, Code::non_finite) &&
+              same(NIBBLE_INTERRUPTED, Code::interrupted));
+static_assert(same(NIBBLE_F32, Dtype::f32) && same(NIBBLE_F16, Dtype::f16) &&
+              same(NIBBLE_BF16, Dtype::bf16));
+static_assert(same(NIBBLE_W4A16, Mode::w4a16) && same(NIBBLE_W4A8, Mode::w4a8) &&
+              same(NIBBLE_W4A4, Mode::w4a4));
+static_assert(same(NIBBLE_TENSOR, Granularity::tensor) &&
+              same(NIBBLE_TOKEN, Granularity::token) && same(NIBBLE_GROUP, Granularity::group) &&
+              same(NIBBLE_STATIC_TENSOR, Granularity::static_tensor) &&
+              same(NIBBLE_STATIC_GROUP, Granularity::static_group));
+static_assert(same(NIBBLE_AWQ_GEMM, WeightLayout::awq_gemm) &&
+              same(NIBBLE_AWQ_GEMV, WeightLayout::awq_gemv) &&
+              same(NIBBLE_CT_PACK, WeightLayout::ct_pack));
+static_assert(sizeof(nibble_status) == 512);
+
+/// What lies in nibble_plan.opaque. The magic word tells a plan from memory that is not one.
+struct PlanBox {
+  uint64_t magic;
+  Plan plan;
+};
+constexpr uint64_t kPlanMagic = 0x314e414c5042494eu;  // "NIBPLAN1"
+static_assert(std::is_trivially_copyable_v<PlanBox>);
+static_assert(sizeof(PlanBox) <= sizeof(nibble_plan));
+
+// A larger team fails inside the OpenMP runtime, which exits the process.
+constexpr int32_t kMaxThreads = 1024;
+constexpr int64_t kTargetsOnStack = 8;
+
+// ---- status -------------------------------------------------------------------------------------
+
+nibble_status make_status(Code code, std::string_view message) {
+  nibble_status status = {};
+  status.code = static_cast<int32_t>(code);
+  size_t length = std::min(message.size(), sizeof status.message - 1);
+  if (length < message.size()) {  // never cut a UTF-8 character: its tail bytes are 10xxxxxx
+    while (length > 0 && (static_cast<unsigned char>(message[length]) & 0xc0) == 0x80) --length;
+  }
+  std::memcpy(status.message, message.data(), length);
+  return status;
+}
+
+/// Runs the body of an API function: a Status comes out as it is, an exception as a code.
+template <std::invocable Body>
+nibble_status guarded(const Body& body) noexcept {
+  try {
+    const Status status = body();
+    return make_status(status.code(), status.message());
+  } catch (const std::bad_alloc&) {
+    return make_status(Code::out_of_memory, "out of memory");
+  } catch (const std::length_error&) {
+    return make_status(Code::out_of_memory, "a size exceeds what can be allocated");
+  } catch (const std::exception& error) {
+    return make_status(Code::unsupported, error.what());
+  } catch (...) {
+    return make_status(Code::unsupported, "unknown exception");
+  }
+}
+
+Status invalid(std::string message) {
+  return Status(Code::invalid_argument, std::move(message));
+}
+
+struct NamedPointer {
+  const void* pointer;
+  const char* name;
+};
+
+/// Names the first null pointer of the list.
+Status require(std::initializer_list<NamedPointer> pointers) {
+  for (const NamedPointer& p : pointers) {
+    if (p.pointer == nullptr) return invalid(fmt::format("{} is null", p.name));
+  }
+  return {};
+}
+
+Status require_range(const char* name, int64_t value, int64_t low, int64_t high) {
+  if (value >= low && value <= high) return {};
+  return invalid(fmt::format("{} is {}, expected {} to {}", name, value, low, high));
+}
+
+Status require_zero(const char* name, int64_t value) {
+  return value == 0 ? Status{} : invalid(fmt::format("{} is {}, expected 0", name, value));
+}
+
+Status require_threads(int64_t threads) {
+  if (threads <= kMaxThreads) return {};
+  return invalid(fmt::format("threads is {}, expected at most {}", threads, kMaxThreads));
+}
+
+// ---- conversions --------------------------------------------------------------------------------
+
+Result<nibble::QuantMatrix> matrix_from(const nibble_weight_desc* desc) {
+  NIBBLE_TRY(require({{desc, "desc"}}));
+  NIBBLE_TRY(require({{desc->qweight, "desc->qweight"}, {desc->scales, "desc->scales"}}));
+  NIBBLE_TRY(require_range("desc->layout", desc->layout, NIBBLE_AWQ_GEMM, NIBBLE_CT_PACK));
+  NIBBLE_TRY(require_range("desc->scale_dtype", desc->scale_dtype, NIBBLE_F16, NIBBLE_BF16));
+  NIBBLE_TRY(require_zero("desc->reserved", desc->reserved));
+  if (desc->layout != NIBBLE_AWQ_GEMV) {
+    NIBBLE_TRY(require_zero("desc->zero_words", desc->zero_words));
+  }
+  if (desc->bias != nullptr) {
+    NIBBLE_TRY(require_range("desc->bias_dtype", desc->bias_dtype, NIBBLE_F32, NIBBLE_BF16));
+  }
+  nibble::QuantMatrix matrix;
+  matrix.k = desc->k;
+  matrix.n = desc->n;
+  matrix.group_size = desc->group_size == -1 ? desc->k : desc->group_size;
+  matrix.layout = static_cast<WeightLayout>(desc->layout);
+  matrix.scale_dtype = static_cast<Dtype>(desc->scale_dtype);
+  matrix.q = static_cast<const std::byte*>(desc->qweight);
+  matrix.zeros = static_cast<const std::byte*>(desc->qzeros);
+  matrix.scales = static_cast<const std::byte*>(desc->scales);
+  matrix.zero_words = desc->zero_words;
+  NIBBLE_TRY(check_quant_matrix(matrix, "desc"));
+  if (matrix.n % 8 != 0) {
+    return invalid(fmt::format("desc: N = {} is not a multiple of 8", matrix.n));
+  }
+  return matrix;
+}
+
+Result<nibble::Problem> problem_from(const nibble_problem* problem) {
+  NIBBLE_TRY(require({{problem, "problem"}}));
+  const nibble_problem& p = *problem;
+  NIBBLE_TRY(require_range("problem->mode", p.mode, NIBBLE_W4A16, NIBBLE_W4A4));
+  NIBBLE_TRY(require_range("problem->x_dtype", p.x_dtype, NIBBLE_F32, NIBBLE_BF16));
+  NIBBLE_TRY(require_range("problem->y_dtype", p.y_dtype, NIBBLE_F32, NIBBLE_BF16));
+  NIBBLE_TRY(
+      require_range("problem->granularity", p.granularity, NIBBLE_TENSOR, NIBBLE_STATIC_GROUP));
+  NIBBLE_TRY(require_range("problem->asymmetric", p.asymmetric, 0, 1));
+  NIBBLE_TRY(require_threads(p.threads));
+  nibble::Problem to;
+  to.m = p.m;
+  to.n = p.n;
+  to.k = p.k;
+  to.group_size = p.group_size == -1 ? p.k : p.group_size;
+  to.mode = static_cast<Mode>(p.mode);
+  to.x_dtype = static_cast<Dtype>(p.x_dtype);
+  to.y_dtype = static_cast<Dtype>(p.y_dtype);
+  to.granularity = static_cast<Granularity>(p.granularity);
+  to.symmetric = p.asymmetric == 0;
+  return to;
+}
+
+/// The plan in `boxed`; false if it is null or was never made by nibble_gemm_plan.
+bool open_plan(const nibble_plan* boxed, Plan* plan) {
+  if (boxed == nullptr) return false;
+  PlanBox box;
+  std::memcpy(&box, boxed->opaque, sizeof box);
+  if (box.magic != kPlanMagic) return false;
+  *plan = box.plan;
+  return true;
+}
+
+Result<Plan> plan_from(const nibble_plan* boxed) {
+  NIBBLE_TRY(require({{boxed, "plan"}}));
+  Plan plan;
+  if (!open_plan(boxed, &plan)) return invalid("plan was not made by nibble_gemm_plan");
+  return plan;
+}
+
+Result<nibble::GemmInput> input_from(const nibble_input* input) {
+  NIBBLE_TRY(require({{input, "input"}}));
+  NIBBLE_TRY(require_zero("input->reserved", input->reserved));
+  return nibble::GemmInput{input->x, input->x_stride, input->clip == 0.0f ? 1.0f : input->clip,
+                           input->static_scales};
+}
+
+Status convert_targets(const Plan& plan, const nibble_target* from,
+                       std::span<nibble::GemmTarget> to) {
+  for (size_t i = 0; i < to.size(); ++i) {
+    if (from[i].weight == nullptr) return invalid(fmt::format("targets[{}].weight is null", i));
+    if (from[i].y == nullptr && plan.problem.m > 0) {
+      return invalid(fmt::format("targets[{}].y is null", i));
+    }
+    to[i] = {&from[i].weight->packed, from[i].y, from[i].y_stride};
+  }
+  return {};
+}
+
+/// body(std::span<const GemmTarget>) on the converted targets; the usual few need no allocation.
+template <class Body>
+Status with_targets(const Plan& plan, const nibble_target* targets, int32_t num_targets,
+                    const Body& body) {
+  if (num_targets < 0) return invalid(fmt::format("num_targets is {}", num_targets));
+  if (num_targets > 0) NIBBLE_TRY(require({{targets, "targets"}}));
+  const auto count = static_cast<size_t>(num_targets);
+  if (num_targets <= kTargetsOnStack) {
+    std::array<nibble::GemmTarget, kTargetsOnStack> few;
+    NIBBLE_TRY(convert_targets(plan, targets, std::span(few).first(count)));
+    return body(std::span<const nibble::GemmTarget>(few).first(count));
+  }
+  std::vector<nibble::GemmTarget> many(count);
+  NIBBLE_TRY(convert_targets(plan, targets, many));
+  return body(std::span<const nibble::GemmTarget>(many));
+}
+
+}  // namespace
+
+// ---- the functions of nibble.h, in its order ----------------------------------------------------
+
+int32_t nibble_abi_version(void) { return NIBBLE_ABI_VERSION; }
+
+const char* nibble_version(void) { return NIBBLE_VERSION; }
+
+nibble_status nibble_weight_create(nibble_weight** out, const nibble_weight_desc* desc,
+                                   int32_t threads) {
+  if (out != nullptr) *out = nullptr;
+  return guarded([&]() -> Status {
+    NIBBLE_TRY(require({{out, "out"}}));
+    NIBBLE_TRY(require_threads(threads));
+    const Result<nibble::QuantMatrix> matrix = matrix_from(desc);
+    if (!matrix.ok()) return matrix.status();
+    Result<nibble::PackedWeights> packed = nibble::pack_weights(
+        *matrix, desc->bias, static_cast<Dtype>(desc->bias_dtype), threads);
+    if (!packed.ok()) return packed.status();
+    *out = new nibble_weight{std::move(*packed)};
+    return {};
+  });
+}
+
+void nibble_weight_destroy(nibble_weight* weight) { delete weight; }
+
+int64_t nibble_weight_k(const nibble_weight* weight) {
+  return weight == nullptr ? 0 : weight->packed.k;
+}
+
+int64_t nibble_weight_n(const nibble_weight* weight) {
+  return weight == nullptr ? 0 : weight->packed.n;
+}
+
+int64_t nibble_weight_group_size(const nibble_weight* weight) {
+  return weight == nullptr ? 0 : weight->packed.group_size;
+}
+
+size_t nibble_weight_bytes(const nibble_weight* weight) {
+  return weight == nullptr ? 0 : static_cast<size_t>(weight->packed.bytes());
+}
+
+nibble_status nibble_dequantize(const nibble_weight_desc* desc, float* out) {
+  return guarded([&]() -> Status {
+    NIBBLE_TRY(require({{out, "out"}}));
+    const Result<nibble::QuantMatrix> matrix = matrix_from(desc);
+    if (!matrix.ok()) return matrix.status();
+    nibble::dequantize(*matrix, 0, matrix->n, out);
+    return {};
+  });
+}
+
+nibble_status nibble_gemm_plan(nibble_plan* out, const nibble_problem* problem,
+                               const char* kernel) {
+  return guarded([&]() -> Status {
+    NIBBLE_TRY(require({{out, "out"}}));
+    const Result<nibble::Problem> converted = problem_from(problem);
+    if (!converted.ok()) return converted.status();
+    const Result<Plan> plan = nibble::plan_gemm(*converted, kernel, problem->threads);
+    if (!plan.ok()) return plan.status();
+    const PlanBox box{kPlanMagic, *plan};
+    *out = {};
+    std::memcpy(out->opaque, &box, sizeof box);
+    return {};
+  });
+}
+
+const char* nibble_plan_kernel(const nibble_plan* plan) {
+  Plan opened;
+  return open_plan(plan, &opened) ? opened.kernel_name() : nullptr;
+}
+
+size_t nibble_plan_describe(const nibble_plan* plan, char* text, size_t bytes) {
+  if (text == nullptr) bytes = 0;
+  if (bytes > 0) text[0] = '\0';
+  Plan opened;
+  if (!open_plan(plan, &opened)) return 0;
+  try {
+    const std::string line = opened.describe();
+    if (bytes > 0) {
+      const size_t length = std::min(line.size(), bytes - 1);
+      std::memcpy(text, line.data(), length);
+      text[length] = '\0';
+    }
+    return line.size();
+  } catch (...) {
+    return 0;
+  }
+}
+
+size_t nibble_gemm_workspace_bytes(const nibble_plan* plan) {
+  Plan opened;
+  return open_plan(plan, &opened) ? opened.workspace_bytes : 0;
+}
+
+nibble_status nibble_gemm(const nibble_plan* plan, const nibble_input* input,
+                          const nibble_target* targets, int32_t num_targets, void* workspace) {
+  return guarded([&]() -> Status {
+    const Result<Plan> opened = plan_from(plan);
+    if (!opened.ok()) return opened.status();
+    const Result<nibble::GemmInput> x = input_from(input);
+    if (!x.ok()) return x.status();
+    return with_targets(*opened, targets, num_targets, [&](const auto& converted) {
+      return nibble::run_gemm(*opened, *x, converted, workspace);
+    });
+  });
+}
+
+nibble_status nibble_gemm_quantized(const nibble_plan* plan, const int8_t* codes,
+                                    int64_t code_stride, const float* scales,
+                                    const nibble_target* targets, int32_t num_targets,
+                                    void* workspace) {
+  return guarded([&]() -> Status {
+    const Result<Plan> opened = plan_from(plan);
+    if (!opened.ok()) return opened.status();
+    if (opened->problem.m > 0) NIBBLE_TRY(require({{codes, "codes"}, {scales, "scales"}}));
+    return with_targets(*opened, targets, num_targets, [&](const auto& converted) {
+      return nibble::run_gemm_quantized(*opened, {codes, code_stride, scales}, converted,
+                                        workspace);
+    });
+  });
+}
+
+nibble_status nibble_quantize_activations(const nibble_plan* plan, const nibble_input* input,
+                                          int8_t* codes, float* scales, int32_t* sums) {
+  return guarded([&]() -> Status {
+    const Result<Plan> opened = plan_from(plan);
+    if (!opened.ok()) return opened.status();
+    const Result<nibble::GemmInput> x = input_from(input);
+    if (!x.ok()) return x.status();
+    if (opened->problem.m > 0) NIBBLE_TRY(require({{codes, "codes"}, {scales, "scales"}}));
+    return nibble::quantize_activations(*opened, *x, codes, scales, sums);
+  });
+}
+
+int32_t nibble_kernel_count(void) { return static_cast<int32_t>(nibble::cpu_kernels().size()); }
+
+const char* nibble_kernel_name(int32_t index) {
+  if (index < 0 || index >= nibble_kernel_count()) return nullptr;
+  return nibble::cpu_kernels()[static_cast<size_t>(index)].name;
+}
+
+const char* nibble_kernel_missing(int32_t index) {
+  if (index < 0 || index >= nibble_kernel_count()) return "no kernel has this index";
+  return nibble::isa_missing_reason(nibble::cpu_kernels()[static_cast<size_t>(index)].isa);
+}

@@ -1,0 +1,29 @@
+// w4a8 and w4a4 with the VEX-encoded 256-bit VPDPBUSD of client CPUs without AVX-512.
+#include "gemm/cpu/kernel.h"
+#include "gemm/cpu/target.h"
+
+#include <immintrin.h>
+
+#include <cstring>
+
+NIBBLE_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
+#include "gemm/cpu/ymm_tile.h"
+
+namespace nibble {
+namespace {
+
+struct DotVnni {
+  static constexpr int64_t kChunkQuads = int64_t{1} << 30;  // int32 never overflows: check_problem
+
+  static __m256i multiply(__m256i sums, __m256i codes, __m256i x) {
+    return _mm256_dpbusd_avx_epi32(sums, codes, x);
+  }
+  static __m256i drain(__m256i, __m256i sums) { return sums; }
+};
+
+}  // namespace
+
+void run_w4a8_avxvnni(const GemmBlock& b) { run_ymm<DotVnni>(b); }
+
+}  // namespace nibble
+NIBBLE_TARGET_END

@@ -1,0 +1,166 @@
+// Names, the kernel table as callers see it, and the choice of a kernel for a problem.
+#include <fmt/format.h>
+
+#include <cstdlib>
+#include <string_view>
+
+#include "gemm/cpu/plan.h"
+#include "gemm/gemm.h"
+
+namespace nibble {
+
+const char* mode_name(Mode mode) {
+  switch (mode) {
+    case Mode::w4a16: return "w4a16";
+    case Mode::w4a8: return "w4a8";
+    case Mode::w4a4: return "w4a4";
+  }
+  return "?";
+}
+
+const char* granularity_name(Granularity granularity) {
+  switch (granularity) {
+    case Granularity::tensor: return "tensor";
+    case Granularity::token: return "token";
+    case Granularity::group: return "group";
+    case Granularity::static_tensor: return "static-tensor";
+    case Granularity::static_group: return "static-group";
+  }
+  return "?";
+}
+
+bool scales_per_group(Granularity granularity) {
+  return granularity == Granularity::group || granularity == Granularity::static_group;
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::scalar: return "scalar";
+    case Isa::avx2: return "avx2";
+    case Isa::avx_vnni: return "avxvnni";
+    case Isa::avx512: return "avx512";
+    case Isa::avx512_vnni: return "avx512vnni";
+    case Isa::amx_int8: return "amx";
+  }
+  return "?";
+}
+
+std::vector<KernelInfo> kernel_table() {
+  std::vector<KernelInfo> rows;
+  for (const CpuKernel& kernel : cpu_kernels()) {
+    const char* reason = isa_missing_reason(kernel.isa);
+    rows.push_back({kernel.name, kernel.mode, kernel.isa, reason == nullptr,
+                    reason == nullptr ? "" : reason});
+  }
+  return rows;
+}
+
+namespace {
+
+bool runs_here(Isa isa) { return isa_missing_reason(isa) == nullptr; }
+
+const CpuKernel* find_kernel(std::string_view name) {
+  for (const CpuKernel& kernel : cpu_kernels()) {
+    if (name == kernel.name) return &kernel;
+  }
+  return nullptr;
+}
+
+/// The kernel that `list` (names separated by commas) forces for `mode`: null if none of them is of
+/// this mode. Every name must exist.
+Result<const CpuKernel*> forced_from_list(std::string_view list, Mode mode) {
+  const CpuKernel* found = nullptr;
+  while (!list.empty()) {
+    const size_t comma = list.find(',');
+    const std::string_view name = list.substr(0, comma);
+    list.remove_prefix(comma == std::string_view::npos ? list.size() : comma + 1);
+    const CpuKernel* kernel = find_kernel(name);
+    if (kernel == nullptr) {
+      return Status(Code::invalid_argument,
+                    fmt::format("NIBBLE_KERNEL: no kernel is named '{}' (see nibble doctor)",
+                                name));
+    }
+    if (kernel->mode == mode && found != nullptr) {
+      return Status(Code::invalid_argument,
+                    fmt::format("NIBBLE_KERNEL: both {} and {} are of mode {}", found->name,
+                                kernel->name, mode_name(mode)));
+    }
+    if (kernel->mode == mode) found = kernel;
+  }
+  return found;
+}
+
+Result<const CpuKernel*> choose_kernel(const Problem& problem, const char* force) {
+  const CpuKernel* kernel = nullptr;
+  if (force != nullptr) {
+    kernel = find_kernel(force);
+    if (kernel == nullptr) {
+      return Status(Code::invalid_argument,
+                    fmt::format("no kernel is named '{}' (see nibble doctor)", force));
+    }
+    if (kernel->mode != problem.mode) {
+      return Status(Code::invalid_argument,
+                    fmt::format("kernel {} is of mode {}, the problem of mode {}", kernel->name,
+                                mode_name(kernel->mode), mode_name(problem.mode)));
+    }
+  } else if (const char* list = std::getenv("NIBBLE_KERNEL"); list != nullptr && *list != '\0') {
+    Result<const CpuKernel*> forced = forced_from_list(list, problem.mode);
+    if (!forced.ok()) return forced.status();
+    kernel = *forced;
+  }
+  if (kernel == nullptr) return preferred_kernel(problem, runs_here);
+  if (const char* reason = isa_missing_reason(kernel->isa)) {
+    return Status(Code::unsupported, fmt::format("kernel {}: {}", kernel->name, reason));
+  }
+  return kernel;
+}
+
+}  // namespace
+
+const char* Plan::kernel_name() const { return kernel->name; }
+
+std::string Plan::describe() const {
+  std::string activations = problem.mode == Mode::w4a16
+                                ? std::string(dtype_name(problem.x_dtype))
+                                : fmt::format("{}{}", granularity_name(problem.granularity),
+                                              problem.symmetric ? "" : " asymmetric");
+  return fmt::format(
+      "{}: M={} N={} K={} g={} x={} y={} act={} threads={} block_rows={} blocks_per_task={} "
+      "workspace={} B",
+      kernel->name, problem.m, problem.n, problem.k, problem.group_size,
+      dtype_name(problem.x_dtype), dtype_name(problem.y_dtype), activations, threads, block_rows,
+      blocks_per_task, workspace_bytes);
+}
+
+Result<Plan> plan_gemm(const Problem& problem, const char* force, int threads) {
+  NIBBLE_TRY(check_problem(problem));
+  Result<const CpuKernel*> kernel = choose_kernel(problem, force);
+  if (!kernel.ok()) return kernel.status();
+  Plan plan;
+  plan.problem = problem;
+  plan.kernel = *kernel;
+  plan.threads = threads > 0 ? threads : available_cpus();
+  CacheSizes caches;
+  const CpuFeatures& features = cpu_features();
+  if (features.l1d_bytes > 0) caches.l1d_bytes = features.l1d_bytes;
+  if (features.l2_bytes > 0) caches.l2_bytes = features.l2_bytes;
+  size_plan(plan, caches);
+  return plan;
+}
+
+std::string explain_plan(const Problem& problem, const char* force, int threads) {
+  std::string text;
+  const Result<Plan> plan = plan_gemm(problem, force, threads);
+  for (const KernelInfo& info : kernel_table()) {
+    if (info.mode != problem.mode) continue;
+    const bool chosen = plan.ok() && plan->kernel->name == std::string_view(info.name);
+    text += fmt::format("  {:<18} {}\n", info.name,
+                        chosen             ? "chosen"
+                        : !info.runs_here ? info.reason
+                                           : "could run; another is preferred or forced");
+  }
+  text += plan.ok() ? "  " + plan->describe() + "\n" : "  " + plan.status().message() + "\n";
+  return text;
+}
+
+}  // namespace nibble
