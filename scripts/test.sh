@@ -48,13 +48,14 @@ record() { # passed|failed|skipped SUITE NAME [REASON]
   printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "${4:-}" >>"$results"
 }
 
-# build_preset PRESET [CMAKE-OPTION...]: a build that fails counts as one failed test.
+# build_preset PRESET TARGET [CMAKE-OPTION...]: a build that fails counts as one failed test.
 build_preset() {
-  if ! configure "$@"; then
+  local target=$2
+  if ! configure "$1" "${@:3}"; then
     record failed "$1" "configure" "see $LOGS/configure-$1.log"
     return 1
   fi
-  if ! compile "$1"; then
+  if ! compile "$1" "$target"; then
     record failed "$1" "build" "see $LOGS/build-$1.log"
     return 1
   fi
@@ -97,7 +98,7 @@ run_program() {
 
 suite_plain() {
   local program name
-  build_preset ci -DNIBBLE_TESTS=ON || return 0
+  build_preset ci all -DNIBBLE_TESTS=ON || return 0
   run_ctest plain build
   for program in build/example_*; do
     name=${program##*/}
@@ -109,7 +110,7 @@ suite_plain() {
 }
 
 suite_sanitize() {
-  build_preset sanitize -DNIBBLE_TESTS=ON || return 0
+  build_preset sanitize all -DNIBBLE_TESTS=ON || return 0
   UBSAN_OPTIONS=print_stacktrace=1 run_ctest sanitize build/sanitize
 }
 
@@ -120,14 +121,14 @@ suite_thread() {
     record failed thread archer "$archer is missing"
     return 0
   fi
-  build_preset thread -DNIBBLE_TESTS=ON || return 0
+  build_preset thread test_threads -DNIBBLE_TESTS=ON || return 0
   OMP_TOOL_LIBRARIES=$archer TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
     run_ctest thread build/thread -R Thread
 }
 
 suite_fuzz() {
   local program name found=no corpus
-  build_preset fuzz || return 0
+  build_preset fuzz all || return 0
   for program in build/fuzz/fuzz_*; do
     name=${program##*/}
     [[ -f $program && -x $program ]] || continue

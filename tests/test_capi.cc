@@ -266,7 +266,7 @@ TEST_F(CApi, EveryLayoutOfTheSameValuesGivesTheSameWeight) {
   const auto put = [](std::vector<uint32_t>& words, int64_t word, int64_t nibble, uint8_t value) {
     words[word] |= static_cast<uint32_t>(value) << (4 * nibble);
   };
-  constexpr int64_t kWords = 2;  // words of zeros per row of AWQ_GEMV: one is enough, one is padding
+  constexpr int64_t kWords = 2;  // of zeros per row of AWQ_GEMV: one holds all, one is padding
   std::vector<uint32_t> by_row(kN * kK / 8), gemv_zeros(kN * kWords), ct_zeros(kN / 8 * kGroups);
   std::vector<uint16_t> gemv_scales(kN * kWords * 8), ct_scales(kN * kGroups);
   for (int64_t n = 0; n < kN; ++n) {

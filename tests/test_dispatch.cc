@@ -215,7 +215,8 @@ TEST(Dispatch, RunGemmCallsTheKernelOfThePlan) {
       g_calls = 0;
       const GemmTarget counted{&weight.packed, same.data(), 64};
       ASSERT_TRUE(run(plan, {x.data(), 128}, {&counted, 1}).ok());
-      const int64_t tasks = (weight.packed.blocks + plan.blocks_per_task - 1) / plan.blocks_per_task;
+      const int64_t per_task = plan.blocks_per_task;
+      const int64_t tasks = (weight.packed.blocks + per_task - 1) / per_task;
       EXPECT_EQ(g_calls, tasks) << name;
       EXPECT_EQ(y, same) << name;
       counting.run = [](const GemmBlock&) {};

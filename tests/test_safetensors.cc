@@ -164,8 +164,8 @@ TEST(SafetensorsParse, RefusesWrongEntries) {
 
 TEST(SafetensorsParse, RefusesAbsurdRank) {
   std::string shape = "[1";
-  for (int i = 0; i < 64; ++i) shape += ",1";
-  expect_header_corrupt(header_of(entry("a", "F32", shape + "]", "[0,4]")), "more than 64");
+  for (int i = 0; i < 16; ++i) shape += ",1";
+  expect_header_corrupt(header_of(entry("a", "F32", shape + "]", "[0,4]")), "more than 16");
 }
 
 TEST(SafetensorsParse, TypesOfTheSpecificationThatAreNotReadAreUnsupported) {
@@ -231,7 +231,9 @@ TEST(SafetensorsWrite, RoundTripsAnyTable) {
       const TensorView& read = parsed->tensors.find(name)->second;
       RC_ASSERT(read.dtype == view.dtype && read.shape == view.shape);
       RC_ASSERT(read.bytes == view.bytes);
-      RC_ASSERT(view.bytes == 0 || std::memcmp(read.data, view.data, view.bytes) == 0);
+      // Not within RC_ASSERT, whose capture of the expression evaluates both sides of ||.
+      const bool equal = view.bytes == 0 || std::memcmp(read.data, view.data, view.bytes) == 0;
+      RC_ASSERT(equal);
       const auto address = reinterpret_cast<uintptr_t>(read.data);
       RC_ASSERT(address % static_cast<uintptr_t>(tensor_dtype_bytes(view.dtype)) == 0u);
     }

@@ -62,9 +62,7 @@ std::vector<float> dequantize_rows(const ref::Weights& w) {
 }
 
 std::vector<float> dense_values(const TensorView& tensor) {
-  const Dtype dtype = tensor.dtype == TensorDtype::f32   ? Dtype::f32
-                      : tensor.dtype == TensorDtype::f16 ? Dtype::f16
-                                                         : Dtype::bf16;
+  const Dtype dtype = *float_dtype(tensor.dtype);
   std::vector<float> values(static_cast<size_t>(tensor.elements()));
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < tensor.elements(); ++i) values[i] = load_as_float(tensor.data, i, dtype);
@@ -346,6 +344,10 @@ std::string decibels(double snr) {
 }
 
 Result<LayerResult> check_layer(const LayerToCheck& layer, const CheckOptions& options) {
+  if (layer.matrix->n % 8 != 0) {
+    return Status(Code::unsupported, fmt::format("{}: N = {} is not a multiple of 8", layer.name,
+                                                 layer.matrix->n));
+  }
   LayerResult result;
   result.name = layer.name;
   result.k = layer.matrix->k;

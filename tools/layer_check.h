@@ -38,7 +38,7 @@ struct LayerToCheck {
   std::string name;
   const QuantMatrix* matrix = nullptr;
   std::vector<float> bias;              // (n) or empty
-  const TensorView* dense = nullptr;    // (n, k), the original weight; or null
+  const TensorView* dense = nullptr;    // (n, k) floats, the original weight; or null
 };
 
 struct ModeResult {

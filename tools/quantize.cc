@@ -17,6 +17,9 @@
 #include <optional>
 #include <regex>
 #include <set>
+#include <string>
+#include <tuple>
+#include <vector>
 
 #include "base/cpu_features.h"
 #include "cli.h"
@@ -113,31 +116,81 @@ std::string dividing_sizes(const std::vector<DenseLinear>& linears) {
   return text.empty() ? "only -1" : text + "-1";
 }
 
+/// Problems of layers, one line for those that differ in the number of their decoder layer only:
+/// "model.layers.0-29.mlp.down_proj: K = 576".
+class ProblemList {
+ public:
+  void add(const std::string& layer, const std::string& problem) {
+    std::string before, number, after;
+    for (const std::string& part : components(layer)) {
+      const bool digits = part.find_first_not_of("0123456789") == std::string::npos;
+      if (number.empty() && digits && !part.empty() && part.size() < 10) {
+        number = part;
+      } else {
+        std::string& text = number.empty() ? before : after;
+        text += number.empty() ? part + "." : "." + part;
+      }
+    }
+    if (number.empty()) before.pop_back();
+    const auto key = std::tuple(before, after, problem);
+    if (!numbers_.contains(key)) order_.push_back(key);
+    auto& numbers = numbers_[key];
+    if (!number.empty()) numbers.push_back(std::stoi(number));
+  }
+
+  bool empty() const { return order_.empty(); }
+
+  std::string text() const {
+    std::string lines;
+    for (const auto& key : order_) {
+      const auto& [before, after, problem] = key;
+      lines += fmt::format("\n  {}: {}",
+                           printable(before + ranges_text(numbers_.at(key)) + after), problem);
+    }
+    return lines;
+  }
+
+ private:
+  using Key = std::tuple<std::string, std::string, std::string>;
+
+  /// "0-3,5" of ascending numbers.
+  static std::string ranges_text(const std::vector<int>& numbers) {
+    std::string text;
+    for (size_t i = 0; i < numbers.size();) {
+      size_t end = i + 1;
+      while (end < numbers.size() && numbers[end] == numbers[end - 1] + 1) ++end;
+      text += fmt::format("{}{}", text.empty() ? "" : ",", numbers[i]);
+      if (end - i > 1) text += fmt::format("-{}", numbers[end - 1]);
+      i = end;
+    }
+    return text;
+  }
+
+  std::map<Key, std::vector<int>> numbers_;
+  std::vector<Key> order_;
+};
+
 /// Layers the layout or the group size cannot hold, all of them in one message.
 Status check_shapes(const QuantizePlan& plan, int64_t group_size) {
-  std::string text;
-  bool bad_k = false, bad_n = false;
+  ProblemList problems;
+  bool bad_k = false;
   for (const DenseLinear& linear : plan.linears) {
     const bool k_fits = group_size == -1 || linear.k % group_size == 0;
-    const bool n_fits = linear.n % 8 == 0;
-    if (!k_fits) text += fmt::format("\n  {}: K = {}", printable(linear.name), linear.k);
-    if (!n_fits) {
-      text += fmt::format("\n  {}: N = {} is not a multiple of 8", printable(linear.name),
-                          linear.n);
+    if (!k_fits) problems.add(linear.name, fmt::format("K = {}", linear.k));
+    if (linear.n % 8 != 0) {
+      problems.add(linear.name, fmt::format("N = {} is not a multiple of 8", linear.n));
     }
     bad_k |= !k_fits;
-    bad_n |= !n_fits;
   }
-  if (!bad_k && !bad_n) return {};
-  std::string head = bad_k ? fmt::format("group size {} does not divide K of these layers",
-                                         group_size)
-                           : "the AWQ layout cannot hold these layers";
-  std::string advice = bad_k ? fmt::format("\ngroup sizes that divide every layer: {}",
-                                           dividing_sizes(plan.linears))
-                             : "";
+  if (problems.empty()) return {};
+  const std::string head =
+      bad_k ? fmt::format("group size {} does not divide K of these layers", group_size)
+            : "the AWQ layout cannot hold these layers";
+  const std::string advice =
+      bad_k ? "\ngroup sizes that divide every layer: " + dividing_sizes(plan.linears) : "";
   return Status(Code::invalid_argument,
                 fmt::format("{}:{}{}\nor leave layers out with --skip; nothing was written", head,
-                            text, advice));
+                            problems.text(), advice));
 }
 
 Status check_source(const Checkpoint& checkpoint) {

@@ -48,9 +48,7 @@ struct Model {
 };
 
 std::vector<float> read_bias(const TensorView& tensor) {
-  const Dtype dtype = tensor.dtype == TensorDtype::f32   ? Dtype::f32
-                      : tensor.dtype == TensorDtype::f16 ? Dtype::f16
-                                                         : Dtype::bf16;
+  const Dtype dtype = *float_dtype(tensor.dtype);  // the recogniser refuses any other
   std::vector<float> bias;
   for (int64_t i = 0; i < tensor.elements(); ++i) {
     bias.push_back(load_as_float(tensor.data, i, dtype));
@@ -65,9 +63,7 @@ Result<const TensorView*> reference_weight(const Checkpoint& reference, const st
     return Status(Code::corrupt_file, fmt::format("{}: no tensor {}.weight for the reference",
                                                   reference.directory(), layer));
   }
-  const bool is_float = weight->dtype == TensorDtype::f32 || weight->dtype == TensorDtype::f16 ||
-                        weight->dtype == TensorDtype::bf16;
-  if (!is_float) {
+  if (!float_dtype(weight->dtype).has_value()) {
     return Status(Code::unsupported, fmt::format("{}.weight of the reference is {}, expected F16, "
                                                  "BF16 or F32",
                                                  layer, tensor_dtype_name(weight->dtype)));

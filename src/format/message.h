@@ -20,14 +20,16 @@ std::string joined(const Range& items, std::string_view separator) {
   return out;
 }
 
-/// `text` in double quotes, control characters escaped, cut to a readable length.
+/// `text` in double quotes, cut to a readable length. Everything that is not printable ASCII is
+/// escaped, so that a message is valid UTF-8 even where a name is not or is cut within a character.
 inline std::string quote_name(std::string_view text) {
   constexpr size_t kLongest = 160;
   constexpr char kHex[] = "0123456789abcdef";
   std::string out = "\"";
-  for (const char c : text.substr(0, kLongest)) {
+  for (const char c : text) {
+    if (out.size() > kLongest) return out + "...\"";
     const auto byte = static_cast<unsigned char>(c);
-    if (byte < 0x20 || byte == 0x7f) {
+    if (byte < 0x20 || byte >= 0x7f) {
       out += "\\x";
       out += kHex[byte >> 4];
       out += kHex[byte & 15];
@@ -36,7 +38,7 @@ inline std::string quote_name(std::string_view text) {
       out += c;
     }
   }
-  return out + (text.size() > kLongest ? "...\"" : "\"");
+  return out + "\"";
 }
 
 }  // namespace nibble

@@ -25,10 +25,11 @@ namespace {
 static_assert(std::endian::native == std::endian::little,
               "safetensors and the packed words are little-endian and are read in place");
 
-// Limits of the reference implementation, except the rank, which it leaves open: without one a
-// header of "[1,1,1,...]" would cost eight bytes of memory for each two of the file.
+// The header limit is the reference implementation's. It leaves the rank open; without a limit
+// a header of "[1,1,1,...]" would cost eight bytes of memory for each two of the file, and shapes
+// would not fit a message.
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;
-constexpr size_t kMaxRank = 64;
+constexpr size_t kMaxRank = 16;
 constexpr const char* kMetadataKey = "__metadata__";
 
 struct DtypeRow {
