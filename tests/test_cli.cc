@@ -278,7 +278,7 @@ TEST(CliInspect, PrintsEveryLayerAndAllPromisedKeys) {
   const Outcome text = run_tool({"inspect", dir.path(), "--digest", "--values"});
   EXPECT_EQ(text.code, 0) << text.err;
   EXPECT_EQ(text.err, "");
-  for (const char* part : {"LlamaForCausalLM", "awq-gemm (2 layers)", "model.layers.1.mlp.down_proj",
+  for (const char* part : {"LlamaForCausalLM", "awq-gemm (2 layers)", "layers.1.mlp.down_proj",
                            "asym", "f16", "lm_head", "0..15"}) {
     EXPECT_HAS(text.out, part);
   }
@@ -406,10 +406,11 @@ TEST(CliInspect, NamesNegativeScales) {
 
 TEST(CliInspect, NotesFusedSiblingsThatDisagree) {
   TempDir dir;
+  const json no_group_size = {{"quantization_config", {{"group_size", nullptr}}}};
   ASSERT_TRUE(write_checkpoint(dir.path(),
                                {{.name = "model.layers.0.mlp.gate_proj", .group_size = 64},
                                 {.name = "model.layers.0.mlp.up_proj", .group_size = 128}},
-                               {.config_patch = {{"quantization_config", {{"group_size", nullptr}}}}})
+                               {.config_patch = no_group_size})
                   .ok());
   const Outcome outcome = run_tool({"inspect", dir.path()});
   EXPECT_EQ(outcome.code, 0) << outcome.out << outcome.err;
@@ -570,9 +571,9 @@ TEST_F(CliQuantize, SkippedLayersStayAndAreListed) {
 
 TEST_F(CliQuantize, LeavesRoutersAndOtherEncodersAlone) {
   TensorStore store;
-  const std::vector<std::string> left = {"model.layers.0.mlp.gate", "multi_modal_projector.linear_1",
-                                         "vision_tower.encoder.layers.0.mlp.fc1",
-                                         "visual.blocks.0.attn.proj"};
+  const std::vector<std::string> left = {
+      "model.layers.0.mlp.gate", "multi_modal_projector.linear_1",
+      "vision_tower.encoder.layers.0.mlp.fc1", "visual.blocks.0.attn.proj"};
   for (const std::string& name : left) store.add_dense(name + ".weight", 64, 64, Dtype::f16, 1);
   store.add_dense("model.layers.0.mlp.experts.3.up_proj.weight", 64, 64, Dtype::f16, 2);
   ASSERT_TRUE(write_checkpoint(source(), store.tensors(), {{"model_type", "x"}}).ok());

@@ -438,7 +438,7 @@ void add_inspect_command(CLI::App& app, int& exit_code) {
                  "per layer the range of zero points and the unusual scales")
       ->group("Output");
   command->footer(
-      "The digest is a 64-bit FNV-1a over the codes (K, N), the zero points (G, N), one byte each,\n"
+      "The digest is a 64-bit FNV-1a over the codes (K, N) and zero points (G, N), one byte each,\n"
       "the scale bits (G, N), two bytes each, all row-major, and the scale type's name.\n"
       "\nExit codes: 0 ok, 3 a layer's format is not supported, 4 a file is missing or corrupt.\n"
       "\nExample:\n  nibble inspect build/models/SmolLM2-135M-Instruct-AWQ --values");

@@ -436,6 +436,7 @@ Result<std::vector<LayerResult>> write_output(const Checkpoint& checkpoint,
     }
   }
   if (interrupted()) return interrupted_status();
+  // From here on the output is completed even if a signal comes.
   NIBBLE_TRY(writer->commit());
   return results;
 }
@@ -596,7 +597,7 @@ void add_quantize_command(CLI::App& app, int& exit_code) {
       ->capture_default_str()
       ->group("Quantization");
   command
-      ->add_flag("--symmetric", options->symmetric, "zero point 8 everywhere instead of one a group")
+      ->add_flag("--symmetric", options->symmetric, "zero point 8 everywhere, not one a group")
       ->group("Quantization");
   command->add_option("--scale-dtype", options->scale_dtype, "type of the scales")
       ->check(CLI::IsMember({"f16", "bf16"}))

@@ -5,22 +5,25 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 NIBBLE_TARGET_BEGIN("avx2,fma,f16c")
 #include "gemm/cpu/avx2.h"
+#include "gemm/cpu/unroll.h"
 
 namespace nibble {
 namespace {
 
-constexpr int64_t kVectors = 4;  // a block is 4 vectors of 8 columns
+constexpr int64_t kHalfLineBytes = kLineBytes / 2;
 constexpr int64_t kPrefetchBytes = 3072;
 
 /// The 8 columns of vector v of a line: bytes (v % 2) * 32, low nibbles for v < 2, else high ones.
 inline int64_t first_column(int v) { return v % 2 * 8 + v / 2 * 16; }
 
 /// Vectors [v0, v0 + kWidth) of one block for kRows rows.
-template <int kRows, int kWidth>
-void run_tile(const GemmBlock& b, int64_t block, int v0, int64_t row) {
+template <int kRows, int kWidth, int v0>
+void run_tile(const GemmBlock& b, int64_t block, int64_t row) {
   const PackedWeights& w = *b.weights;
   const __m256i low_nibble = _mm256_set1_epi32(15);
   __m256 acc[kRows][kWidth];
@@ -30,30 +33,37 @@ void run_tile(const GemmBlock& b, int64_t block, int v0, int64_t row) {
     const uint8_t* lines = w.codes(block) + g * w.quads * kLineBytes;
     __m256i zeros[kWidth];
     __m256 products[kRows][kWidth];
-    std::memset(&products, 0, sizeof products);
-    for (int v = 0; v < kWidth; ++v) {
+    unroll<kRows * kWidth>([&](auto i) NIBBLE_INLINE {
+      products[i / kWidth][i % kWidth] = _mm256_setzero_ps();
+    });
+    unroll<kWidth>([&](auto v) NIBBLE_INLINE {
       zeros[v] = load_zeros(w.zeros(block) + g * kBlockColumns + first_column(v0 + v));
+    });
+    for (int64_t quad = 0; quad < w.quads; ++quad, lines += kLineBytes, x += 4) {
+      const int64_t left = w.group_size - quad * 4;  // the padding of a group has no x
+      _mm_prefetch(reinterpret_cast<const char*>(lines) + kPrefetchBytes, _MM_HINT_T0);
+      unroll<kWidth>([&](auto v) NIBBLE_INLINE {
+        const __m256i codes = _mm256_loadu_si256(
+            reinterpret_cast<const __m256i*>(lines + (v0 + v) % 2 * kHalfLineBytes));
+        unroll<4>([&](auto i) NIBBLE_INLINE {
+          if (i >= left) return;
+          const int shift = i * 8 + (v0 + v) / 2 * 4;
+          const __m256i q = _mm256_and_si256(_mm256_srli_epi32(codes, shift), low_nibble);
+          const __m256 weight = _mm256_cvtepi32_ps(_mm256_sub_epi32(q, zeros[v]));
+          unroll<kRows>([&](auto r) NIBBLE_INLINE {
+            products[r][v] =
+                _mm256_fmadd_ps(_mm256_set1_ps(x[r * w.k + i]), weight, products[r][v]);
+          });
+        });
+      });
     }
-    for (int64_t i = 0; i < w.group_size; ++i) {
-      const uint8_t* line = lines + i / 4 * kLineBytes;
-      _mm_prefetch(reinterpret_cast<const char*>(line) + kPrefetchBytes, _MM_HINT_T0);
-      for (int v = 0; v < kWidth; ++v) {
-        const auto* from = reinterpret_cast<const __m256i*>(line + (v0 + v) % 2 * 32);
-        const __m128i shift = _mm_cvtsi64_si128(i % 4 * 8 + (v0 + v) / 2 * 4);
-        const __m256i q =
-            _mm256_and_si256(_mm256_srl_epi32(_mm256_loadu_si256(from), shift), low_nibble);
-        const __m256 weight = _mm256_cvtepi32_ps(_mm256_sub_epi32(q, zeros[v]));
-        for (int r = 0; r < kRows; ++r) {
-          products[r][v] =
-              _mm256_fmadd_ps(_mm256_set1_ps(x[r * w.k + i]), weight, products[r][v]);
-        }
-      }
-    }
-    for (int v = 0; v < kWidth; ++v) {
+    unroll<kWidth>([&](auto v) NIBBLE_INLINE {
       const __m256 s =
           load_scales(w.scales(block) + g * kBlockColumns + first_column(v0 + v), w.scale_dtype);
-      for (int r = 0; r < kRows; ++r) acc[r][v] = _mm256_fmadd_ps(products[r][v], s, acc[r][v]);
-    }
+      unroll<kRows>([&](auto r) NIBBLE_INLINE {
+        acc[r][v] = _mm256_fmadd_ps(products[r][v], s, acc[r][v]);
+      });
+    });
   }
   for (int v = 0; v < kWidth; ++v) {
     const int64_t n0 = block * kBlockColumns + first_column(v0 + v);
@@ -72,9 +82,10 @@ void run_w4a16_avx2(const GemmBlock& b) {
   for (int64_t block = b.block0; block < b.block1; ++block) {
     int64_t row = 0;
     for (; b.rows - row >= 4; row += 4) {
-      for (int v = 0; v < kVectors; v += 2) run_tile<4, 2>(b, block, v, row);
+      run_tile<4, 2, 0>(b, block, row);
+      run_tile<4, 2, 2>(b, block, row);
     }
-    for (; row < b.rows; ++row) run_tile<1, 4>(b, block, 0, row);
+    for (; row < b.rows; ++row) run_tile<1, 4, 0>(b, block, row);
   }
 }
 

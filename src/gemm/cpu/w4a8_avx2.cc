@@ -6,6 +6,8 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 NIBBLE_TARGET_BEGIN("avx2,fma,f16c")
 #include "gemm/cpu/ymm_tile.h"
@@ -17,8 +19,8 @@ struct DotInt8 {
   static constexpr int64_t kChunkQuads = 8;
   static_assert(kChunkQuads * 2 * 15 * 128 <= 32767);
 
-  static __m256i multiply(__m256i pairs, __m256i codes, __m256i x) {
-    return _mm256_add_epi16(pairs, _mm256_maddubs_epi16(codes, x));
+  static void multiply(__m256i& pairs, __m256i codes, __m256i x) {
+    pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(codes, x));
   }
   static __m256i drain(__m256i sums, __m256i pairs) {
     return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));

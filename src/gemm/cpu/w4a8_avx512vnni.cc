@@ -8,9 +8,12 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 NIBBLE_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 #include "gemm/cpu/avx512.h"
+#include "gemm/cpu/unroll.h"
 
 namespace nibble {
 namespace {
@@ -18,49 +21,45 @@ namespace {
 // Software prefetch distance into the weight stream: the hardware prefetcher stops at 4 KiB pages.
 constexpr int64_t kPrefetchBytes = 3072;
 
-template <int kRows, int kBlocks>
-struct Tile {
-  __m512i sums[kRows][kBlocks][2];
-  __m512 acc[kRows][kBlocks][2];
-};
-
 inline __m512i broadcast_quad(const int8_t* codes) {
   int32_t quad;
   std::memcpy(&quad, codes, sizeof quad);
   return _mm512_set1_epi32(quad);
 }
 
+/// sums = codes * activations over one group.
 template <int kRows, int kBlocks>
-inline void multiply_group(const GemmBlock& b, int64_t block, int64_t row, int64_t group,
-                           Tile<kRows, kBlocks>& tile) {
+[[gnu::always_inline]] inline void multiply_group(const GemmBlock& b, int64_t block, int64_t row,
+                                                  int64_t group,
+                                                  __m512i (&sums)[kRows][kBlocks][2]) {
   const PackedWeights& w = *b.weights;
   const int64_t a_row_stride = w.groups * w.quads * 4;
   const int8_t* a = b.activations.codes + (row * w.groups + group) * w.quads * 4;
   const uint8_t* line = w.codes(block) + group * w.quads * kLineBytes;
   const int64_t block_stride = w.block_bytes();
   const __m512i low_nibble = _mm512_set1_epi8(15);
-  __m512i sums[kRows][kBlocks][2];
-  for (auto& by_row : sums) {
-    for (auto& by_block : by_row) by_block[0] = by_block[1] = _mm512_setzero_si512();
-  }
+  unroll<kRows>([&](auto r) NIBBLE_INLINE {
+    unroll<kBlocks>([&](auto i) NIBBLE_INLINE {
+      sums[r][i][0] = sums[r][i][1] = _mm512_setzero_si512();
+    });
+  });
   for (int64_t quad = 0; quad < w.quads; ++quad, line += kLineBytes, a += 4) {
     __m512i low[kBlocks], high[kBlocks];
-    for (int i = 0; i < kBlocks; ++i) {
+    unroll<kBlocks>([&](auto i) NIBBLE_INLINE {
       const uint8_t* from = line + i * block_stride;
       const __m512i codes = _mm512_loadu_si512(from);
       _mm_prefetch(reinterpret_cast<const char*>(from) + kPrefetchBytes, _MM_HINT_T0);
       low[i] = _mm512_and_si512(codes, low_nibble);
       high[i] = _mm512_and_si512(_mm512_srli_epi16(codes, 4), low_nibble);
-    }
-    for (int r = 0; r < kRows; ++r) {
+    });
+    unroll<kRows>([&](auto r) NIBBLE_INLINE {
       const __m512i x = broadcast_quad(a + r * a_row_stride);
-      for (int i = 0; i < kBlocks; ++i) {
-        sums[r][i][0] = _mm512_dpbusd_epi32(sums[r][i][0], low[i], x);
-        sums[r][i][1] = _mm512_dpbusd_epi32(sums[r][i][1], high[i], x);
-      }
-    }
+      unroll<kBlocks>([&](auto i) NIBBLE_INLINE {
+        dot_u8s8(sums[r][i][0], low[i], x);
+        dot_u8s8(sums[r][i][1], high[i], x);
+      });
+    });
   }
-  std::memcpy(tile.sums, sums, sizeof sums);
 }
 
 inline void store_partials(const GemmBlock& b, int64_t block, int64_t half, int64_t row,
@@ -71,28 +70,28 @@ inline void store_partials(const GemmBlock& b, int64_t block, int64_t half, int6
 }
 
 /// The float epilogue of one group: see gemm.h.
-template <int kRows, int kBlocks, bool kGroupScales>
-inline void accumulate_group(const GemmBlock& b, int64_t block, int64_t row, int64_t group,
-                             Tile<kRows, kBlocks>& tile) {
+template <bool kGroupScales, int kRows, int kBlocks>
+[[gnu::always_inline]] inline void accumulate_group(const GemmBlock& b, int64_t block, int64_t row,
+                                                    int64_t group,
+                                                    const __m512i (&sums)[kRows][kBlocks][2],
+                                                    __m512 (&acc)[kRows][kBlocks][2]) {
   const PackedWeights& w = *b.weights;
   const bool small_sums = w.group_size <= 255;
-  for (int i = 0; i < kBlocks; ++i) {
-    for (int half = 0; half < 2; ++half) {
-      const int64_t column = group * kBlockColumns + half * 16;
-      const __m512 s = load_scales(w.scales(block + i) + column, w.scale_dtype);
-      const __m512i z = load_zeros(w.zeros(block + i) + column);
-      for (int r = 0; r < kRows; ++r) {
-        const int64_t at = (row + r) * w.groups + group;
-        const __m512i sum =
-            _mm512_sub_epi32(tile.sums[r][i][half],
-                             zero_correction(z, b.activations.sums[at], small_sums));
-        if (b.partials != nullptr) store_partials(b, block + i, half, row + r, group, sum);
-        __m512 value = _mm512_cvtepi32_ps(sum);
-        if (kGroupScales) value = _mm512_mul_ps(value, _mm512_set1_ps(b.activations.scales[at]));
-        tile.acc[r][i][half] = _mm512_fmadd_ps(value, s, tile.acc[r][i][half]);
-      }
-    }
-  }
+  unroll<kBlocks * 2>([&](auto v) NIBBLE_INLINE {
+    constexpr int i = v / 2, half = v % 2;
+    const int64_t column = group * kBlockColumns + half * 16;
+    const __m512 s = load_scales(w.scales(block + i) + column, w.scale_dtype);
+    const __m512i z = load_zeros(w.zeros(block + i) + column);
+    unroll<kRows>([&](auto r) NIBBLE_INLINE {
+      const int64_t at = (row + r) * w.groups + group;
+      const __m512i correction = zero_correction(z, b.activations.sums[at], small_sums);
+      const __m512i sum = _mm512_sub_epi32(sums[r][i][half], correction);
+      if (b.partials != nullptr) store_partials(b, block + i, half, row + r, group, sum);
+      __m512 value = _mm512_cvtepi32_ps(sum);
+      if (kGroupScales) value = _mm512_mul_ps(value, _mm512_set1_ps(b.activations.scales[at]));
+      acc[r][i][half] = _mm512_fmadd_ps(value, s, acc[r][i][half]);
+    });
+  });
 }
 
 template <bool kGroupScales>
@@ -111,18 +110,17 @@ inline void store_row(const GemmBlock& b, int64_t block, int64_t half, int64_t r
 
 template <int kRows, int kBlocks, bool kGroupScales>
 void run_tile(const GemmBlock& b, int64_t block, int64_t row) {
-  Tile<kRows, kBlocks> tile;
-  for (auto& by_row : tile.acc) {
-    for (auto& by_block : by_row) by_block[0] = by_block[1] = _mm512_setzero_ps();
-  }
+  __m512 acc[kRows][kBlocks][2];
+  std::memset(&acc, 0, sizeof acc);
   for (int64_t group = 0; group < b.weights->groups; ++group) {
-    multiply_group<kRows, kBlocks>(b, block, row, group, tile);
-    accumulate_group<kRows, kBlocks, kGroupScales>(b, block, row, group, tile);
+    __m512i sums[kRows][kBlocks][2];
+    multiply_group(b, block, row, group, sums);
+    accumulate_group<kGroupScales>(b, block, row, group, sums, acc);
   }
   for (int r = 0; r < kRows; ++r) {
     for (int i = 0; i < kBlocks; ++i) {
-      store_row<kGroupScales>(b, block + i, 0, row + r, tile.acc[r][i][0]);
-      store_row<kGroupScales>(b, block + i, 1, row + r, tile.acc[r][i][1]);
+      store_row<kGroupScales>(b, block + i, 0, row + r, acc[r][i][0]);
+      store_row<kGroupScales>(b, block + i, 1, row + r, acc[r][i][1]);
     }
   }
 }

@@ -14,6 +14,7 @@
 
 #include "gemm/cpu/avx2.h"
 #include "gemm/cpu/kernel.h"
+#include "gemm/cpu/unroll.h"
 
 namespace nibble {
 namespace {
@@ -36,7 +37,7 @@ struct YmmTile {
   __m256 acc[kRows][kHalves][2];
 
   /// sums += codes * activations over quads [quad0, quad1) of one group.
-  void multiply_chunk(const GemmBlock& b, int64_t half_line, int64_t row, int64_t group,
+  [[gnu::always_inline]] void multiply_chunk(const GemmBlock& b, int64_t half_line, int64_t row, int64_t group,
                       int64_t quad0, int64_t quad1) {
     const PackedWeights& w = *b.weights;
     const int64_t a_row_stride = w.groups * w.quads * 4;
@@ -48,28 +49,31 @@ struct YmmTile {
     }
     const __m256i low_nibble = _mm256_set1_epi8(15);
     __m256i part[kRows][kHalves][2];
-    for (auto& by_row : part) {
-      for (auto& by_half : by_row) by_half[0] = by_half[1] = _mm256_setzero_si256();
-    }
+    unroll<kRows>([&](auto r) NIBBLE_INLINE {
+      unroll<kHalves>([&](auto j) NIBBLE_INLINE {
+        part[r][j][0] = part[r][j][1] = _mm256_setzero_si256();
+      });
+    });
     for (int64_t quad = quad0; quad < quad1; ++quad, a += 4) {
-      for (int j = 0; j < kHalves; ++j) {
+      unroll<kHalves>([&](auto j) NIBBLE_INLINE {
         const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line[j]));
         _mm_prefetch(reinterpret_cast<const char*>(line[j]) + kPrefetchBytes, _MM_HINT_T0);
         line[j] += kLineBytes;
         const __m256i low = _mm256_and_si256(codes, low_nibble);
         const __m256i high = _mm256_and_si256(_mm256_srli_epi16(codes, 4), low_nibble);
-        for (int r = 0; r < kRows; ++r) {
+        unroll<kRows>([&](auto r) NIBBLE_INLINE {
           const __m256i x = broadcast_quad(a + r * a_row_stride);
-          part[r][j][0] = Dot::multiply(part[r][j][0], low, x);
-          part[r][j][1] = Dot::multiply(part[r][j][1], high, x);
-        }
-      }
+          Dot::multiply(part[r][j][0], low, x);
+          Dot::multiply(part[r][j][1], high, x);
+        });
+      });
     }
-    for (int r = 0; r < kRows; ++r) {
-      for (int j = 0; j < kHalves; ++j) {
-        for (int v = 0; v < 2; ++v) sums[r][j][v] = Dot::drain(sums[r][j][v], part[r][j][v]);
-      }
-    }
+    unroll<kRows>([&](auto r) NIBBLE_INLINE {
+      unroll<kHalves>([&](auto j) NIBBLE_INLINE {
+        sums[r][j][0] = Dot::drain(sums[r][j][0], part[r][j][0]);
+        sums[r][j][1] = Dot::drain(sums[r][j][1], part[r][j][1]);
+      });
+    });
   }
 
   /// The float epilogue of one group: see gemm.h.
