@@ -92,18 +92,19 @@ typedef enum nibble_layout {
 /* ---- weights --------------------------------------------------------------------------------- */
 
 typedef struct nibble_weight_desc {
-  int64_t k;            /* input channels */
-  int64_t n;            /* output channels; a multiple of 8 */
-  int64_t group_size;   /* divides k; -1: k */
-  int32_t layout;       /* a nibble_layout */
-  int32_t scale_dtype;  /* NIBBLE_F16 or NIBBLE_BF16 */
-  const void* qweight;  /* codes, any alignment */
-  const void* qzeros;   /* zero points, any alignment; null: 8 everywhere (symmetric) */
-  const void* scales;   /* any alignment; any sign, subnormals included */
-  int64_t zero_words;   /* NIBBLE_AWQ_GEMV: int32 words per row of qzeros (W above); else 0 */
-  const void* bias;     /* (N) or null */
-  int32_t bias_dtype;   /* a nibble_dtype */
-  int32_t reserved;     /* 0 */
+  int64_t k;           /* input channels */
+  int64_t n;           /* output channels; a multiple of 8 */
+  int64_t group_size;  /* divides k; -1: k */
+  int32_t layout;      /* a nibble_layout */
+  int32_t scale_dtype; /* NIBBLE_F16 or NIBBLE_BF16 */
+  const void* qweight; /* codes, any alignment */
+  const void* qzeros;  /* zero points, any alignment; null: 8 everywhere (symmetric) */
+  const void* scales;  /* any alignment; any sign, subnormals included; not checked: NaN and
+                          infinity go into y */
+  int64_t zero_words;  /* NIBBLE_AWQ_GEMV: int32 words per row of qzeros (W above); else 0 */
+  const void* bias;    /* (N) or null */
+  int32_t bias_dtype;  /* a nibble_dtype */
+  int32_t reserved;    /* 0 */
 } nibble_weight_desc;
 
 /* One weight in the layout of the CPU kernels. Immutable; may be shared by threads. */
@@ -120,22 +121,22 @@ NIBBLE_API int64_t nibble_weight_n(const nibble_weight* weight);
 NIBBLE_API int64_t nibble_weight_group_size(const nibble_weight* weight);
 NIBBLE_API size_t nibble_weight_bytes(const nibble_weight* weight);
 
-/* out (k, n) f32: (q - z) * s, exactly. */
+/* out (k, n) f32: (q - z) * s, exactly (a bf16 scale above 2^124 may overflow to infinity). */
 NIBBLE_API nibble_status nibble_dequantize(const nibble_weight_desc* desc, float* out);
 
 /* ---- plan ------------------------------------------------------------------------------------ */
 
 typedef struct nibble_problem {
-  int64_t m;            /* rows of x; 0 is allowed */
-  int64_t n;            /* output channels of all weights that will share x */
+  int64_t m; /* rows of x; 0 is allowed */
+  int64_t n; /* output channels of all weights that will share x */
   int64_t k;
-  int64_t group_size;   /* -1: k */
-  int32_t mode;         /* a nibble_mode */
-  int32_t x_dtype;      /* a nibble_dtype */
-  int32_t y_dtype;      /* a nibble_dtype */
-  int32_t granularity;  /* a nibble_granularity */
-  int32_t asymmetric;   /* 1: activations get zero points; NIBBLE_W4A4 with a dynamic granularity */
-  int32_t threads;      /* <= 0: all CPUs this process may use */
+  int64_t group_size;  /* -1: k */
+  int32_t mode;        /* a nibble_mode */
+  int32_t x_dtype;     /* a nibble_dtype */
+  int32_t y_dtype;     /* a nibble_dtype */
+  int32_t granularity; /* a nibble_granularity */
+  int32_t asymmetric;  /* 1: activations get zero points; NIBBLE_W4A4 with a dynamic granularity */
+  int32_t threads;     /* <= 0: all CPUs this process may use */
 } nibble_problem;
 
 /* A plan is a plain value: made without allocation, copied freely, nothing to release. It is valid
@@ -145,8 +146,8 @@ typedef struct nibble_plan {
 } nibble_plan;
 
 /* kernel: a name from nibble_kernel_name forces that kernel; null lets the library choose, or the
- * environment variable NIBBLE_KERNEL force. An unknown name, or a kernel that cannot run here, is an
- * error, never a fallback. On failure *out is untouched. */
+ * environment variable NIBBLE_KERNEL force. An unknown name, or a kernel that cannot run here, is
+ * an error, never a fallback. On failure *out is untouched. */
 NIBBLE_API nibble_status nibble_gemm_plan(nibble_plan* out, const nibble_problem* problem,
                                           const char* kernel);
 /* The kernel that this plan runs. Static. */
@@ -159,18 +160,18 @@ NIBBLE_API size_t nibble_gemm_workspace_bytes(const nibble_plan* plan);
 /* ---- products -------------------------------------------------------------------------------- */
 
 typedef struct nibble_input {
-  const void* x;               /* (M, K) of x_dtype */
-  int64_t x_stride;            /* elements between rows; >= K */
-  float clip;                  /* dynamic granularities: the range is multiplied by it; in (0, 1];
-                                  0 means 1 */
-  int32_t reserved;            /* 0 */
-  const float* static_scales;  /* NIBBLE_STATIC_TENSOR: (1); NIBBLE_STATIC_GROUP: (K/group_size) */
+  const void* x;              /* (M, K) of x_dtype */
+  int64_t x_stride;           /* elements between rows; >= K */
+  float clip;                 /* dynamic granularities: the range is multiplied by it; in (0, 1];
+                                 0 means 1 */
+  int32_t reserved;           /* 0 */
+  const float* static_scales; /* NIBBLE_STATIC_TENSOR: (1); NIBBLE_STATIC_GROUP: (K/group_size) */
 } nibble_input;
 
 typedef struct nibble_target {
-  const nibble_weight* weight;  /* k and group_size of the problem */
-  void* y;                      /* (M, n of this weight) of y_dtype */
-  int64_t y_stride;             /* elements between rows; >= n */
+  const nibble_weight* weight; /* k and group_size of the problem */
+  void* y;                     /* (M, n of this weight) of y_dtype */
+  int64_t y_stride;            /* elements between rows; >= n */
 } nibble_target;
 
 /* For each target: y = x * W + bias. x is quantized once for all of them (q, k, v; gate, up), a
@@ -200,7 +201,8 @@ NIBBLE_API nibble_status nibble_quantize_activations(const nibble_plan* plan,
 NIBBLE_API int32_t nibble_kernel_count(void);
 /* index in [0, nibble_kernel_count()); else null. Static. */
 NIBBLE_API const char* nibble_kernel_name(int32_t index);
-/* Why this kernel cannot run on this machine; null if it can. Static. */
+/* Why this kernel cannot run on this machine; null if it can. An index out of range is a reason
+ * too. Static. */
 NIBBLE_API const char* nibble_kernel_missing(int32_t index);
 
 #ifdef __cplusplus

@@ -51,8 +51,8 @@ static_assert(same(NIBBLE_F32, Dtype::f32) && same(NIBBLE_F16, Dtype::f16) &&
               same(NIBBLE_BF16, Dtype::bf16));
 static_assert(same(NIBBLE_W4A16, Mode::w4a16) && same(NIBBLE_W4A8, Mode::w4a8) &&
               same(NIBBLE_W4A4, Mode::w4a4));
-static_assert(same(NIBBLE_TENSOR, Granularity::tensor) &&
-              same(NIBBLE_TOKEN, Granularity::token) && same(NIBBLE_GROUP, Granularity::group) &&
+static_assert(same(NIBBLE_TENSOR, Granularity::tensor) && same(NIBBLE_TOKEN, Granularity::token) &&
+              same(NIBBLE_GROUP, Granularity::group) &&
               same(NIBBLE_STATIC_TENSOR, Granularity::static_tensor) &&
               same(NIBBLE_STATIC_GROUP, Granularity::static_group));
 static_assert(same(NIBBLE_AWQ_GEMM, WeightLayout::awq_gemm) &&
@@ -103,9 +103,7 @@ nibble_status guarded(const Body& body) noexcept {
   }
 }
 
-Status invalid(std::string message) {
-  return Status(Code::invalid_argument, std::move(message));
-}
+Status invalid(std::string message) { return Status(Code::invalid_argument, std::move(message)); }
 
 struct NamedPointer {
   const void* pointer;
@@ -257,8 +255,8 @@ nibble_status nibble_weight_create(nibble_weight** out, const nibble_weight_desc
     NIBBLE_TRY(require_threads(threads));
     const Result<nibble::QuantMatrix> matrix = matrix_from(desc);
     if (!matrix.ok()) return matrix.status();
-    Result<nibble::PackedWeights> packed = nibble::pack_weights(
-        *matrix, desc->bias, static_cast<Dtype>(desc->bias_dtype), threads);
+    Result<nibble::PackedWeights> packed =
+        nibble::pack_weights(*matrix, desc->bias, static_cast<Dtype>(desc->bias_dtype), threads);
     if (!packed.ok()) return packed.status();
     *out = new nibble_weight{std::move(*packed)};
     return {};

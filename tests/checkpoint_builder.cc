@@ -43,8 +43,9 @@ uint16_t bits_of(float value, Dtype dtype) {
 }
 
 TensorDtype tensor_dtype(Dtype dtype) {
-  return dtype == Dtype::f16 ? TensorDtype::f16
-                             : dtype == Dtype::bf16 ? TensorDtype::bf16 : TensorDtype::f32;
+  return dtype == Dtype::f16    ? TensorDtype::f16
+         : dtype == Dtype::bf16 ? TensorDtype::bf16
+                                : TensorDtype::f32;
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -242,8 +243,11 @@ json make_config(const LayerSpec& spec) {
     case LinearFormat::ct_pack_asymmetric:
     case LinearFormat::ct_pack_symmetric: {
       const bool symmetric = spec.format == LinearFormat::ct_pack_symmetric;
-      const json weights = {{"num_bits", 4}, {"type", "int"}, {"symmetric", symmetric},
-                            {"strategy", "group"}, {"group_size", spec.group_size}};
+      const json weights = {{"num_bits", 4},
+                            {"type", "int"},
+                            {"symmetric", symmetric},
+                            {"strategy", "group"},
+                            {"group_size", spec.group_size}};
       quantization = {{"quant_method", "compressed-tensors"},
                       {"format", "pack-quantized"},
                       {"ignore", {"lm_head"}},
@@ -251,8 +255,11 @@ json make_config(const LayerSpec& spec) {
       break;
     }
     case LinearFormat::gptq:
-      quantization = {{"quant_method", "gptq"}, {"bits", 4}, {"group_size", spec.group_size},
-                      {"sym", spec.symmetric}, {"desc_act", false}};
+      quantization = {{"quant_method", "gptq"},
+                      {"bits", 4},
+                      {"group_size", spec.group_size},
+                      {"sym", spec.symmetric},
+                      {"desc_act", false}};
       break;
     default: {
       const char* version = spec.format == LinearFormat::awq_gemv        ? "gemv"
@@ -260,9 +267,9 @@ json make_config(const LayerSpec& spec) {
                             : spec.format == LinearFormat::awq_marlin    ? "marlin"
                             : spec.format == LinearFormat::llm_awq       ? "llm-awq"
                                                                          : "gemm";
-      quantization = {{"quant_method", "awq"}, {"bits", 4}, {"group_size", spec.group_size},
-                      {"version", version}, {"zero_point", !spec.symmetric},
-                      {"modules_to_not_convert", nullptr}};
+      quantization = {{"quant_method", "awq"},         {"bits", 4},
+                      {"group_size", spec.group_size}, {"version", version},
+                      {"zero_point", !spec.symmetric}, {"modules_to_not_convert", nullptr}};
     }
   }
   return {{"architectures", {"LlamaForCausalLM"}},

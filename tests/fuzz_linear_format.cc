@@ -48,10 +48,18 @@ QuantConfig make_config(Supply& supply) {
 }
 
 test::TensorStore make_tensors(Supply& supply) {
-  static constexpr const char* kSuffixes[] = {
-      "qweight", "qzeros",       "scales",       "bias",         "scaled_zeros",      "g_idx",
-      "weight",  "weight_scale", "weight_shape", "weight_packed", "weight_zero_point",
-      "weight_g_idx"};
+  static constexpr const char* kSuffixes[] = {"qweight",
+                                              "qzeros",
+                                              "scales",
+                                              "bias",
+                                              "scaled_zeros",
+                                              "g_idx",
+                                              "weight",
+                                              "weight_scale",
+                                              "weight_shape",
+                                              "weight_packed",
+                                              "weight_zero_point",
+                                              "weight_g_idx"};
   static constexpr TensorDtype kDtypes[] = {TensorDtype::i32, TensorDtype::f16, TensorDtype::bf16,
                                             TensorDtype::i32, TensorDtype::f16, TensorDtype::i16,
                                             TensorDtype::f32, TensorDtype::i64, TensorDtype::u8};

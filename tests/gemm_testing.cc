@@ -11,12 +11,11 @@ namespace nibble::testing {
 namespace {
 
 uint16_t random_scale(ScaleKind kind, Dtype dtype, std::mt19937& random) {
-  const float magnitude =
-      std::uniform_real_distribution<float>(0.5f, 2.0f)(random) * 0.01f;
+  const float magnitude = std::uniform_real_distribution<float>(0.5f, 2.0f)(random) * 0.01f;
   switch (kind) {
     case ScaleKind::ordinary: break;
-    case ScaleKind::negative: return dtype == Dtype::f16 ? f16_from_float(-magnitude)
-                                                         : bf16_from_float(-magnitude);
+    case ScaleKind::negative:
+      return dtype == Dtype::f16 ? f16_from_float(-magnitude) : bf16_from_float(-magnitude);
     case ScaleKind::subnormal:  // both types have exponent 0 below their smallest normal number
       return static_cast<uint16_t>(1 + random() % (dtype == Dtype::f16 ? 0x3ff : 0x7f));
     case ScaleKind::mixed: {
@@ -34,10 +33,10 @@ TestWeight make_weight(const WeightSpec& spec, std::mt19937& random) {
   std::vector<uint8_t> codes(static_cast<size_t>(spec.k * spec.n));
   std::vector<uint8_t> zeros(static_cast<size_t>(groups * spec.n));
   std::vector<uint16_t> scales(static_cast<size_t>(groups * spec.n));
-  for (auto& q : codes) q = static_cast<uint8_t>(spec.fixed_code >= 0 ? spec.fixed_code
-                                                                      : random() % 16);
-  for (auto& z : zeros) z = static_cast<uint8_t>(spec.fixed_zero >= 0 ? spec.fixed_zero
-                                                                      : random() % 16);
+  for (auto& q : codes)
+    q = static_cast<uint8_t>(spec.fixed_code >= 0 ? spec.fixed_code : random() % 16);
+  for (auto& z : zeros)
+    z = static_cast<uint8_t>(spec.fixed_zero >= 0 ? spec.fixed_zero : random() % 16);
   for (auto& s : scales) s = random_scale(spec.scales, spec.scale_dtype, random);
   TestWeight weight;
   weight.tensors = pack_awq_gemm(spec.k, spec.n, spec.group_size, codes.data(), zeros.data(),
@@ -85,8 +84,7 @@ bool kernel_equals_oracle(const std::string& kernel, const Problem& problem,
   if (!plan.ok()) return *why = plan.status().message(), false;
   if (plan->kernel_name() != kernel) return *why = "another kernel was planned", false;
   const auto expected = ref::partial_sums(w, codes.data(), problem.m);
-  const auto expected_y =
-      ref::epilogue(problem, w, expected, scales.data(), weight.bias_or_null());
+  const auto expected_y = ref::epilogue(problem, w, expected, scales.data(), weight.bias_or_null());
   std::vector<int32_t> partials(expected.size(), 0x55555555);
   AlignedBuffer y = std::move(*AlignedBuffer::zeroed(expected_y.size() * 4));
   std::memset(y.data(), 0xcc, y.bytes());

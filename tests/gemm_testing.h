@@ -36,7 +36,8 @@ struct TestWeight {
 
 TestWeight make_weight(const WeightSpec& spec, std::mt19937& random);
 
-/// Names of the kernels of `mode` that this CPU runs. The ones it lacks are printed, once a process.
+/// Names of the kernels of `mode` that this CPU runs. The ones it lacks are printed, once a
+/// process.
 std::vector<std::string> runnable_kernels(Mode mode);
 
 /// Activation codes over the whole range of the mode: -128..127, or -15..15 for w4a4.

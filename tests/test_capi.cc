@@ -104,7 +104,10 @@ class CApi : public ::testing::Test {
   }
 
   Problem cpp_problem() const {
-    return {.m = kM, .n = kN, .k = kK, .group_size = kGroup,
+    return {.m = kM,
+            .n = kN,
+            .k = kK,
+            .group_size = kGroup,
             .mode = static_cast<Mode>(problem_.mode),
             .granularity = static_cast<Granularity>(problem_.granularity),
             .symmetric = problem_.asymmetric == 0};
@@ -114,8 +117,7 @@ class CApi : public ::testing::Test {
     const ref::Weights w = ref::unpack(awq_.view());
     if (problem_.mode == NIBBLE_W4A16) return ref::multiply_w4a16(w, x_.data(), kM, bias);
     const Problem p = cpp_problem();
-    const GemmInput input{x_.data(), kK, input_.clip == 0 ? 1 : input_.clip,
-                          input_.static_scales};
+    const GemmInput input{x_.data(), kK, input_.clip == 0 ? 1 : input_.clip, input_.static_scales};
     const ref::Activations a = ref::quantize(p, input);
     return ref::epilogue(p, w, ref::partial_sums(w, a.codes.data(), kM), a.scales.data(), bias);
   }
@@ -383,8 +385,9 @@ TEST_F(CApi, AWeightThatDoesNotFitMemoryIsAnError) {
 TEST_F(CApi, EveryKernelCanBeForcedByName) {
   for (int32_t i = 0; i < nibble_kernel_count(); ++i) {
     const char* name = nibble_kernel_name(i);
-    problem_.mode = contains(name, "w4a16_") ? NIBBLE_W4A16
-                    : contains(name, "w4a8_") ? NIBBLE_W4A8 : NIBBLE_W4A4;
+    problem_.mode = contains(name, "w4a16_")  ? NIBBLE_W4A16
+                    : contains(name, "w4a8_") ? NIBBLE_W4A8
+                                              : NIBBLE_W4A4;
     nibble_plan made = {};
     const nibble_status status = nibble_gemm_plan(&made, &problem_, name);
     if (const char* reason = nibble_kernel_missing(i)) {
@@ -448,9 +451,9 @@ TEST_F(CApi, MemoryThatIsNotAPlanIsRefused) {
   const nibble_target target = {weight.get(), y.data(), kN};
   nibble_plan zero = {}, garbage;
   std::memset(&garbage, 0xcd, sizeof garbage);
-  for (const nibble_plan* bad : {static_cast<const nibble_plan*>(nullptr),
-                                 static_cast<const nibble_plan*>(&zero),
-                                 static_cast<const nibble_plan*>(&garbage)}) {
+  for (const nibble_plan* bad :
+       {static_cast<const nibble_plan*>(nullptr), static_cast<const nibble_plan*>(&zero),
+        static_cast<const nibble_plan*>(&garbage)}) {
     const char* word = bad == nullptr ? "plan is null" : "plan was not made by nibble_gemm_plan";
     EXPECT_EQ(nibble_plan_kernel(bad), nullptr);
     EXPECT_EQ(nibble_gemm_workspace_bytes(bad), 0u);
@@ -459,9 +462,9 @@ TEST_F(CApi, MemoryThatIsNotAPlanIsRefused) {
     EXPECT_STREQ(text, "");
     expect_error(nibble_gemm(bad, &input_, &target, 1, workspace.data()), NIBBLE_INVALID_ARGUMENT,
                  {word});
-    expect_error(nibble_gemm_quantized(bad, codes.data(), kK, scales.data(), &target, 1,
-                                       workspace.data()),
-                 NIBBLE_INVALID_ARGUMENT, {word});
+    expect_error(
+        nibble_gemm_quantized(bad, codes.data(), kK, scales.data(), &target, 1, workspace.data()),
+        NIBBLE_INVALID_ARGUMENT, {word});
     expect_error(nibble_quantize_activations(bad, &input_, codes.data(), scales.data(), nullptr),
                  NIBBLE_INVALID_ARGUMENT, {word});
   }
@@ -548,8 +551,8 @@ TEST_F(CApi, QuantizingAloneThenMultiplyingIsTheSame) {
   expect_ok(nibble_quantize_activations(&made, &input_, codes.data(), scales.data(), nullptr));
   Workspace workspace = workspace_of(made);
   const nibble_target target = {weight.get(), y.data(), kN};
-  expect_ok(nibble_gemm_quantized(&made, codes.data(), kK, scales.data(), &target, 1,
-                                  workspace.data()));
+  expect_ok(
+      nibble_gemm_quantized(&made, codes.data(), kK, scales.data(), &target, 1, workspace.data()));
   EXPECT_EQ(y, expected());
 }
 
@@ -621,12 +624,12 @@ TEST_F(CApi, WrongCallsAreRefusedByName) {
   input = input_;
   input.clip = 2;
   expect_error(gemm(input, target), invalid, {"clip 2"});
-  expect_error(nibble_gemm_quantized(&made, nullptr, kK, scales.data(), &target, 1,
-                                     workspace.data()),
-               invalid, {"codes is null"});
-  expect_error(nibble_gemm_quantized(&made, codes.data(), kK, nullptr, &target, 1,
-                                     workspace.data()),
-               invalid, {"scales is null"});
+  expect_error(
+      nibble_gemm_quantized(&made, nullptr, kK, scales.data(), &target, 1, workspace.data()),
+      invalid, {"codes is null"});
+  expect_error(
+      nibble_gemm_quantized(&made, codes.data(), kK, nullptr, &target, 1, workspace.data()),
+      invalid, {"scales is null"});
   expect_error(nibble_gemm_quantized(&made, codes.data(), kK - 1, scales.data(), &target, 1,
                                      workspace.data()),
                invalid, {"95", "K=96"});
@@ -634,8 +637,8 @@ TEST_F(CApi, WrongCallsAreRefusedByName) {
                invalid, {"input is null"});
   expect_error(nibble_quantize_activations(&made, &input_, nullptr, scales.data(), nullptr),
                invalid, {"codes is null"});
-  expect_error(nibble_quantize_activations(&made, &input_, codes.data(), nullptr, nullptr),
-               invalid, {"scales is null"});
+  expect_error(nibble_quantize_activations(&made, &input_, codes.data(), nullptr, nullptr), invalid,
+               {"scales is null"});
   problem_.granularity = NIBBLE_STATIC_GROUP;
   const nibble_plan needs_scales = plan();
   expect_error(nibble_gemm(&needs_scales, &input_, &target, 1, workspace.data()), invalid,

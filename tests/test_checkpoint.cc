@@ -61,14 +61,13 @@ Result<QuantConfig> parse_block(const json& document, const char* source = "conf
 }
 
 TEST(QuantConfig, EveryGenerationIsRead) {
-  const json modern = {{"quant_method", "AWQ"}, {"bits", 4}, {"group_size", 128},
-                       {"version", "GEMM"}, {"zero_point", true},
-                       {"modules_to_not_convert", {"visual"}}};
-  for (const json& document :
-       {json{{"quantization_config", modern}},
-        json{{"text_config", {{"quantization_config", modern}}}},
-        json{{"llm_config", {{"quantization_config", modern}}}},
-        json{{"text_config", 3}, {"compression_config", modern}}}) {
+  const json modern = {{"quant_method", "AWQ"}, {"bits", 4},
+                       {"group_size", 128},     {"version", "GEMM"},
+                       {"zero_point", true},    {"modules_to_not_convert", {"visual"}}};
+  for (const json& document : {json{{"quantization_config", modern}},
+                               json{{"text_config", {{"quantization_config", modern}}}},
+                               json{{"llm_config", {{"quantization_config", modern}}}},
+                               json{{"text_config", 3}, {"compression_config", modern}}}) {
     const auto config = parse_block(document);
     ASSERT_TRUE(config.ok()) << config.status().message();
     EXPECT_TRUE(config->present);
@@ -80,16 +79,19 @@ TEST(QuantConfig, EveryGenerationIsRead) {
     EXPECT_EQ(config->modules_to_not_convert, Names{"visual"});
     EXPECT_EQ(config->source, "config.json");
   }
-  const auto old = parse_block(
-      {{"zero_point", true}, {"q_group_size", 64}, {"w_bit", 4}, {"version", "GEMM"}},
-      "quant_config.json");
+  const auto old =
+      parse_block({{"zero_point", true}, {"q_group_size", 64}, {"w_bit", 4}, {"version", "GEMM"}},
+                  "quant_config.json");
   ASSERT_TRUE(old.ok());
   EXPECT_EQ(old->group_size, 64);
   EXPECT_EQ(old->bits, 4);
   EXPECT_EQ(old->source, "quant_config.json");
 
-  const auto model = parse_block({{"bits", 4}, {"group_size", -1}, {"checkpoint_format", "gemm"},
-                                  {"method", "awq"}, {"sym", true}},
+  const auto model = parse_block({{"bits", 4},
+                                  {"group_size", -1},
+                                  {"checkpoint_format", "gemm"},
+                                  {"method", "awq"},
+                                  {"sym", true}},
                                  "quantize_config.json");
   ASSERT_TRUE(model.ok());
   EXPECT_EQ(model->group_size, -1);
@@ -101,11 +103,14 @@ TEST(QuantConfig, EveryGenerationIsRead) {
 TEST(QuantConfig, CompressedTensorsGroups) {
   const auto with_groups = [](const json& groups) {
     return parse_block({{"quantization_config",
-                         {{"quant_method", "compressed-tensors"}, {"format", "pack-quantized"},
-                          {"ignore", {"lm_head"}}, {"config_groups", groups}}}});
+                         {{"quant_method", "compressed-tensors"},
+                          {"format", "pack-quantized"},
+                          {"ignore", {"lm_head"}},
+                          {"config_groups", groups}}}});
   };
-  const json four = {{"weights", {{"num_bits", 4}, {"group_size", 32}, {"symmetric", true},
-                                  {"strategy", "group"}}}};
+  const json four = {
+      {"weights",
+       {{"num_bits", 4}, {"group_size", 32}, {"symmetric", true}, {"strategy", "group"}}}};
   auto config = with_groups({{"group_0", four}});
   ASSERT_TRUE(config.ok());
   EXPECT_EQ(config->bits, 4);
@@ -114,8 +119,9 @@ TEST(QuantConfig, CompressedTensorsGroups) {
   EXPECT_EQ(config->version, "pack-quantized");
   EXPECT_EQ(config->modules_to_not_convert, Names{"lm_head"});
 
-  const json channel = {{"weights", {{"num_bits", 4}, {"group_size", nullptr},
-                                     {"symmetric", false}, {"strategy", "channel"}}}};
+  const json channel = {
+      {"weights",
+       {{"num_bits", 4}, {"group_size", nullptr}, {"symmetric", false}, {"strategy", "channel"}}}};
   EXPECT_EQ(with_groups({{"group_0", channel}})->group_size, -1);
   // Groups that disagree are no hint.
   config = with_groups({{"group_0", four}, {"group_1", channel}});
@@ -141,13 +147,24 @@ TEST(QuantConfig, AbsentOrNullIsNotPresent) {
 }
 
 TEST(QuantConfig, WrongTypesNameTheKey) {
-  const std::vector<std::pair<const char*, json>> cases = {
-      {"quant_method", 4},  {"version", json::array()}, {"bits", "4"},        {"bits", 4.0},
-      {"bits", 0},          {"bits", -4},               {"bits", 1ull << 40}, {"group_size", 0},
-      {"group_size", -2},   {"group_size", true},       {"group_size", ~0ull}, {"zero_point", 1},
-      {"sym", "false"},     {"w_bit", "4"},             {"q_group_size", 1.5},
-      {"modules_to_not_convert", "lm_head"},            {"modules_to_not_convert", {1}},
-      {"config_groups", "x"}};
+  const std::vector<std::pair<const char*, json>> cases = {{"quant_method", 4},
+                                                           {"version", json::array()},
+                                                           {"bits", "4"},
+                                                           {"bits", 4.0},
+                                                           {"bits", 0},
+                                                           {"bits", -4},
+                                                           {"bits", 1ull << 40},
+                                                           {"group_size", 0},
+                                                           {"group_size", -2},
+                                                           {"group_size", true},
+                                                           {"group_size", ~0ull},
+                                                           {"zero_point", 1},
+                                                           {"sym", "false"},
+                                                           {"w_bit", "4"},
+                                                           {"q_group_size", 1.5},
+                                                           {"modules_to_not_convert", "lm_head"},
+                                                           {"modules_to_not_convert", {1}},
+                                                           {"config_groups", "x"}};
   for (const auto& [key, value] : cases) {
     const auto config = parse_block({{"quantization_config", {{key, value}}}});
     ASSERT_FALSE(config.ok()) << key << " = " << value;

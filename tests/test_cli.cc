@@ -269,12 +269,13 @@ TEST(CliDoctor, ExplainsOneProduct) {
 
 TEST(CliInspect, PrintsEveryLayerAndAllPromisedKeys) {
   TempDir dir;
-  ASSERT_TRUE(write_checkpoint(dir.path(),
-                               {{.name = "model.layers.0.mlp.down_proj", .k = 256, .n = 64},
-                                {.name = "model.layers.1.mlp.down_proj", .k = 256, .n = 64,
-                                 .bias = true, .seed = 2}},
-                               {.dense_tensors = true})
-                  .ok());
+  ASSERT_TRUE(
+      write_checkpoint(
+          dir.path(),
+          {{.name = "model.layers.0.mlp.down_proj", .k = 256, .n = 64},
+           {.name = "model.layers.1.mlp.down_proj", .k = 256, .n = 64, .bias = true, .seed = 2}},
+          {.dense_tensors = true})
+          .ok());
   const Outcome text = run_tool({"inspect", dir.path(), "--digest", "--values"});
   EXPECT_EQ(text.code, 0) << text.err;
   EXPECT_EQ(text.err, "");
@@ -328,8 +329,12 @@ TEST(CliInspect, DigestIsTheDocumentedHash) {
 TEST(CliInspect, DigestsAgreeAcrossFormats) {
   const auto digests_as = [](LinearFormat format, bool symmetric, uint64_t seed) {
     TempDir dir;
-    const LayerSpec spec = {.name = "model.layers.0.mlp.up_proj", .k = 256, .n = 64,
-                            .group_size = 64, .format = format, .symmetric = symmetric,
+    const LayerSpec spec = {.name = "model.layers.0.mlp.up_proj",
+                            .k = 256,
+                            .n = 64,
+                            .group_size = 64,
+                            .format = format,
+                            .symmetric = symmetric,
                             .seed = seed};
     EXPECT_TRUE(write_checkpoint(dir.path(), {spec}).ok());
     return digests(dir.path());
@@ -556,8 +561,8 @@ TEST_F(CliQuantize, SkippedLayersStayAndAreListed) {
       quantize({"--group-size", "64", "--skip", "layers\\.0\\.mlp", "--skip", "v_proj$"});
   ASSERT_EQ(outcome.code, 0) << outcome.err;
   EXPECT_HAS(outcome.out, "fused layers disagree");  // q and k without v
-  const json listed = json::parse(read_text(out() + "/config.json"))["quantization_config"]
-                                 ["modules_to_not_convert"];
+  const json listed = json::parse(
+      read_text(out() + "/config.json"))["quantization_config"]["modules_to_not_convert"];
   const json expected = {"model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_proj",
                          "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.v_proj",
                          "model.layers.1.self_attn.v_proj"};
@@ -677,9 +682,9 @@ TEST_F(CliQuantize, InterruptLeavesNothing) {
   const auto before = contents(source());
   const int out_file = open_or_die("/dev/null", O_WRONLY);
   FullPipe err;
-  const pid_t child = start_tool(
-      {"quantize", source(), out(), "--group-size", "64", "--progress", "always"}, out_file,
-      err.input());
+  const pid_t child =
+      start_tool({"quantize", source(), out(), "--group-size", "64", "--progress", "always"},
+                 out_file, err.input());
   ::close(out_file);
   // The tool stops at its first line of progress, which the pipe does not take: the output has
   // begun and cannot be finished, however slow or fast this machine is.

@@ -51,8 +51,7 @@ TEST(KernelTable, NamesAreUniqueAndBeginWithTheirMode) {
   std::set<std::string> names;
   for (const KernelInfo& info : kernel_table()) {
     EXPECT_TRUE(names.insert(info.name).second) << info.name;
-    EXPECT_EQ(std::string(info.name),
-              std::string(mode_name(info.mode)) + "_" + isa_name(info.isa));
+    EXPECT_EQ(std::string(info.name), std::string(mode_name(info.mode)) + "_" + isa_name(info.isa));
     EXPECT_EQ(info.runs_here, info.reason.empty()) << info.name;
   }
 }
@@ -131,8 +130,7 @@ TEST(Dispatch, AnEmptyEnvironmentVariableForcesNothing) {
 TEST(Dispatch, AListForcesOneKernelPerMode) {
   const ForcedByEnvironment forced("w4a16_scalar,w4a8_scalar,w4a4_scalar");
   for (const Mode mode : kModes) {
-    EXPECT_EQ(plan_gemm(problem_of(mode))->kernel_name(),
-              std::string(mode_name(mode)) + "_scalar");
+    EXPECT_EQ(plan_gemm(problem_of(mode))->kernel_name(), std::string(mode_name(mode)) + "_scalar");
   }
 }
 
@@ -257,9 +255,15 @@ TEST(Dispatch, ExplainNamesEveryKernelOfTheModeAndNoOther) {
 }
 
 TEST(Dispatch, DescribeStatesEveryDecision) {
-  const Plan plan = *plan_gemm({.m = 5, .n = 64, .k = 128, .group_size = 64, .mode = Mode::w4a4,
-                                .x_dtype = Dtype::bf16, .y_dtype = Dtype::f16,
-                                .granularity = Granularity::group, .symmetric = false},
+  const Plan plan = *plan_gemm({.m = 5,
+                                .n = 64,
+                                .k = 128,
+                                .group_size = 64,
+                                .mode = Mode::w4a4,
+                                .x_dtype = Dtype::bf16,
+                                .y_dtype = Dtype::f16,
+                                .granularity = Granularity::group,
+                                .symmetric = false},
                                "w4a4_scalar", 3);
   for (const char* part : {"w4a4_scalar:", "M=5", "N=64", "K=128", "g=64", "x=bf16", "y=f16",
                            "group asymmetric", "threads=3", "block_rows=5"}) {
@@ -285,28 +289,34 @@ struct ImaginedCpu {
 
 #if NIBBLE_SIMD
 const ImaginedCpu kCpus[] = {
-    {"scalar", [](Isa isa) { return isa == Isa::scalar; },
+    {"scalar",
+     [](Isa isa) { return isa == Isa::scalar; },
      {"w4a16_scalar", "w4a8_scalar", "w4a4_scalar"},
      {"w4a16_scalar", "w4a8_scalar", "w4a4_scalar"}},
-    {"avx2", [](Isa isa) { return isa <= Isa::avx2; },
+    {"avx2",
+     [](Isa isa) { return isa <= Isa::avx2; },
      {"w4a16_avx2", "w4a8_avx2", "w4a4_avx2"},
      {"w4a16_avx2", "w4a8_avx2", "w4a4_avx2"}},
-    {"avx2 with avx-vnni", [](Isa isa) { return isa <= Isa::avx_vnni; },
+    {"avx2 with avx-vnni",
+     [](Isa isa) { return isa <= Isa::avx_vnni; },
      {"w4a16_avx2", "w4a8_avxvnni", "w4a4_avxvnni"},
      {"w4a16_avx2", "w4a8_avxvnni", "w4a4_avxvnni"}},
     {"avx512 without vnni",
      [](Isa isa) { return isa <= Isa::avx2 || isa == Isa::avx512; },
      {"w4a16_avx512", "w4a8_avx2", "w4a4_avx2"},
      {"w4a16_avx512", "w4a8_avx2", "w4a4_avx2"}},
-    {"vnni without amx", [](Isa isa) { return isa != Isa::amx_int8; },
+    {"vnni without amx",
+     [](Isa isa) { return isa != Isa::amx_int8; },
      {"w4a16_avx512", "w4a8_avx512vnni", "w4a4_avx512vnni"},
      {"w4a16_avx512", "w4a8_avx512vnni", "w4a4_avx512vnni"}},
-    {"everything", [](Isa) { return true; },
+    {"everything",
+     [](Isa) { return true; },
      {"w4a16_avx512", "w4a8_avx512vnni", "w4a4_avx512vnni"},
      {"w4a16_avx512", "w4a8_amx", "w4a4_amx"}},
 };
 #else
-const ImaginedCpu kCpus[] = {{"scalar", [](Isa) { return true; },
+const ImaginedCpu kCpus[] = {{"scalar",
+                              [](Isa) { return true; },
                               {"w4a16_scalar", "w4a8_scalar", "w4a4_scalar"},
                               {"w4a16_scalar", "w4a8_scalar", "w4a4_scalar"}}};
 #endif
@@ -415,7 +425,10 @@ TEST(Policy, WorkspacePartsAreAlignedAndDoNotOverlap) {
       for (const int64_t group : {1, 5, 64, 100, 128}) {
         for (const int64_t groups : {1, 3, 32}) {
           for (const int64_t block_rows : {1, 15, 16, 17, 256}) {
-            const Problem p{.m = block_rows, .n = 8, .k = group * groups, .group_size = group,
+            const Problem p{.m = block_rows,
+                            .n = 8,
+                            .k = group * groups,
+                            .group_size = group,
                             .granularity = granularity};
             const WorkspaceLayout w = workspace_layout(p, layout, block_rows);
             const int64_t scales = granularity == Granularity::group ? groups : 1;

@@ -177,16 +177,16 @@ Matrix multiply_in_two_steps(const Plan& plan, const TestWeight& weight, const G
   EXPECT_EQ(sums, expected.sums);
   AlignedBuffer workspace = std::move(*AlignedBuffer::zeroed(plan.workspace_bytes));
   const GemmTarget target{&weight.packed, y.data(), y.stride()};
-  const Status status = run_gemm_quantized(plan, {codes.data(), p.k, scales.data()}, {&target, 1},
-                                           workspace.data());
+  const Status status =
+      run_gemm_quantized(plan, {codes.data(), p.k, scales.data()}, {&target, 1}, workspace.data());
   EXPECT_TRUE(status.ok()) << status.message();
   return y;
 }
 
 TEST_F(GemmApi, FusedEqualsTwoStepsEqualsTheOracle) {
   for (const int64_t group : {24, 64}) {
-    const TestWeight weight = make_weight(
-        {.k = 3 * group, .n = 40, .group_size = group, .bias = group == 24}, random_);
+    const TestWeight weight =
+        make_weight({.k = 3 * group, .n = 40, .group_size = group, .bias = group == 24}, random_);
     for (const Mode mode : kModes) {
       for (Problem p : every_kind(mode)) {
         for (const Dtype x_dtype : kDtypes) {
@@ -201,9 +201,9 @@ TEST_F(GemmApi, FusedEqualsTwoStepsEqualsTheOracle) {
             const std::vector<float> expected = oracle(p, weight, input, x);
             for (const std::string& kernel : runnable_kernels(mode)) {
               const Plan plan = *plan_gemm(p, kernel.c_str(), 1);
-              ASSERT_EQ(first_difference(multiply(p, kernel.c_str(), weight, input), y_dtype,
-                                         expected),
-                        "")
+              ASSERT_EQ(
+                  first_difference(multiply(p, kernel.c_str(), weight, input), y_dtype, expected),
+                  "")
                   << plan.describe();
               if (mode == Mode::w4a16) continue;
               const Matrix y = multiply_in_two_steps(plan, weight, input, ref::quantize(p, input));
@@ -220,14 +220,18 @@ TEST_F(GemmApi, W4a16KernelsEqualTheOracleForEveryShape) {
   for (const int64_t group : {1, 3, 4, 5, 64, 100, 260}) {
     for (const int64_t n : {8, 24, 32, 56, 136}) {
       for (const Dtype scale_dtype : {Dtype::f16, Dtype::bf16}) {
-        const TestWeight weight = make_weight({.k = 2 * group, .n = n, .group_size = group,
+        const TestWeight weight = make_weight({.k = 2 * group,
+                                               .n = n,
+                                               .group_size = group,
                                                .scale_dtype = scale_dtype,
-                                               .scales = ScaleKind::mixed, .bias = n == 56},
+                                               .scales = ScaleKind::mixed,
+                                               .bias = n == 56},
                                               random_);
         for (const int64_t m : {1, 2, 3, 7, 13}) {
-          const Problem p = problem_for(
-              weight, {.m = m, .mode = Mode::w4a16, .x_dtype = kDtypes[random_() % 3],
-                       .y_dtype = kDtypes[random_() % 3]});
+          const Problem p = problem_for(weight, {.m = m,
+                                                 .mode = Mode::w4a16,
+                                                 .x_dtype = kDtypes[random_() % 3],
+                                                 .y_dtype = kDtypes[random_() % 3]});
           const Matrix x = random_x(p.x_dtype, m, p.k, p.k, random_);
           const GemmInput input{x.data(), x.stride()};
           const std::vector<float> expected = oracle(p, weight, input, x);
@@ -245,8 +249,8 @@ TEST_F(GemmApi, W4a16KernelsEqualTheOracleForEveryShape) {
 
 // w4a16 does not quantize, so it has nothing to refuse: a NaN stays in its row.
 TEST_F(GemmApi, W4a16PassesNonFiniteValuesThrough) {
-  const TestWeight weight = make_weight(
-      {.k = 64, .n = 32, .group_size = 32, .fixed_code = 9, .fixed_zero = 3}, random_);
+  const TestWeight weight =
+      make_weight({.k = 64, .n = 32, .group_size = 32, .fixed_code = 9, .fixed_zero = 3}, random_);
   for (const std::string& kernel : runnable_kernels(Mode::w4a16)) {
     const Problem p = problem_for(weight, {.m = 9, .mode = Mode::w4a16});
     Matrix x = random_x(Dtype::f32, p.m, p.k, p.k, random_);
@@ -278,8 +282,8 @@ TEST_F(GemmApi, TargetsThatShareXEqualSeparateCalls) {
       for (const int64_t m : {1, 19}) {
         const Matrix x = random_x(Dtype::bf16, m, 128, 128, random_);
         const GemmInput input{x.data(), x.stride()};
-        Problem p = problem_for(weights[0], {.m = m, .mode = mode, .x_dtype = Dtype::bf16,
-                                             .y_dtype = Dtype::bf16});
+        Problem p = problem_for(
+            weights[0], {.m = m, .mode = mode, .x_dtype = Dtype::bf16, .y_dtype = Dtype::bf16});
         p.n = 96 + 8 + 40 + 264;
         std::vector<Matrix> outputs;
         for (const TestWeight& w : weights) {
@@ -309,18 +313,19 @@ TEST_F(GemmApi, TargetsThatShareXEqualSeparateCalls) {
 TEST_F(GemmApi, OnlyYAndTheWorkspaceAreWritten) {
   constexpr size_t kMargin = 192;  // keeps the workspace 64-byte aligned
   for (const int64_t n : {8, 24, 40, 72}) {
-    const TestWeight weight = make_weight({.k = 99, .n = n, .group_size = 33, .bias = true},
-                                          random_);
+    const TestWeight weight =
+        make_weight({.k = 99, .n = n, .group_size = 33, .bias = true}, random_);
     for (const Mode mode : kModes) {
       for (const Granularity granularity : {Granularity::token, Granularity::group}) {
         for (const std::string& kernel : runnable_kernels(mode)) {
           for (const int64_t m : {1, 6, 35}) {
-            const Problem p = problem_for(
-                weight, {.m = m, .mode = mode, .x_dtype = kDtypes[random_() % 3],
-                         .y_dtype = kDtypes[random_() % 3], .granularity = granularity});
+            const Problem p = problem_for(weight, {.m = m,
+                                                   .mode = mode,
+                                                   .x_dtype = kDtypes[random_() % 3],
+                                                   .y_dtype = kDtypes[random_() % 3],
+                                                   .granularity = granularity});
             const Matrix x = random_x(p.x_dtype, m, p.k, p.k + 7, random_);
-            const std::vector<float> expected =
-                oracle(p, weight, {x.data(), x.stride()}, x);
+            const std::vector<float> expected = oracle(p, weight, {x.data(), x.stride()}, x);
             Matrix y(p.y_dtype, m, n, n + 5);
             const Plan plan = *plan_gemm(p, kernel.c_str(), 2);
             AlignedBuffer memory =
@@ -352,8 +357,7 @@ TEST_F(GemmApi, NoRowsAndNoTargetsAreNothingToDo) {
       const Plan empty = *plan_gemm(problem_for(weight, {.m = 0, .mode = mode}), kernel.c_str());
       const GemmTarget target{&weight.packed, nullptr, 8};
       EXPECT_TRUE(run_gemm(empty, {nullptr, 32}, {&target, 1}, nullptr).ok()) << kernel;
-      const Plan one =
-          *plan_gemm(problem_for(weight, {.m = 1, .mode = mode}), kernel.c_str(), 1);
+      const Plan one = *plan_gemm(problem_for(weight, {.m = 1, .mode = mode}), kernel.c_str(), 1);
       const Matrix x = random_x(Dtype::f32, 1, 32, 32, random_);
       EXPECT_TRUE(run(one, {x.data(), 32}, {}).ok()) << kernel;
       if (mode == Mode::w4a16) continue;
@@ -400,8 +404,8 @@ TEST_F(GemmApi, YDoesNotDependOnThreadsOrBlocking) {
       const std::vector<float> expected = oracle(p, weight, input, x);
       for (const std::string& kernel : runnable_kernels(mode)) {
         for (int threads = 1; threads <= 4; ++threads) {
-          ASSERT_EQ(first_difference(multiply(p, kernel.c_str(), weight, input, threads),
-                                     p.y_dtype, expected),
+          ASSERT_EQ(first_difference(multiply(p, kernel.c_str(), weight, input, threads), p.y_dtype,
+                                     expected),
                     "")
               << kernel << ", threads " << threads;
         }
@@ -437,8 +441,8 @@ double gamma_bound(int64_t roundings) {
 // it, `groups` in the fma chain over groups, one for the bias. q - z and s are exact as floats.
 TEST_F(GemmApi, W4a16StaysWithinItsRoundingBound) {
   for (const int64_t group : {32, 128, 1024}) {
-    const TestWeight weight = make_weight({.k = 2048, .n = 64, .group_size = group, .bias = true},
-                                          random_);
+    const TestWeight weight =
+        make_weight({.k = 2048, .n = 64, .group_size = group, .bias = true}, random_);
     const ref::Weights& w = weight.reference;
     const Problem p = problem_for(weight, {.m = 5, .mode = Mode::w4a16, .x_dtype = Dtype::f16});
     const Matrix x = random_x(p.x_dtype, p.m, p.k, p.k, random_);
@@ -490,8 +494,7 @@ TEST_F(GemmApi, TheIntegerModesStayWithinTheirRoundingBound) {
                 exact += term;
                 magnitude += std::fabs(term);
               }
-              ASSERT_LE(std::fabs(y.get(row, n) - exact),
-                        gamma_bound(w.groups + 3) * magnitude)
+              ASSERT_LE(std::fabs(y.get(row, n) - exact), gamma_bound(w.groups + 3) * magnitude)
                   << kernel;
             }
           }
@@ -533,8 +536,8 @@ TEST_F(GemmApi, QuantizedActivationsMoveYByAtMostHalfAStepPerWeight) {
 // A power of two commutes with every rounding of the epilogue.
 TEST_F(GemmApi, GroupScalesOfOnePowerOfTwoEqualATokenScale) {
   for (const Mode mode : {Mode::w4a8, Mode::w4a4}) {
-    const TestWeight weight = make_weight({.k = 256, .n = 72, .group_size = 64, .bias = true},
-                                          random_);
+    const TestWeight weight =
+        make_weight({.k = 256, .n = 72, .group_size = 64, .bias = true}, random_);
     for (const std::string& kernel : runnable_kernels(mode)) {
       for (const int64_t m : {1, 20}) {
         const std::vector<int8_t> codes = random_codes(mode, m * 256, random_);
@@ -645,9 +648,9 @@ TEST_F(GemmApi, AwqWordsAreExactInt8Weights) {
       std::vector<int32_t> partials(expected.size(), -1);
       AlignedBuffer workspace = std::move(*AlignedBuffer::zeroed(plan.workspace_bytes));
       const GemmTarget target{&weight.packed, y.data(), n, partials.data()};
-      ASSERT_TRUE(run_gemm_quantized(plan, {codes.data(), k, scales.data()}, {&target, 1},
-                                     workspace.data())
-                      .ok());
+      ASSERT_TRUE(
+          run_gemm_quantized(plan, {codes.data(), k, scales.data()}, {&target, 1}, workspace.data())
+              .ok());
       EXPECT_EQ(partials, expected) << kernel;
     }
   }
@@ -669,9 +672,11 @@ TEST_F(GemmApi, QuantizedCodesMayBeStrided) {
       const GemmTarget strided{&weight.packed, y.data(), 24};
       const GemmTarget plain{&weight.packed, same.data(), 24};
       ASSERT_TRUE(run_gemm_quantized(plan, {wide.data(), 80, scales.data()}, {&strided, 1},
-                                     workspace.data()).ok());
-      ASSERT_TRUE(run_gemm_quantized(plan, {dense.data(), 72, scales.data()}, {&plain, 1},
-                                     workspace.data()).ok());
+                                     workspace.data())
+                      .ok());
+      ASSERT_TRUE(
+          run_gemm_quantized(plan, {dense.data(), 72, scales.data()}, {&plain, 1}, workspace.data())
+              .ok());
       for (int64_t row = 0; row < 20; ++row) ASSERT_TRUE(rows_equal(y, row, same, row)) << kernel;
     }
   }
@@ -730,8 +735,8 @@ class GemmErrorsInMode : public ::testing::TestWithParam<Mode> {
   AlignedBuffer workspace_ = std::move(*AlignedBuffer::zeroed(1 << 16));
 
   Plan plan(Granularity granularity = Granularity::token) const {
-    return *plan_gemm(problem_for(weight_, {.m = 3, .mode = GetParam(),
-                                            .granularity = granularity}));
+    return *plan_gemm(
+        problem_for(weight_, {.m = 3, .mode = GetParam(), .granularity = granularity}));
   }
   Status run_it(const Plan& plan) {
     return run_gemm(plan, input_, {&target_, 1}, workspace_.data());
@@ -800,8 +805,7 @@ TEST_P(GemmErrorsInMode, WrongClipAndStaticScales) {
   for (const float bad : {std::nanf(""), 0.0f, -1.0f, kInf, 0x1p-101f}) {
     const float scales[] = {0.1f, bad};
     input_.static_scales = scales;
-    expect_invalid(plan(Granularity::static_group),
-                   {"scale 1 is", fmt::format("{}", bad).c_str()});
+    expect_invalid(plan(Granularity::static_group), {"scale 1 is", fmt::format("{}", bad).c_str()});
     input_.static_scales = scales + 1;
     expect_invalid(plan(Granularity::static_tensor), {"scale 0 is"});
   }
@@ -851,9 +855,8 @@ TEST_P(GemmErrorsInMode, PartialSumsAreIntegers) {
 
 TEST_P(GemmErrorsInMode, NonFiniteXNamesTheFirstRow) {
   if (GetParam() == Mode::w4a16) return;  // W4a16PassesNonFiniteValuesThrough
-  for (const Granularity granularity :
-       {Granularity::tensor, Granularity::token, Granularity::group, Granularity::static_tensor,
-        Granularity::static_group}) {
+  for (const Granularity granularity : {Granularity::tensor, Granularity::token, Granularity::group,
+                                        Granularity::static_tensor, Granularity::static_group}) {
     const float scales[] = {0.1f, 0.1f};
     input_.static_scales = scales;
     x_.set(2, 0, std::nanf(""));

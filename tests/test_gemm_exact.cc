@@ -20,8 +20,8 @@ TEST_P(GemmExact, AllTinyShapes) {
   for (const int64_t n : {8, 16, 24, 32, 40, 72}) {
     for (int64_t group = 1; group <= 9; ++group) {
       for (int64_t groups = 1; groups <= 3; ++groups) {
-        const TestWeight weight = make_weight({.k = group * groups, .n = n, .group_size = group},
-                                              random_);
+        const TestWeight weight =
+            make_weight({.k = group * groups, .n = n, .group_size = group}, random_);
         for (const std::string& kernel : runnable_kernels(GetParam())) {
           for (int64_t m = 0; m <= 5; ++m) {
             expect_kernel_equals_oracle(kernel, {.m = m, .mode = GetParam()}, weight, random_);
@@ -47,8 +47,8 @@ TEST_P(GemmExact, EveryRowCountFrom1To70) {
 // Depths around every step a kernel takes along K: quads of 4, chunks of 8 quads (avx2), tiles of
 // 64, scratch of 4 tiles (amx), chunks of 64 quads (w4a4_avx2), int16 sums up to 255.
 TEST_P(GemmExact, GroupDepthsAroundEveryPipelineStep) {
-  for (const int64_t group : {3, 4, 5, 31, 32, 33, 60, 63, 64, 65, 68, 127, 128, 129, 192, 252, 255,
-                              256, 257, 260, 320, 512, 516}) {
+  for (const int64_t group : {3,   4,   5,   31,  32,  33,  60,  63,  64,  65,  68, 127,
+                              128, 129, 192, 252, 255, 256, 257, 260, 320, 512, 516}) {
     for (int64_t groups = 1; groups <= 2; ++groups) {
       const TestWeight weight =
           make_weight({.k = group * groups, .n = 64, .group_size = group}, random_);
@@ -88,9 +88,9 @@ TEST_P(GemmExact, ExtremeCodesZerosAndActivations) {
   for (const int64_t group : {32, 128, 512}) {
     for (const int code : {0, 15}) {
       for (const int zero : {0, 15}) {
-        const TestWeight weight = make_weight({.k = 512, .n = 32, .group_size = group,
-                                               .fixed_code = code, .fixed_zero = zero},
-                                              random_);
+        const TestWeight weight = make_weight(
+            {.k = 512, .n = 32, .group_size = group, .fixed_code = code, .fixed_zero = zero},
+            random_);
         for (const int a : {low, high}) {
           const std::vector<int8_t> codes(18 * 512, static_cast<int8_t>(a));
           const std::vector<float> scales(18, 0.5f);
@@ -109,20 +109,22 @@ TEST_P(GemmExact, ExtremeCodesZerosAndActivations) {
 
 TEST_P(GemmExact, EveryScaleKindBiasAndOutputType) {
   for (const Dtype scale_dtype : {Dtype::f16, Dtype::bf16}) {
-    for (const ScaleKind kind : {ScaleKind::ordinary, ScaleKind::negative, ScaleKind::subnormal,
-                                 ScaleKind::mixed}) {
+    for (const ScaleKind kind :
+         {ScaleKind::ordinary, ScaleKind::negative, ScaleKind::subnormal, ScaleKind::mixed}) {
       for (const bool bias : {false, true}) {
-        const TestWeight weight = make_weight({.k = 128, .n = 56, .group_size = 64,
-                                               .scale_dtype = scale_dtype, .scales = kind,
+        const TestWeight weight = make_weight({.k = 128,
+                                               .n = 56,
+                                               .group_size = 64,
+                                               .scale_dtype = scale_dtype,
+                                               .scales = kind,
                                                .bias = bias},
                                               random_);
         for (const Dtype y : {Dtype::f32, Dtype::f16, Dtype::bf16}) {
           for (const Granularity granularity : {Granularity::token, Granularity::group}) {
             for (const std::string& kernel : runnable_kernels(GetParam())) {
               expect_kernel_equals_oracle(
-                  kernel,
-                  {.m = 19, .mode = GetParam(), .y_dtype = y, .granularity = granularity}, weight,
-                  random_);
+                  kernel, {.m = 19, .mode = GetParam(), .y_dtype = y, .granularity = granularity},
+                  weight, random_);
             }
           }
         }
@@ -144,17 +146,23 @@ TEST(GemmExactRandom, TenThousandCases) {
       const auto m = *rc::gen::inRange<int64_t>(1, 40);
       const auto seed = *rc::gen::arbitrary<uint32_t>();
       std::mt19937 random(seed);
-      const Problem problem{.m = m, .n = n, .k = group * groups, .group_size = group, .mode = mode,
+      const Problem problem{.m = m,
+                            .n = n,
+                            .k = group * groups,
+                            .group_size = group,
+                            .mode = mode,
                             .y_dtype = static_cast<Dtype>(random() % 3),
                             .granularity = random() % 2 ? Granularity::token : Granularity::group};
-      const TestWeight weight =
-          make_weight({.k = problem.k, .n = n, .group_size = group,
-                       .scale_dtype = random() % 2 ? Dtype::f16 : Dtype::bf16,
-                       .scales = static_cast<ScaleKind>(random() % 4), .bias = random() % 2 == 0},
-                      random);
+      const TestWeight weight = make_weight({.k = problem.k,
+                                             .n = n,
+                                             .group_size = group,
+                                             .scale_dtype = random() % 2 ? Dtype::f16 : Dtype::bf16,
+                                             .scales = static_cast<ScaleKind>(random() % 4),
+                                             .bias = random() % 2 == 0},
+                                            random);
       const auto codes = random_codes(mode, m * problem.k, random);
-      std::vector<float> scales(static_cast<size_t>(
-          m * (problem.granularity == Granularity::group ? groups : 1)));
+      std::vector<float> scales(
+          static_cast<size_t>(m * (problem.granularity == Granularity::group ? groups : 1)));
       for (float& t : scales) t = std::uniform_real_distribution<float>(1e-6f, 10.0f)(random);
       const std::string& kernel = kernels[random() % kernels.size()];
       std::string why;

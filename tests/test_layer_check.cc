@@ -45,8 +45,12 @@ TEST(LayerCheck, GoodLayersPassInEveryMode) {
   for (const int64_t group : {32, 64, 128, -1}) {
     for (const bool symmetric : {false, true}) {
       for (const bool negative : {false, true}) {
-        Layer layer({.name = "x.q_proj", .k = 256, .n = 72, .group_size = group,
-                     .symmetric = symmetric, .negative_scales = negative});
+        Layer layer({.name = "x.q_proj",
+                     .k = 256,
+                     .n = 72,
+                     .group_size = group,
+                     .symmetric = symmetric,
+                     .negative_scales = negative});
         const Result<LayerResult> result = check_layer(layer.check, fast_options());
         ASSERT_TRUE(result.ok()) << result.status().message();
         EXPECT_TRUE(result->failures.empty());
@@ -132,9 +136,8 @@ TEST(LayerCheck, OutliersHurtTokenScalesMoreThanGroupScales) {
 TEST(LayerCheck, EveryActivationChoiceRuns) {
   Layer layer({.name = "x.q_proj", .k = 256, .n = 16, .group_size = 64});
   CheckOptions options = fast_options();
-  for (const Granularity granularity :
-       {Granularity::tensor, Granularity::token, Granularity::group, Granularity::static_tensor,
-        Granularity::static_group}) {
+  for (const Granularity granularity : {Granularity::tensor, Granularity::token, Granularity::group,
+                                        Granularity::static_tensor, Granularity::static_group}) {
     options.activations = {false, granularity};
     const Result<LayerResult> result = check_layer(layer.check, options);
     ASSERT_TRUE(result.ok()) << result.status().message();
@@ -160,9 +163,8 @@ TEST(LayerCheck, JsonHasTheAgreedNames) {
   for (const char* key : {"name", "k", "n", "group_size", "modes"}) {
     EXPECT_TRUE(json.contains(key)) << key;
   }
-  for (const char* key :
-       {"kernel", "activation", "snr_db_vs_fp16", "snr_db_vs_w4a16", "rel_err", "cosine",
-        "us_median", "dequant_matmul_us_median", "speedup"}) {
+  for (const char* key : {"kernel", "activation", "snr_db_vs_fp16", "snr_db_vs_w4a16", "rel_err",
+                          "cosine", "us_median", "dequant_matmul_us_median", "speedup"}) {
     EXPECT_TRUE(json["modes"]["w4a8"].contains(key)) << key;
   }
 }

@@ -122,8 +122,8 @@ struct Shape {
 };
 // For gemv: one word of zero points; two because of padding; two needed; four because of padding;
 // four needed; eight; and one group in all.
-constexpr Shape kShapes[] = {{256, 16, 128}, {128, 16, 64},  {1024, 8, 64},  {64, 8, 32},
-                             {1024, 8, 32},  {2048, 8, 32},  {256, 24, -1},  {1152, 40, 128},
+constexpr Shape kShapes[] = {{256, 16, 128}, {128, 16, 64}, {1024, 8, 64}, {64, 8, 32},
+                             {1024, 8, 32},  {2048, 8, 32}, {256, 24, -1}, {1152, 40, 128},
                              {96, 72, 32},   {32, 8, 32}};
 
 TEST(Layouts, TheSameMatrixReadsBackEqualFromEveryLayout) {
@@ -289,8 +289,7 @@ TEST(Recogniser, EachRefusedFormatIsNamedWithItsShapes) {
     const QuantizedLinear linear = only_linear(store, config_of(spec));
     EXPECT_EQ(linear.format, format);
     EXPECT_EQ(linear.status.code(), Code::unsupported);
-    EXPECT_NE(linear.status.message().find(fragment), std::string::npos)
-        << linear.status.message();
+    EXPECT_NE(linear.status.message().find(fragment), std::string::npos) << linear.status.message();
     EXPECT_EQ(linear.matrix.q, nullptr);
   }
   // GPTQ without g_idx is known by its shapes.
@@ -331,22 +330,19 @@ TEST(Recogniser, ContradictionsAreRefused) {
   expect_refused(gemm, Code::unsupported, "scales are F32", [&](TensorStore& store, QuantConfig&) {
     store.add(name + ".scales", TensorDtype::f32, {4, 64}, std::vector<float>(256));
   });
-  expect_refused(gemm, Code::corrupt_file, "3 groups do not divide K = 256",
-                 [&](TensorStore& store, QuantConfig&) {
-                   store.add(name + ".scales", TensorDtype::f16, {3, 64},
-                             std::vector<uint16_t>(192));
-                   store.add(name + ".qzeros", TensorDtype::i32, {3, 8},
-                             std::vector<uint32_t>(24));
-                 });
+  expect_refused(
+      gemm, Code::corrupt_file, "3 groups do not divide K = 256",
+      [&](TensorStore& store, QuantConfig&) {
+        store.add(name + ".scales", TensorDtype::f16, {3, 64}, std::vector<uint16_t>(192));
+        store.add(name + ".qzeros", TensorDtype::i32, {3, 8}, std::vector<uint32_t>(24));
+      });
   expect_refused(gemm, Code::corrupt_file, "qzeros should be [4, 8]",
                  [&](TensorStore& store, QuantConfig&) {
-                   store.add(name + ".qzeros", TensorDtype::i32, {8, 4},
-                             std::vector<uint32_t>(32));
+                   store.add(name + ".qzeros", TensorDtype::i32, {8, 4}, std::vector<uint32_t>(32));
                  });
   expect_refused(gemm, Code::unsupported, "qzeros is not a matrix of I32",
                  [&](TensorStore& store, QuantConfig&) {
-                   store.add(name + ".qzeros", TensorDtype::f16, {4, 8},
-                             std::vector<uint16_t>(32));
+                   store.add(name + ".qzeros", TensorDtype::f16, {4, 8}, std::vector<uint16_t>(32));
                  });
   expect_refused(gemm, Code::corrupt_file, "qzeros is missing",
                  [&](TensorStore& store, QuantConfig&) { store.remove(name + ".qzeros"); });
@@ -357,19 +353,18 @@ TEST(Recogniser, ContradictionsAreRefused) {
                    store.add(name + ".qweight", TensorDtype::i32, {256 * 8},
                              std::vector<uint32_t>(256 * 8));
                  });
-  expect_refused(gemm, Code::unsupported, "qweight is not a matrix of I32",
-                 [&](TensorStore& store, QuantConfig&) {
-                   store.add(name + ".qweight", TensorDtype::i32, {256, 0},
-                             std::vector<uint32_t>());
-                 });
+  expect_refused(
+      gemm, Code::unsupported, "qweight is not a matrix of I32",
+      [&](TensorStore& store, QuantConfig&) {
+        store.add(name + ".qweight", TensorDtype::i32, {256, 0}, std::vector<uint32_t>());
+      });
   expect_refused(gemm, Code::corrupt_file, "bias F16 [63] should be floats [64]",
                  [&](TensorStore& store, QuantConfig&) {
                    store.add(name + ".bias", TensorDtype::f16, {63}, std::vector<uint16_t>(63));
                  });
-  expect_refused(gemm, Code::corrupt_file, "bias I32 [64]",
-                 [&](TensorStore& store, QuantConfig&) {
-                   store.add(name + ".bias", TensorDtype::i32, {64}, std::vector<int32_t>(64));
-                 });
+  expect_refused(gemm, Code::corrupt_file, "bias I32 [64]", [&](TensorStore& store, QuantConfig&) {
+    store.add(name + ".bias", TensorDtype::i32, {64}, std::vector<int32_t>(64));
+  });
 }
 
 TEST(Recogniser, GemvGroupSizeNeedsTheConfigOnlyWherePaddingHidesIt) {
@@ -463,8 +458,8 @@ TEST(Recogniser, SymmetricGemmHasZeroPointsThatAreUsed) {
 }
 
 TEST(Recogniser, CompressedTensorsContradictionsAreRefused) {
-  const LayerSpec spec{.k = 64, .n = 16, .group_size = 32,
-                       .format = LinearFormat::ct_pack_asymmetric};
+  const LayerSpec spec{
+      .k = 64, .n = 16, .group_size = 32, .format = LinearFormat::ct_pack_asymmetric};
   const std::string name = spec.name;
   const auto shape = [&](int64_t n, int64_t k) {
     return [=](TensorStore& store, QuantConfig&) {
@@ -484,16 +479,16 @@ TEST(Recogniser, CompressedTensorsContradictionsAreRefused) {
   expect_refused(spec, Code::unsupported, "weight_g_idx", [&](TensorStore& store, QuantConfig&) {
     store.add(name + ".weight_g_idx", TensorDtype::i32, {64}, std::vector<int32_t>(64));
   });
-  expect_refused(spec, Code::corrupt_file, "weight_zero_point should be [2, 2]",
-                 [&](TensorStore& store, QuantConfig&) {
-                   store.add(name + ".weight_zero_point", TensorDtype::i32, {4, 1},
-                             std::vector<int32_t>(4));
-                 });
-  expect_refused(spec, Code::unsupported, "weight_packed is not a matrix of I32",
-                 [&](TensorStore& store, QuantConfig&) {
-                   store.add(name + ".weight_packed", TensorDtype::u8, {16, 32},
-                             std::vector<uint8_t>(512));
-                 });
+  expect_refused(
+      spec, Code::corrupt_file, "weight_zero_point should be [2, 2]",
+      [&](TensorStore& store, QuantConfig&) {
+        store.add(name + ".weight_zero_point", TensorDtype::i32, {4, 1}, std::vector<int32_t>(4));
+      });
+  expect_refused(
+      spec, Code::unsupported, "weight_packed is not a matrix of I32",
+      [&](TensorStore& store, QuantConfig&) {
+        store.add(name + ".weight_packed", TensorDtype::u8, {16, 32}, std::vector<uint8_t>(512));
+      });
   expect_refused(spec, Code::corrupt_file, "group size 64 in config.json, but the shapes say 32",
                  [](TensorStore&, QuantConfig& config) { config.group_size = 64; });
 }
@@ -517,8 +512,8 @@ TEST(DenseLinears, AreTheFloatMatricesThatAreNotQuantized) {
   TempDir dir;
   TensorStore store;
   add_layer(store, {.name = "model.q", .k = 64, .n = 16});
-  add_layer(store, {.name = "model.ct", .k = 64, .n = 16,
-                    .format = LinearFormat::ct_pack_symmetric});
+  add_layer(store,
+            {.name = "model.ct", .k = 64, .n = 16, .format = LinearFormat::ct_pack_symmetric});
   store.add_dense("model.q.weight", 16, 64, Dtype::f16, 1);  // a leftover beside the triple
   store.add_dense("model.ct.weight", 16, 64, Dtype::f16, 1);
   store.add_dense("lm_head.weight", 100, 64, Dtype::bf16, 2);

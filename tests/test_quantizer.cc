@@ -71,9 +71,7 @@ struct Rows {
   void set(int64_t row, int64_t i, float value) {
     store_from_float(data(), row * stride + i, dtype, value);
   }
-  float get(int64_t row, int64_t i) const {
-    return load_as_float(data(), row * stride + i, dtype);
-  }
+  float get(int64_t row, int64_t i) const { return load_as_float(data(), row * stride + i, dtype); }
   const void* row(int64_t index) const {
     return static_cast<const unsigned char*>(data()) + index * stride * dtype_bytes(dtype);
   }
@@ -100,9 +98,14 @@ struct Options {
 };
 
 Problem problem_of(const Options& options, const Rows& x, int64_t m) {
-  return {.m = m, .n = 8, .k = x.k,
-          .group_size = options.group_size == 0 ? x.k : options.group_size, .mode = options.mode,
-          .x_dtype = x.dtype, .granularity = options.granularity, .symmetric = options.symmetric};
+  return {.m = m,
+          .n = 8,
+          .k = x.k,
+          .group_size = options.group_size == 0 ? x.k : options.group_size,
+          .mode = options.mode,
+          .x_dtype = x.dtype,
+          .granularity = options.granularity,
+          .symmetric = options.symmetric};
 }
 
 GemmInput input_of(const Options& options, const Rows& x) {
@@ -129,8 +132,9 @@ bool quantize_by(const QuantizerOps& ops, const Options& options, const Rows& x,
     tensor = dynamic_scaling(all, p, options.clip);
   }
   for (int64_t row = 0; row < m; ++row) {
-    const RowDestination to{&a->codes[row * p.k],        p.group_size, kTileDepth, p.group_size,
-                            &a->scales[row * per_row], &a->sums[row * groups]};
+    const RowDestination to{
+        &a->codes[row * p.k],      p.group_size,          kTileDepth, p.group_size,
+        &a->scales[row * per_row], &a->sums[row * groups]};
     if (!quantize_row(ops, p, input, tensor, x.row(row), to)) return false;
   }
   return true;
@@ -145,8 +149,8 @@ std::string first_difference(const ref::Activations& a, const ref::Activations& 
   }
   for (size_t i = 0; i < b.scales.size(); ++i) {
     if (std::bit_cast<uint32_t>(a.scales[i]) != std::bit_cast<uint32_t>(b.scales[i])) {
-      return "scale " + std::to_string(i) + " is " + std::to_string(a.scales[i]) +
-             ", expected " + std::to_string(b.scales[i]);
+      return "scale " + std::to_string(i) + " is " + std::to_string(a.scales[i]) + ", expected " +
+             std::to_string(b.scales[i]);
     }
   }
   if (a.sums != b.sums) return "a sum differs";
@@ -155,8 +159,7 @@ std::string first_difference(const ref::Activations& a, const ref::Activations& 
 
 /// Every instruction set gives the oracle's bits; returns them.
 ref::Activations expect_all_equal(const Options& options, const Rows& x, int64_t m) {
-  const ref::Activations expected =
-      ref::quantize(problem_of(options, x, m), input_of(options, x));
+  const ref::Activations expected = ref::quantize(problem_of(options, x, m), input_of(options, x));
   for (const NamedOps& named : runnable_ops()) {
     ref::Activations actual;
     EXPECT_TRUE(quantize_by(*named.ops, options, x, m, &actual)) << named.name;
@@ -227,8 +230,8 @@ TEST(Quantizer, PaddingIsZeroedAndNothingElseIsTouched) {
         const int64_t in_group = i / kStep % steps * 64 + i % kStep;
         int8_t value = 99;
         if (i % kStep < 64) {
-          value = in_group < group
-                      ? expected.codes[i / (steps * kStep) * group + in_group] : int8_t{0};
+          value =
+              in_group < group ? expected.codes[i / (steps * kStep) * group + in_group] : int8_t{0};
         }
         ASSERT_EQ(codes[i], value) << named.name << ", group " << group << ", byte " << i;
       }
@@ -265,8 +268,7 @@ TEST(Quantizer, AsymmetricTiesRoundToEven) {
       Rows x(dtype, 1, 16, 16);
       for (int n = 0; n < 15; ++n) x.set(0, n, sign * (n + 0.5f));
       x.set(0, 15, sign * 15.0f);
-      const ref::Activations a =
-          expect_all_equal({.mode = Mode::w4a4, .symmetric = false}, x, 1);
+      const ref::Activations a = expect_all_equal({.mode = Mode::w4a4, .symmetric = false}, x, 1);
       EXPECT_EQ(a.scales[0], 1.0f);
       for (int n = 0; n < 15; ++n) ASSERT_EQ(a.codes[n], sign * half_to_even(n)) << n;
     }
@@ -281,10 +283,8 @@ TEST(Quantizer, StaticScalesClampHugeValues) {
       for (const float t : {0x1p-100f, 1e-20f, 1.0f}) {
         Rows x(dtype, 1, 37, 37);
         for (int64_t i = 0; i < 37; ++i) x.set(0, i, i % 3 == 0 ? most : i % 3 == 1 ? -most : 0);
-        const ref::Activations a =
-            expect_all_equal({.mode = mode, .granularity = Granularity::static_tensor,
-                              .static_scales = {t}},
-                             x, 1);
+        const ref::Activations a = expect_all_equal(
+            {.mode = mode, .granularity = Granularity::static_tensor, .static_scales = {t}}, x, 1);
         for (int i = 0; i < 37; ++i) {
           ASSERT_EQ(a.codes[i], i % 3 == 0 ? limit : i % 3 == 1 ? -limit : 0) << "t " << t;
         }
@@ -292,7 +292,8 @@ TEST(Quantizer, StaticScalesClampHugeValues) {
       Rows x(dtype, 1, 9, 9);
       for (int64_t i = 0; i < 9; ++i) x.set(0, i, 1.0f);
       const ref::Activations a =
-          expect_all_equal({.mode = mode, .granularity = Granularity::static_tensor,
+          expect_all_equal({.mode = mode,
+                            .granularity = Granularity::static_tensor,
                             .static_scales = {std::numeric_limits<float>::max()}},
                            x, 1);
       EXPECT_EQ(a.sums[0], 0);
@@ -401,13 +402,12 @@ TEST(Quantizer, TheFirstNonFiniteRowIsNamed) {
         x.set(297, 0, kInf);
         x.set(41, 47, std::nanf(""));
         x.set(42, 20, -kInf);
-        const Result<Plan> plan =
-            plan_gemm(problem_of(options, x, 300), kernel.c_str(), threads);
+        const Result<Plan> plan = plan_gemm(problem_of(options, x, 300), kernel.c_str(), threads);
         ASSERT_TRUE(plan.ok()) << plan.status().message();
         std::vector<int8_t> codes(300 * 48);
         std::vector<float> scales(300 * 3);
-        const Status status = quantize_activations(*plan, input_of(options, x), codes.data(),
-                                                   scales.data(), nullptr);
+        const Status status =
+            quantize_activations(*plan, input_of(options, x), codes.data(), scales.data(), nullptr);
         EXPECT_EQ(status.code(), Code::non_finite) << plan->describe();
         EXPECT_EQ(status.message(), "x has a NaN or infinity in row 41") << plan->describe();
       }

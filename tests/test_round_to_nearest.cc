@@ -19,7 +19,9 @@ struct Weight {
   int64_t n, k;
   std::vector<float> values;
   TensorView view() const {
-    return {TensorDtype::f32, {n, k}, reinterpret_cast<const std::byte*>(values.data()),
+    return {TensorDtype::f32,
+            {n, k},
+            reinterpret_cast<const std::byte*>(values.data()),
             values.size() * sizeof(float)};
   }
 };
@@ -123,8 +125,8 @@ TEST(RoundToNearest, ErrorIsWithinHalfAStepWhereZeroIsInRange) {
   for (int64_t n = 0; n < 16; ++n) {
     const float scale = load_as_float(result->scales.data(), n, Dtype::f16);
     for (int64_t k = 0; k < 128; ++k) {
-      const float error = read[static_cast<size_t>(k * 16 + n)] -
-                          weight.values[static_cast<size_t>(n * 128 + k)];
+      const float error =
+          read[static_cast<size_t>(k * 16 + n)] - weight.values[static_cast<size_t>(n * 128 + k)];
       // Half a step, and what rounding s and z leaves at the far end.
       EXPECT_LE(std::abs(error), scale * 1.01f);
     }
@@ -168,14 +170,14 @@ TEST(RoundToNearest, AllTypesOfWeightsGiveTheSameCodes) {
   }
   const auto expected = quantize_round_to_nearest("w", weight.view(), {32, false, Dtype::f16});
   ASSERT_TRUE(expected.ok());
-  for (const auto& [tensor, dtype] : {std::pair{TensorDtype::f16, Dtype::f16},
-                                      std::pair{TensorDtype::bf16, Dtype::bf16}}) {
+  for (const auto& [tensor, dtype] :
+       {std::pair{TensorDtype::f16, Dtype::f16}, std::pair{TensorDtype::bf16, Dtype::bf16}}) {
     std::vector<uint16_t> bits(weight.values.size());
     for (size_t i = 0; i < bits.size(); ++i) {
       store_from_float(bits.data(), static_cast<int64_t>(i), dtype, weight.values[i]);
     }
-    const TensorView view{tensor, {8, 32}, reinterpret_cast<const std::byte*>(bits.data()),
-                          bits.size() * 2};
+    const TensorView view{
+        tensor, {8, 32}, reinterpret_cast<const std::byte*>(bits.data()), bits.size() * 2};
     const auto result = quantize_round_to_nearest("w", view, {32, false, Dtype::f16});
     ASSERT_TRUE(result.ok());
     EXPECT_EQ(result->qweight, expected->qweight);

@@ -45,17 +45,16 @@ std::string header_of(const std::string& entries) { return fmt::format("{{{}}}",
 
 std::string entry(const std::string& name, const std::string& dtype, const std::string& shape,
                   const std::string& offsets) {
-  return "\"" + name + R"(":{"dtype":")" + dtype + R"(","shape":)" + shape +
-         R"(,"data_offsets":)" + offsets + "}";
+  return "\"" + name + R"(":{"dtype":")" + dtype + R"(","shape":)" + shape + R"(,"data_offsets":)" +
+         offsets + "}";
 }
 
 TEST(SafetensorsParse, ReadsTensorsAndMetadata) {
-  const std::string file = image(R"({"__metadata__":{"format":"pt"},)" +
-                                     entry("b", "I32", "[2,1]", "[4,12]") + "," +
-                                     entry("a", "F16", "[2]", "[0,4]") + "," +
-                                     entry("none", "F32", "[0,7]", "[12,12]") + "," +
-                                     entry("scalar", "U8", "[]", "[12,13]") + "}  ",
-                                 13);
+  const std::string file =
+      image(R"({"__metadata__":{"format":"pt"},)" + entry("b", "I32", "[2,1]", "[4,12]") + "," +
+                entry("a", "F16", "[2]", "[0,4]") + "," + entry("none", "F32", "[0,7]", "[12,12]") +
+                "," + entry("scalar", "U8", "[]", "[12,13]") + "}  ",
+            13);
   const auto parsed = parse(file);
   ASSERT_TRUE(parsed.ok()) << parsed.status().message();
   ASSERT_EQ(parsed->tensors.size(), 4u);
@@ -79,8 +78,8 @@ TEST(SafetensorsParse, EmptyHeaderIsAnEmptyFile) {
 TEST(SafetensorsParse, RefusesImpossibleHeaderLengths) {
   expect_corrupt("", "0 bytes");
   expect_corrupt("1234567", "7 bytes");
-  for (const uint64_t length : {uint64_t{3}, uint64_t{100'000'001}, uint64_t{1} << 63,
-                                ~uint64_t{0}, ~uint64_t{0} - 7}) {
+  for (const uint64_t length :
+       {uint64_t{3}, uint64_t{100'000'001}, uint64_t{1} << 63, ~uint64_t{0}, ~uint64_t{0} - 7}) {
     std::string file = image("{}", 0);
     std::memcpy(file.data(), &length, sizeof length);
     expect_corrupt(file, "header length " + std::to_string(length));
@@ -202,8 +201,7 @@ TensorStore random_store() {
   const int count = *rc::gen::inRange(1, 12);
   for (int i = 0; i < count; ++i) {
     const auto dtype = static_cast<TensorDtype>(*rc::gen::inRange(0, 15));
-    const auto shape =
-        *rc::gen::container<std::vector<int64_t>>(rc::gen::inRange<int64_t>(0, 5));
+    const auto shape = *rc::gen::container<std::vector<int64_t>>(rc::gen::inRange<int64_t>(0, 5));
     const std::vector<int64_t> short_shape(shape.begin(),
                                            shape.begin() + std::min<long>(3, std::ssize(shape)));
     int64_t bytes = tensor_dtype_bytes(dtype);
@@ -249,8 +247,7 @@ TEST(SafetensorsWrite, IsByteForByteReproducibleAndPadded) {
   std::string header = R"({"wide":{"dtype":"I64","shape":[1],"data_offsets":[0,8]},)"
                        R"("small":{"dtype":"U8","shape":[3],"data_offsets":[8,11]}})";
   header.resize((header.size() + 7) / 8 * 8, ' ');
-  EXPECT_EQ(read_text(dir.file("a")),
-            image(header, 0) + std::string("\4\0\0\0\0\0\0\0\1\2\3", 11));
+  EXPECT_EQ(read_text(dir.file("a")), image(header, 0) + std::string("\4\0\0\0\0\0\0\0\1\2\3", 11));
 }
 
 TEST(SafetensorsWrite, RefusesTensorsThatContradictThemselves) {

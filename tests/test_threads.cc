@@ -21,13 +21,12 @@ std::vector<float> random_floats(int64_t count, std::mt19937& random) {
 }
 
 Problem problem_of(Mode mode, int64_t m, Granularity granularity = Granularity::token) {
-  return {.m = m, .n = kN, .k = kK, .group_size = kGroup, .mode = mode,
-          .granularity = granularity};
+  return {.m = m, .n = kN, .k = kK, .group_size = kGroup, .mode = mode, .granularity = granularity};
 }
 
 /// y of one call, or the failure in `status`.
-std::vector<float> multiply(const Plan& plan, const TestWeight& weight,
-                            const std::vector<float>& x, Status* status) {
+std::vector<float> multiply(const Plan& plan, const TestWeight& weight, const std::vector<float>& x,
+                            Status* status) {
   std::vector<float> y(static_cast<size_t>(plan.problem.m * kN), -1.0f);
   const GemmTarget target{&weight.packed, y.data(), kN};
   *status = run(plan, {x.data(), kK}, {&target, 1});
@@ -37,8 +36,7 @@ std::vector<float> multiply(const Plan& plan, const TestWeight& weight,
 class Threads : public ::testing::Test {
  protected:
   std::mt19937 random_{20260104};
-  TestWeight weight_ =
-      make_weight({.k = kK, .n = kN, .group_size = kGroup, .bias = true}, random_);
+  TestWeight weight_ = make_weight({.k = kK, .n = kN, .group_size = kGroup, .bias = true}, random_);
 };
 
 TEST_F(Threads, EveryKernelGivesTheSameBitsOnTwoThreadsAsOnOne) {
@@ -50,8 +48,7 @@ TEST_F(Threads, EveryKernelGivesTheSameBitsOnTwoThreadsAsOnOne) {
         for (const std::string& kernel : runnable_kernels(mode)) {
           std::vector<std::vector<float>> outputs;
           for (const int threads : {1, 2}) {
-            const Plan plan =
-                *plan_gemm(problem_of(mode, m, granularity), kernel.c_str(), threads);
+            const Plan plan = *plan_gemm(problem_of(mode, m, granularity), kernel.c_str(), threads);
             Status status;
             outputs.push_back(multiply(plan, weight_, x, &status));
             ASSERT_TRUE(status.ok()) << status.message();
@@ -189,8 +186,7 @@ TEST_F(Threads, PackingGivesTheSameBytesWhateverTheThreads) {
         pack_weights(weight_.tensors.view(), weight_.bias.data(), Dtype::f32, threads);
     ASSERT_TRUE(packed.ok()) << packed.status().message();
     ASSERT_EQ(packed->bytes(), weight_.packed.bytes());
-    EXPECT_EQ(std::memcmp(packed->storage.data(), expected,
-                          static_cast<size_t>(packed->bytes())),
+    EXPECT_EQ(std::memcmp(packed->storage.data(), expected, static_cast<size_t>(packed->bytes())),
               0);
     EXPECT_EQ(packed->bias, weight_.packed.bias);
   }

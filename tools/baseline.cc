@@ -78,8 +78,12 @@ void dequantize_all(const AwqTensors& w, int threads, T* out, RowFunction row_fu
 class OpenBlasF32 : public Baseline {
  public:
   OpenBlasF32(const AwqTensors& weight, const float* x, int64_t m, int threads)
-      : Baseline(weight), x_(x), m_(m), threads_(threads),
-        full_(static_cast<size_t>(weight.k * weight.n)), y_(static_cast<size_t>(m * weight.n)) {
+      : Baseline(weight),
+        x_(x),
+        m_(m),
+        threads_(threads),
+        full_(static_cast<size_t>(weight.k * weight.n)),
+        y_(static_cast<size_t>(m * weight.n)) {
     openblas_set_num_threads(threads);
   }
   const char* name() const override { return "openblas-f32"; }
@@ -113,8 +117,12 @@ template <class T>
 class OneDnn : public Baseline {
  public:
   OneDnn(const AwqTensors& weight, const float* x, int64_t m, int threads)
-      : Baseline(weight), m_(m), threads_(threads), x_(static_cast<size_t>(m * weight.k)),
-        full_(static_cast<size_t>(weight.k * weight.n)), y_(static_cast<size_t>(m * weight.n)) {
+      : Baseline(weight),
+        m_(m),
+        threads_(threads),
+        x_(static_cast<size_t>(m * weight.k)),
+        full_(static_cast<size_t>(weight.k * weight.n)),
+        y_(static_cast<size_t>(m * weight.n)) {
     for (size_t i = 0; i < x_.size(); ++i) {
       if constexpr (kIsBf16) {
         x_[i] = bf16_from_float(x[i]);

@@ -31,9 +31,8 @@ struct Options {
 
 const std::map<std::string, Mode> kModes = {
     {"w4a16", Mode::w4a16}, {"w4a8", Mode::w4a8}, {"w4a4", Mode::w4a4}};
-const std::map<std::string, Granularity> kActivations = {{"token", Granularity::token},
-                                                         {"group", Granularity::group},
-                                                         {"tensor", Granularity::tensor}};
+const std::map<std::string, Granularity> kActivations = {
+    {"token", Granularity::token}, {"group", Granularity::group}, {"tensor", Granularity::tensor}};
 
 /// One line of the result.
 struct Row {
@@ -69,8 +68,8 @@ struct Shape {
 
 Result<std::unique_ptr<Shape>> make_shape(const Options& o, int64_t n, int64_t k) {
   auto shape = std::make_unique<Shape>();
-  shape->tensors = make_synthetic_weight(
-      {.name = "bench", .k = k, .n = n, .group_size = o.group_size}, 1);
+  shape->tensors =
+      make_synthetic_weight({.name = "bench", .k = k, .n = n, .group_size = o.group_size}, 1);
   shape->reference = ref::unpack(shape->tensors.view());
   Result<PackedWeights> packed = pack_weights(shape->tensors.view());
   if (!packed.ok()) return packed.status();
@@ -121,9 +120,13 @@ Status check_baseline(const Shape& shape, Baseline& baseline, const std::vector<
 
 Status prepare(const Options& o, const Shape& shape, Mode mode, const char* kernel,
                const std::vector<float>& x, int64_t m, ModeRun& run) {
-  Problem p{.m = m, .n = shape.packed.n, .k = shape.packed.k,
-            .group_size = shape.packed.group_size, .mode = mode,
-            .granularity = kActivations.at(o.activations), .symmetric = mode != Mode::w4a4};
+  Problem p{.m = m,
+            .n = shape.packed.n,
+            .k = shape.packed.k,
+            .group_size = shape.packed.group_size,
+            .mode = mode,
+            .granularity = kActivations.at(o.activations),
+            .symmetric = mode != Mode::w4a4};
   Result<Plan> plan = plan_gemm(p, kernel, o.threads);
   if (!plan.ok()) return plan.status();
   run.plan = *plan;
@@ -178,7 +181,8 @@ Status bench_point(const Options& o, const Shape& shape, int64_t m, ReadBandwidt
   if (!o.no_baseline) baselines = make_baselines(shape.tensors, x.data(), m, threads);
   for (const auto& baseline : baselines) {
     NIBBLE_TRY(check_baseline(shape, *baseline, x));
-    contenders.push_back({baseline->name(), [&baseline] { baseline->flush_weight(); },
+    contenders.push_back({baseline->name(),
+                          [&baseline] { baseline->flush_weight(); },
                           [&baseline] { baseline->dequantize(), baseline->multiply(); },
                           {}});
   }
@@ -214,32 +218,42 @@ Status bench_point(const Options& o, const Shape& shape, int64_t m, ReadBandwidt
 }
 
 nlohmann::json to_json(const Row& row) {
-  nlohmann::json json = {{"mode", row.mode},
-                         {"device", device_summary()},
-                         {"m", row.m},
-                         {"n", row.n},
-                         {"k", row.k},
-                         {"group_size", row.group_size},
-                         {"us_median", row.samples.median()},
-                         {"us_min", row.samples.min()},
-                         {"samples_us", row.samples.microseconds},
-                         {"tops", row.tops()},
-                         {"gb_per_s", row.gb_per_s()},
-                         {"read_gb_per_s", row.read_gb_per_s},
-                         {"roofline_share", row.roofline_share()},
-                         {"speedup_vs_dequant_matmul",
-                          row.best_baseline_us > 0
-                              ? nlohmann::json(row.best_baseline_us / row.samples.median())
-                              : nlohmann::json(nullptr)},
-                         {"checked", true}};
+  nlohmann::json json = {
+      {"mode", row.mode},
+      {"device", device_summary()},
+      {"m", row.m},
+      {"n", row.n},
+      {"k", row.k},
+      {"group_size", row.group_size},
+      {"us_median", row.samples.median()},
+      {"us_min", row.samples.min()},
+      {"samples_us", row.samples.microseconds},
+      {"tops", row.tops()},
+      {"gb_per_s", row.gb_per_s()},
+      {"read_gb_per_s", row.read_gb_per_s},
+      {"roofline_share", row.roofline_share()},
+      {"speedup_vs_dequant_matmul",
+       row.best_baseline_us > 0 ? nlohmann::json(row.best_baseline_us / row.samples.median())
+                                : nlohmann::json(nullptr)},
+      {"checked", true}};
   json[row.is_baseline ? "peer" : "kernel"] = row.kernel;
   return json;
 }
 
 void print_rows(const std::vector<Row>& rows, bool csv) {
-  const std::vector<std::string> head = {"kernel", "mode",   "M",    "N",      "K",
-                                         "g",      "us",     "min",  "max",    "TOPS",
-                                         "GB/s",   "read %", "vs dequantize + best matmul"};
+  const std::vector<std::string> head = {"kernel",
+                                         "mode",
+                                         "M",
+                                         "N",
+                                         "K",
+                                         "g",
+                                         "us",
+                                         "min",
+                                         "max",
+                                         "TOPS",
+                                         "GB/s",
+                                         "read %",
+                                         "vs dequantize + best matmul"};
   const auto line = [csv](const std::vector<std::string>& cells) {
     if (csv) {
       fmt::print("{}\n", fmt::join(cells, ","));
@@ -273,7 +287,8 @@ int run_bench(const Options& o) {
                            fmt::format("group size {} does not divide K = {}", o.group_size, k)));
       }
       if (n <= 0 || n % 8 != 0) {
-        return fail(Status(Code::invalid_argument, fmt::format("N = {} is not a multiple of 8", n)));
+        return fail(
+            Status(Code::invalid_argument, fmt::format("N = {} is not a multiple of 8", n)));
       }
       Result<std::unique_ptr<Shape>> shape = make_shape(o, n, k);
       if (!shape.ok()) return fail(shape.status());
@@ -293,9 +308,10 @@ int run_bench(const Options& o) {
     for (const Row& row : rows) fmt::print("{}\n", to_json(row).dump());
   } else {
     if (o.output == "md") {
-      fmt::print("{}\nmeasured read bandwidth {:.1f} GB/s; weights cold; us = median of interleaved "
-                 "rounds\n\n",
-                 device_summary(), rows.empty() ? 0.0 : rows.back().read_gb_per_s);
+      fmt::print(
+          "{}\nmeasured read bandwidth {:.1f} GB/s; weights cold; us = median of interleaved "
+          "rounds\n\n",
+          device_summary(), rows.empty() ? 0.0 : rows.back().read_gb_per_s);
     }
     print_rows(rows, o.output == "csv");
   }
@@ -310,12 +326,13 @@ void add_bench_command(CLI::App& app, int& exit_code) {
   bench->require_subcommand(1);
   CLI::App* command = bench->add_subcommand(
       "gemm", "Kernels against dequantize + matmul, interleaved, cold weights, checked first");
-  command->add_option("-m,--m", o->m, "Rows of x")->delimiter(',')->check(CLI::Range(1, 1 << 20))
+  command->add_option("-m,--m", o->m, "Rows of x")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
   command->add_option("-n,--n", o->n, "Output channels")->delimiter(',')->capture_default_str();
   command->add_option("-k,--k", o->k, "Input channels")->delimiter(',')->capture_default_str();
-  command->add_option("-g,--group-size", o->group_size, "Group size; -1: K")
-      ->capture_default_str();
+  command->add_option("-g,--group-size", o->group_size, "Group size; -1: K")->capture_default_str();
   command->add_option("--mode", o->modes, "Modes, each with its preferred kernel")
       ->delimiter(',')
       ->check(CLI::IsMember({"w4a16", "w4a8", "w4a4"}))

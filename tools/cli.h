@@ -14,7 +14,7 @@ namespace nibble::cli {
 /// Exit codes of every subcommand.
 enum Exit : int {
   kExitOk = 0,
-  kExitFailed = 1,       // a check or gate failed
+  kExitFailed = 1,  // a check or gate failed
   kExitUsage = 2,
   kExitUnsupported = 3,  // model, format or device
   kExitBadFile = 4,      // missing, corrupt or unwritable file
@@ -53,7 +53,7 @@ void add_progress_option(CLI::App& command, ProgressMode& mode);
 class Progress {
  public:
   Progress(ProgressMode mode, std::string unit, int64_t total);
-  ~Progress();  // clears or ends the line
+  ~Progress();                            // clears or ends the line
   void advance(const std::string& note);  // one unit done
 
  private:

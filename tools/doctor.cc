@@ -90,8 +90,8 @@ void print_machine() {
   const CpuFeatures& f = cpu_features();
   const char* commit = NIBBLE_COMMIT;
   Table table("<<");
-  table.add({"nibble", fmt::format("{} (commit {})", NIBBLE_VERSION,
-                                   *commit == '\0' ? "unknown" : commit)});
+  table.add({"nibble",
+             fmt::format("{} (commit {})", NIBBLE_VERSION, *commit == '\0' ? "unknown" : commit)});
   table.add({"CPU", fmt::format("{} ({})", f.brand.empty() ? "unknown" : f.brand,
                                 f.vendor.empty() ? "unknown vendor" : f.vendor)});
   table.add({"CPUs", fmt::format("{} available to this process", available_cpus())});
@@ -174,7 +174,8 @@ json machine_json() {
   for (const Mode mode : kModes) {
     for (const int64_t m : kRows) {
       const std::string name = picked_kernel(mode, m);
-      document["picked"].push_back({{"mode", mode_name(mode)}, {"m", m},
+      document["picked"].push_back({{"mode", mode_name(mode)},
+                                    {"m", m},
                                     {"kernel", name.empty() ? json(nullptr) : json(name)}});
     }
   }

@@ -76,9 +76,9 @@ struct Report {
 
   /// All bytes of the quantized linears, zero points, scales, padding and bias included.
   double bits_per_weight() const {
-    return parameters == 0 ? 0
-                           : 8 * static_cast<double>(quantized_bytes) /
-                                 static_cast<double>(parameters);
+    return parameters == 0
+               ? 0
+               : 8 * static_cast<double>(quantized_bytes) / static_cast<double>(parameters);
   }
 };
 
@@ -137,7 +137,8 @@ Report make_report(const Checkpoint& checkpoint, bool digest) {
   if (!negative.empty()) {
     report.notes.push_back(fmt::format(
         "negative scales in {}: {}. They are legal and computed right here; other int8 paths may "
-        "print garbage.", plural(negative.size(), "layer"), some_of(negative)));
+        "print garbage.",
+        plural(negative.size(), "layer"), some_of(negative)));
   }
   if (!subnormal.empty()) {
     report.notes.push_back(fmt::format(
@@ -229,8 +230,8 @@ std::string zero_points_text(const Report& report) {
     high = std::max(high, report.layers[i].values.zero_point_max);
   }
   if (readable == symmetric) return "8 everywhere (symmetric)";
-  const std::string range = low == high ? fmt::format("{} everywhere", low)
-                                        : fmt::format("{}..{}", low, high);
+  const std::string range =
+      low == high ? fmt::format("{} everywhere", low) : fmt::format("{}..{}", low, high);
   return symmetric == 0 ? range
                         : fmt::format("{}, {} of {} layers symmetric", range, symmetric, readable);
 }
@@ -250,12 +251,12 @@ void print_summary(const Report& report) {
   table.add({"architecture", printable(checkpoint.architecture())});
   table.add({"format", formats_text(report)});
   table.add({"config", config_text(checkpoint.quant_config())});
-  table.add({"shards", fmt::format("{}: {}", checkpoint.shards().size(),
-                                   some_of(checkpoint.shards(), 3))});
-  table.add({"size", fmt::format("{} in {}, {} of it in quantized layers",
-                                 bytes_text(checkpoint.bytes()),
-                                 plural(checkpoint.tensors().size(), "tensor"),
-                                 bytes_text(report.quantized_bytes))});
+  table.add({"shards",
+             fmt::format("{}: {}", checkpoint.shards().size(), some_of(checkpoint.shards(), 3))});
+  table.add(
+      {"size", fmt::format("{} in {}, {} of it in quantized layers", bytes_text(checkpoint.bytes()),
+                           plural(checkpoint.tensors().size(), "tensor"),
+                           bytes_text(report.quantized_bytes))});
   if (report.parameters > 0) {
     table.add({"weights", fmt::format("{} quantized, {:.4f} bits each with all their overhead",
                                       count_text(report.parameters), report.bits_per_weight())});
@@ -270,7 +271,7 @@ void print_summary(const Report& report) {
 
 void print_layers(const Report& report, const Options& options) {
   Table table("<<>>><<<<<>>>>");
-  std::vector<std::string> head = {"layer",  "format", "K",    "N",     "group",
+  std::vector<std::string> head = {"layer", "format", "K",    "N",     "group",
                                    "zeros", "scales", "bias", "status"};
   if (options.digest) head.push_back("digest");
   if (options.values) {
@@ -287,17 +288,18 @@ void print_layers(const Report& report, const Options& options) {
                                     dimension_text(linear.matrix.k),
                                     dimension_text(linear.matrix.n),
                                     dimension_text(linear.matrix.group_size),
-                                    !ok ? "?" : linear.symmetric ? "sym" : "asym",
+                                    !ok                ? "?"
+                                    : linear.symmetric ? "sym"
+                                                       : "asym",
                                     ok ? dtype_name(linear.matrix.scale_dtype) : "?",
                                     linear.bias == nullptr ? "-" : "bias",
                                     status_name(layer_status(report, i).code())};
     if (options.digest || options.values) row.push_back(report.layers[i].digest);
     if (options.values && ok) {
-      row.insert(row.end(),
-                 {fmt::format("{}..{}", values.zero_point_min, values.zero_point_max),
-                  fmt::format("{}", values.negative_scales),
-                  fmt::format("{}", values.subnormal_scales),
-                  fmt::format("{}", values.zero_scales)});
+      row.insert(row.end(), {fmt::format("{}..{}", values.zero_point_min, values.zero_point_max),
+                             fmt::format("{}", values.negative_scales),
+                             fmt::format("{}", values.subnormal_scales),
+                             fmt::format("{}", values.zero_scales)});
     }
     table.add(row);
   }
@@ -390,7 +392,9 @@ json report_json(const Report& report, const Options& options) {
   }
   document["dense"] = json::array();
   for (const DenseLinear& linear : report.dense) {
-    document["dense"].push_back({{"name", linear.name}, {"k", linear.k}, {"n", linear.n},
+    document["dense"].push_back({{"name", linear.name},
+                                 {"k", linear.k},
+                                 {"n", linear.n},
                                  {"dtype", tensor_dtype_name(linear.weight->dtype)}});
   }
   document["notes"] = report.notes;
@@ -411,8 +415,8 @@ int run_inspect(const Options& options) {
   if (interrupted()) return fail(Status(Code::interrupted, "interrupted"));
   if (options.as_json) {
     // A path may hold any byte.
-    fmt::print("{}\n", report_json(report, options).dump(2, ' ', false,
-                                                         json::error_handler_t::replace));
+    fmt::print("{}\n",
+               report_json(report, options).dump(2, ' ', false, json::error_handler_t::replace));
   } else {
     print_text(report, options);
   }

@@ -41,8 +41,7 @@ std::vector<double> multiply_dense(const std::vector<float>& weight, int64_t n, 
         for (int j = 0; j < 4; ++j) sum[j] += static_cast<double>(w[i + j]) * v[i + j];
       }
       for (; i < k; ++i) sum[0] += static_cast<double>(w[i]) * v[i];
-      y[row * n + column] =
-          sum[0] + sum[1] + sum[2] + sum[3] + (bias.empty() ? 0.0 : bias[column]);
+      y[row * n + column] = sum[0] + sum[1] + sum[2] + sum[3] + (bias.empty() ? 0.0 : bias[column]);
     }
   }
   return y;
@@ -232,7 +231,8 @@ void time_modes(Context& c, std::vector<ModeRun>& runs, LayerResult& result) {
          {}});
   }
   for (const auto& baseline : c.baselines) {
-    contenders.push_back({baseline->name(), [&baseline] { baseline->flush_weight(); },
+    contenders.push_back({baseline->name(),
+                          [&baseline] { baseline->flush_weight(); },
                           [&baseline] {
                             baseline->dequantize();
                             baseline->multiply();
@@ -283,13 +283,12 @@ Status make_references(Context& c, LayerResult& result) {
     if (dense.size() != full.size()) {
       return Status(Code::corrupt_file,
                     fmt::format("{}: the reference weight has shape {}, expected [{}, {}]",
-                                c.layer.name, c.layer.dense->shape_text(), c.packed.n,
-                                c.packed.k));
+                                c.layer.name, c.layer.dense->shape_text(), c.packed.n, c.packed.k));
     }
     result.weight_snr = snr_db(widen(dense), widen(full));
     if (!(result.weight_snr >= kSameWeightsDb)) {
-      result.failures.push_back(fmt::format(
-          "dequantized weights do not match the reference: {} dB", decibels(result.weight_snr)));
+      result.failures.push_back(fmt::format("dequantized weights do not match the reference: {} dB",
+                                            decibels(result.weight_snr)));
     }
     full = dense;
   } else {
@@ -345,8 +344,8 @@ std::string decibels(double snr) {
 
 Result<LayerResult> check_layer(const LayerToCheck& layer, const CheckOptions& options) {
   if (layer.matrix->n % 8 != 0) {
-    return Status(Code::unsupported, fmt::format("{}: N = {} is not a multiple of 8", layer.name,
-                                                 layer.matrix->n));
+    return Status(Code::unsupported,
+                  fmt::format("{}: N = {} is not a multiple of 8", layer.name, layer.matrix->n));
   }
   LayerResult result;
   result.name = layer.name;

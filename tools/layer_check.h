@@ -1,10 +1,10 @@
-// The central check of `nibble verify`, one layer at a time: run every mode's real kernel, prove the
-// integer sums and the epilogue against the oracle, measure the error against FP16 and W4A16, and
-// time it against "dequantize + matmul".
+// The central check of `nibble verify`, one layer at a time: run every mode's real kernel, prove
+// the integer sums and the epilogue against the oracle, measure the error against FP16 and W4A16,
+// and time it against "dequantize + matmul".
 #pragma once
 
-#include <nlohmann/json.hpp>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <vector>
@@ -37,21 +37,21 @@ struct CheckOptions {
 struct LayerToCheck {
   std::string name;
   const QuantMatrix* matrix = nullptr;
-  std::vector<float> bias;              // (n) or empty
-  const TensorView* dense = nullptr;    // (n, k) floats, the original weight; or null
+  std::vector<float> bias;            // (n) or empty
+  const TensorView* dense = nullptr;  // (n, k) floats, the original weight; or null
 };
 
 struct ModeResult {
   Mode mode = Mode::w4a16;
-  std::string kernel;       // the receipt: the kernel that ran
-  std::string activation;   // "f16", "token", "group", "group-asym", ...
+  std::string kernel;      // the receipt: the kernel that ran
+  std::string activation;  // "f16", "token", "group", "group-asym", ...
   double snr_vs_fp16 = 0, snr_vs_w4a16 = 0, snr_vs_exact = 0;  // dB; infinite if equal
-  double rel_err = 0;       // rms error / rms of the FP16 result
-  double max_err = 0;       // largest error / rms of the FP16 result
-  double cosine = 0;        // against the FP16 result
+  double rel_err = 0;                                          // rms error / rms of the FP16 result
+  double max_err = 0;  // largest error / rms of the FP16 result
+  double cosine = 0;   // against the FP16 result
   double us_median = 0, us_min = 0;
   double baseline_us_median = 0;
-  std::string baseline;     // name of the best baseline, empty if none was timed
+  std::string baseline;               // name of the best baseline, empty if none was timed
   std::vector<std::string> failures;  // empty: passed
 
   double speedup() const { return us_median > 0 ? baseline_us_median / us_median : 0; }
@@ -62,7 +62,7 @@ struct LayerResult {
   int64_t k = 0, n = 0, group_size = 0;
   bool symmetric = false;
   Dtype scale_dtype = Dtype::f16;
-  double weight_snr = 0;  // dequantized against `dense`, dB; 0 without one
+  double weight_snr = 0;              // dequantized against `dense`, dB; 0 without one
   std::vector<std::string> notes;     // legal but worth knowing
   std::vector<std::string> failures;  // of the layer itself: NaN scales, wrong weights
   std::vector<ModeResult> modes;

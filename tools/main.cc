@@ -40,8 +40,8 @@ int parse_and_run(CLI::App& app, int argc, char** argv, const int& exit_code) {
     return error.get_exit_code();
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return app.exit(error);  // --help and --version
-    return fail(Status(Code::invalid_argument, fmt::format("{}\nSee '{} --help'.", error.what(),
-                                                           chosen_command(app))));
+    return fail(Status(Code::invalid_argument,
+                       fmt::format("{}\nSee '{} --help'.", error.what(), chosen_command(app))));
   }
 }
 

@@ -89,10 +89,10 @@ void Progress::draw(const std::string& note, bool last) {
   constexpr size_t kBarColumns = 10;
   const auto filled = static_cast<size_t>(share * kBarColumns);
   const std::string total = fmt::format("{}", total_);
-  std::string line = fmt::format("{} {:>{}}/{} {:3.0f}%|{:<{}}| [{}<{}, {:.1f} {}/s] {}", unit_,
-                                 done_, total.size(), total, share * 100, std::string(filled, '#'),
-                                 kBarColumns, clock_text(seconds), clock_text(last ? 0 : left),
-                                 rate, unit_, note);
+  std::string line =
+      fmt::format("{} {:>{}}/{} {:3.0f}%|{:<{}}| [{}<{}, {:.1f} {}/s] {}", unit_, done_,
+                  total.size(), total, share * 100, std::string(filled, '#'), kBarColumns,
+                  clock_text(seconds), clock_text(last ? 0 : left), rate, unit_, note);
   // One write per line, and never wider than the terminal: a wrapped line cannot be rewritten.
   if (terminal_) {
     line = "\r" + line.substr(0, terminal_columns() - 1) + "\x1b[K";

@@ -52,8 +52,8 @@ AwqTensors make_synthetic_weight(const SyntheticWeight& spec, uint64_t seed) {
       const float scale = negate ? -magnitude : magnitude;
       const int zero = spec.symmetric ? 8 : 6 + static_cast<int>(random.next() % 4);
       zeros[g * spec.n + n] = static_cast<uint8_t>(zero);
-      scales[g * spec.n + n] = spec.scale_dtype == Dtype::f16 ? f16_from_float(scale)
-                                                              : bf16_from_float(scale);
+      scales[g * spec.n + n] =
+          spec.scale_dtype == Dtype::f16 ? f16_from_float(scale) : bf16_from_float(scale);
       for (int64_t i = 0; i < size; ++i) {
         const int q = static_cast<int>(std::lrintf(random.normal() * 2.5f)) + zero;
         codes[(g * size + i) * spec.n + n] = static_cast<uint8_t>(std::clamp(q, 0, 15));

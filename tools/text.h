@@ -38,11 +38,11 @@ inline std::string count_text(uint64_t count) {
 
 /// A name from a file as it is, or quoted and escaped if it could disturb a terminal or a table.
 inline std::string printable(std::string_view name) {
-  const bool plain = !name.empty() && name.size() <= 160 &&
-                     std::all_of(name.begin(), name.end(), [](char c) {
-                       const auto byte = static_cast<unsigned char>(c);
-                       return byte > 0x20 && byte != 0x7f;
-                     });
+  const bool plain =
+      !name.empty() && name.size() <= 160 && std::all_of(name.begin(), name.end(), [](char c) {
+        const auto byte = static_cast<unsigned char>(c);
+        return byte > 0x20 && byte != 0x7f;
+      });
   return plain ? std::string(name) : quote_name(name);
 }
 

@@ -14,8 +14,7 @@
 namespace nibble {
 
 double now_seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
-      .count();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 void flush_from_caches(const void* data, size_t bytes) {
@@ -75,8 +74,8 @@ void time_interleaved(std::vector<Contender>& contenders, const TimingBudget& bu
 
 ReadBandwidthProbe::ReadBandwidthProbe(int threads, size_t buffer_bytes, size_t slice_bytes)
     : threads_(threads), buffer_bytes_(buffer_bytes), slice_bytes_(slice_bytes) {
-  void* memory = mmap(nullptr, buffer_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
-                      -1, 0);
+  void* memory =
+      mmap(nullptr, buffer_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) return;
   madvise(memory, buffer_bytes_, MADV_HUGEPAGE);
   std::memset(memory, 1, buffer_bytes_);
@@ -92,8 +91,7 @@ void ReadBandwidthProbe::read_slice() {
   constexpr size_t kStreams = 8;
   const unsigned char* slice = buffer_ + next_;
   next_ = next_ + 2 * slice_bytes_ > buffer_bytes_ ? 0 : next_ + slice_bytes_;
-  const size_t per_stream =
-      slice_bytes_ / (kStreams * static_cast<size_t>(threads_)) / 64 * 64;
+  const size_t per_stream = slice_bytes_ / (kStreams * static_cast<size_t>(threads_)) / 64 * 64;
   unsigned total = 0;
 #pragma omp parallel num_threads(threads_) reduction(+ : total)
   {

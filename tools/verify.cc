@@ -1,5 +1,5 @@
-// nibble verify: every quantized layer of a checkpoint (or of a synthetic model) through every mode's
-// real kernel, checked against the oracle, measured against FP16 and W4A16, timed against
+// nibble verify: every quantized layer of a checkpoint (or of a synthetic model) through every
+// mode's real kernel, checked against the oracle, measured against FP16 and W4A16, timed against
 // "dequantize + matmul". See layer_check.h for what is checked per layer.
 #include <fmt/format.h>
 
@@ -125,9 +125,8 @@ Status select_layers(const std::string& pattern, Model& model) {
   } catch (const std::regex_error& error) {
     return Status(Code::invalid_argument, fmt::format("--layer '{}': {}", pattern, error.what()));
   }
-  std::erase_if(model.layers, [&](const LayerToCheck& layer) {
-    return !std::regex_search(layer.name, regex);
-  });
+  std::erase_if(model.layers,
+                [&](const LayerToCheck& layer) { return !std::regex_search(layer.name, regex); });
   if (!model.layers.empty()) return {};
   return Status(Code::invalid_argument, fmt::format("--layer '{}' matches no layer", pattern));
 }
@@ -182,11 +181,11 @@ void print_head(const Options& options, const Model& model) {
   const CheckOptions& check = options.check;
   fmt::print("{}\n", device_summary());
   fmt::print("{}: {} layers, M={} rows of {} input in f16, seed {}\n",
-             options.directory.empty() ? "synthetic model" : options.directory,
-             model.layers.size(), check.rows, options.input, check.seed);
-  fmt::print("FP16 is {}.\n\n",
-             model.reference.has_value() ? "the original weights of " + options.reference
-                                         : "the dequantized weights rounded to fp16");
+             options.directory.empty() ? "synthetic model" : options.directory, model.layers.size(),
+             check.rows, options.input, check.seed);
+  fmt::print("FP16 is {}.\n\n", model.reference.has_value()
+                                    ? "the original weights of " + options.reference
+                                    : "the dequantized weights rounded to fp16");
   fmt::print("  {:<6}{:<17}{:<13}{:>6}{:>8}{:>8}  {:<7} {:<7} {:<8}{}\n", "mode", "kernel",
              "activation", "vsFP16", "vsW4A16", "vs fp64", "rms err", "max err", "cosine",
              check.timing ? "   us (cold)  speed-up over" : "");
@@ -242,7 +241,10 @@ int run_verify(Options options) {
       if (!result.ok()) return fail(result.status());
       failed += static_cast<int>(result->failures.size());
       for (const ModeResult& mode : result->modes) mode.failures.empty() ? ++passed : ++failed;
-      if (!options.json) print_layer(*result);
+      if (!options.json) {
+        print_layer(*result);
+        std::fflush(stdout);  // keeps its place among the progress lines
+      }
       progress.advance(progress_note(*result));
       results.push_back(std::move(*result));
     }

@@ -57,9 +57,9 @@ class [[nodiscard]] Result {
 }  // namespace nibble
 
 /// Returns the Status of `expr` from the enclosing function unless it is ok.
-#define NIBBLE_TRY(expr)                                         \
-  do {                                                           \
+#define NIBBLE_TRY(expr)                                                        \
+  do {                                                                          \
     if (::nibble::Status nibble_try_status = (expr); !nibble_try_status.ok()) { \
-      return nibble_try_status;                                  \
-    }                                                            \
+      return nibble_try_status;                                                 \
+    }                                                                           \
   } while (0)

@@ -138,8 +138,8 @@ class BlockReader {
 
 /// compressed-tensors keeps the numbers per group of layers; they are a hint only if all agree.
 Status read_config_groups(const json& groups, const std::string& where, QuantConfig& config) {
-  if (!groups.is_object()) return BlockReader(groups, where).wrong("config_groups", "an object",
-                                                                   groups);
+  if (!groups.is_object())
+    return BlockReader(groups, where).wrong("config_groups", "an object", groups);
   std::optional<QuantConfig> common;
   for (const auto& [name, group] : groups.items()) {
     const json* weights = member(group, "weights");
@@ -201,8 +201,8 @@ Result<std::map<std::string, std::string, std::less<>>> read_index(const fs::pat
     if (shard.empty() || shard == "." || shard == ".." ||
         shard.find_first_of(std::string_view("/\\\0", 3)) != std::string::npos) {
       return corrupt(fmt::format("shard of {} is {}, not the name of a file in this directory",
-                                 quote_name(tensor), value.is_string() ? quote_name(shard)
-                                                                       : value.type_name()));
+                                 quote_name(tensor),
+                                 value.is_string() ? quote_name(shard) : value.type_name()));
     }
     shard_of[tensor] = shard;
   }
@@ -350,12 +350,11 @@ Status Checkpoint::State::read_tensors() {
     for (auto& [name, view] : parsed->tensors) {
       const auto listed = index.find(name);
       if (has_index && (listed == index.end() || listed->second != shard)) {
-        return Status(Code::corrupt_file,
-                      fmt::format("{}: holds tensor {}, which {} {}", shard, quote_name(name),
-                                  kIndexName,
-                                  listed == index.end()
-                                      ? "does not list"
-                                      : "places in " + quote_name(listed->second)));
+        return Status(
+            Code::corrupt_file,
+            fmt::format("{}: holds tensor {}, which {} {}", shard, quote_name(name), kIndexName,
+                        listed == index.end() ? "does not list"
+                                              : "places in " + quote_name(listed->second)));
       }
       bytes += view.bytes;
       tensors.emplace(name, std::move(view));

@@ -19,9 +19,9 @@ namespace nibble {
 /// directories. Only hints: each layer's format is decided by its tensors (linear_format.h).
 struct QuantConfig {
   bool present = false;
-  std::string method;   // "awq", "compressed-tensors", "gptq", ... as found, lower case
-  std::string version;  // "gemm", "gemv", ... lower case; TF 5 calls it "format"
-  int64_t bits = 0;     // 0: not given
+  std::string method;      // "awq", "compressed-tensors", "gptq", ... as found, lower case
+  std::string version;     // "gemm", "gemv", ... lower case; TF 5 calls it "format"
+  int64_t bits = 0;        // 0: not given
   int64_t group_size = 0;  // -1: one group over all of K; 0: not given
   bool zero_point_given = false;
   bool zero_point = true;

@@ -24,8 +24,8 @@ using nlohmann::json;
 
 // What copy_side_files leaves behind: weights in any framework's form and what describes the
 // quantization of the source.
-constexpr std::array kWeightExtensions = {".safetensors", ".bin",  ".pt",      ".pth", ".ckpt",
-                                          ".gguf",        ".h5",   ".msgpack", ".onnx"};
+constexpr std::array kWeightExtensions = {".safetensors", ".bin", ".pt",      ".pth", ".ckpt",
+                                          ".gguf",        ".h5",  ".msgpack", ".onnx"};
 constexpr std::array kNotSideFiles = {"config.json", "quant_config.json", "quantize_config.json",
                                       "quantization_config.json"};
 
@@ -127,8 +127,8 @@ Status CheckpointWriter::State::flush_shard() {
       tensors.emplace(item.name, item.view);
     }
     // "format" is what transformers requires before it accepts a file.
-    const Status written = write_safetensors(unnamed_shard(shards.size()).string(), tensors,
-                                             {{"format", "pt"}});
+    const Status written =
+        write_safetensors(unnamed_shard(shards.size()).string(), tensors, {{"format", "pt"}});
     NIBBLE_TRY(written);
   }
   std::error_code ignored;
@@ -152,12 +152,12 @@ Status CheckpointWriter::State::copy_side_files(const fs::path& source) {
     auto file = MappedFile::open(entry->path().string());
     if (!file.ok()) return file.status();
     const auto bytes = file->bytes();
-    NIBBLE_TRY(write_file(directory / name,
-                          {reinterpret_cast<const char*>(bytes.data()), bytes.size()}));
+    NIBBLE_TRY(
+        write_file(directory / name, {reinterpret_cast<const char*>(bytes.data()), bytes.size()}));
   }
   if (!error) return {};
-  return Status(Code::io_error, fmt::format("cannot list {}: {}", source.string(),
-                                            error.message()));
+  return Status(Code::io_error,
+                fmt::format("cannot list {}: {}", source.string(), error.message()));
 }
 
 Status CheckpointWriter::State::name_shards() {
@@ -174,8 +174,8 @@ Status CheckpointWriter::State::name_shards() {
   }
   if (shards.size() == 1) return {};
   constexpr const char* kName = "model.safetensors.index.json";
-  auto text = json_text({{"metadata", {{"total_size", total_bytes}}}, {"weight_map", weight_map}},
-                        kName);
+  auto text =
+      json_text({{"metadata", {{"total_size", total_bytes}}}, {"weight_map", weight_map}}, kName);
   if (!text.ok()) return text.status();
   return write_file(directory / kName, *text);
 }
@@ -210,8 +210,8 @@ Result<CheckpointWriter> CheckpointWriter::create(const std::string& directory,
   auto state = std::make_unique<State>();
   state->final_directory = target;
   state->shard_bytes = shard_bytes;
-  state->directory = target.parent_path() /
-                     fmt::format(".{}.partial-{}", target.filename().string(), ::getpid());
+  state->directory =
+      target.parent_path() / fmt::format(".{}.partial-{}", target.filename().string(), ::getpid());
   if (::mkdir(state->directory.c_str(), 0777) != 0) {
     return system_error("create directory", state->directory.string());
   }

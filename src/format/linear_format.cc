@@ -1,6 +1,6 @@
 // The recogniser: which layouts do the tensors of one prefix fit, and which of them does the config
 // confirm. Tensors decide, the config breaks ties and can only refuse; docs/formats.md has the
-// table. Then the dense linears, and whether layers that an engine fuses agree.
+// table. Not here: which prefixes a checkpoint has, and their order (linear_list.cc).
 #include "format/linear_format.h"
 
 #include <fmt/format.h>
@@ -134,21 +134,21 @@ std::optional<Reading> read_as_gemv(const Parts& parts, const QuantConfig& confi
                       gemv_zero_words(k, given) == reading.zero_words;
     if (fits) sizes = {given};
     if (!fits) {
-      reading.problem = corrupt(fmt::format(
-          "group size {} in {}, but {} words of zero points per channel say {}", config.group_size,
-          source_of(config), reading.zero_words,
-          sizes.empty() ? "no known group size" : joined(sizes, " or ")));
+      reading.problem =
+          corrupt(fmt::format("group size {} in {}, but {} words of zero points per channel say {}",
+                              config.group_size, source_of(config), reading.zero_words,
+                              sizes.empty() ? "no known group size" : joined(sizes, " or ")));
       return reading;
     }
   }
   if (sizes.size() == 1) {
     reading.group_size = sizes[0];
   } else {
-    reading.problem = corrupt(fmt::format(
-        "{} words of zero points per channel fit {}", reading.zero_words,
-        sizes.empty() ? "no known group size"
-                      : fmt::format("group size {}, and no config says which",
-                                    joined(sizes, " and "))));
+    reading.problem =
+        corrupt(fmt::format("{} words of zero points per channel fit {}", reading.zero_words,
+                            sizes.empty() ? "no known group size"
+                                          : fmt::format("group size {}, and no config says which",
+                                                        joined(sizes, " and "))));
   }
   return reading;
 }
@@ -206,9 +206,9 @@ Reading read_shapes(const Parts& parts, const QuantConfig& config) {
                                      [&](const Reading& r) { return r.format == named; });
     if (chosen != fitting.end()) return *chosen;
     Reading ambiguous;
-    ambiguous.problem = corrupt(fmt::format(
-        "the shapes fit both {} and {}, and no config says which",
-        linear_format_name(fitting[0].format), linear_format_name(fitting[1].format)));
+    ambiguous.problem = corrupt(
+        fmt::format("the shapes fit both {} and {}, and no config says which",
+                    linear_format_name(fitting[0].format), linear_format_name(fitting[1].format)));
     return ambiguous;
   }
   if (fitting.size() == 1) return fitting[0];
@@ -268,8 +268,8 @@ Status recognise_awq(const Parts& parts, const QuantConfig& config, QuantizedLin
   const auto scale_dtype = scale_dtype_of(*scales);
   if (!scale_dtype) return wrong_scale_dtype(*scales);
 
-  out.matrix.layout = reading.format == LinearFormat::awq_gemm ? WeightLayout::awq_gemm
-                                                               : WeightLayout::awq_gemv;
+  out.matrix.layout =
+      reading.format == LinearFormat::awq_gemm ? WeightLayout::awq_gemm : WeightLayout::awq_gemv;
   out.matrix.scale_dtype = *scale_dtype;
   out.matrix.zero_words = reading.zero_words;
   out.matrix.q = q->data;
@@ -300,8 +300,8 @@ Status recognise_compressed_tensors(const Parts& parts, const QuantConfig& confi
   std::memcpy(stored, shape->data, sizeof stored);
   const auto [n, k] = std::pair(stored[0], stored[1]);
   if (n != q->shape[0] || k < 1 || (k - 1) / kPerWord + 1 != q->shape[1]) {
-    return corrupt(fmt::format("weight_shape holds [{}, {}], which weight_packed does not match", n,
-                               k));
+    return corrupt(
+        fmt::format("weight_shape holds [{}, {}], which weight_packed does not match", n, k));
   }
   Reading reading{out.format, k, n, 0, 0, {}};
   out.matrix.k = k;
@@ -319,8 +319,8 @@ Status recognise_compressed_tensors(const Parts& parts, const QuantConfig& confi
     return Status(Code::unsupported, "weight_zero_point is not I32");
   }
   if (zeros != nullptr && !has_shape(zeros, (n + kPerWord - 1) / kPerWord, groups)) {
-    return corrupt(fmt::format("weight_zero_point should be [{}, {}]",
-                               (n + kPerWord - 1) / kPerWord, groups));
+    return corrupt(
+        fmt::format("weight_zero_point should be [{}, {}]", (n + kPerWord - 1) / kPerWord, groups));
   }
   out.matrix.layout = WeightLayout::ct_pack;
   out.matrix.scale_dtype = *scale_dtype;
@@ -335,87 +335,6 @@ bool is_symmetric(const QuantMatrix& matrix) {
   std::vector<uint8_t> zeros(static_cast<size_t>(matrix.groups() * matrix.n));
   unpack_zeros(matrix, 0, matrix.n, zeros.data());
   return std::all_of(zeros.begin(), zeros.end(), [](uint8_t zero) { return zero == 8; });
-}
-
-QuantizedLinear recognise(const TensorMap& tensors, const std::string& prefix, bool awq_suffixes,
-                          const QuantConfig& config) {
-  QuantizedLinear linear;
-  linear.name = prefix;
-  linear.bias = find_tensor(tensors, prefix + ".bias");
-  const Parts parts =
-      awq_suffixes
-          ? Parts(tensors, prefix, {"qweight", "qzeros", "scales", "scaled_zeros", "g_idx"})
-          : Parts(tensors, prefix, {"weight_packed", "weight_scale", "weight_zero_point",
-                                    "weight_shape", "weight_g_idx"});
-  linear.status = awq_suffixes ? recognise_awq(parts, config, linear)
-                               : recognise_compressed_tensors(parts, config, linear);
-  if (config.bits != 0 && config.bits != 4) {
-    linear.status = Status(Code::unsupported, fmt::format("{} says {} bits, only 4 are supported",
-                                                          source_of(config), config.bits));
-  }
-  const TensorView* bias = linear.bias;
-  if (linear.status.ok() && bias != nullptr &&
-      (bias->shape != std::vector{linear.matrix.n} || !float_dtype(bias->dtype))) {
-    linear.status = corrupt(fmt::format("bias {} {} should be floats [{}]",
-                                        tensor_dtype_name(bias->dtype), bias->shape_text(),
-                                        linear.matrix.n));
-  }
-  if (linear.status.ok()) {
-    linear.status = check_quant_matrix(linear.matrix, quote_name(prefix).c_str());
-    if (!linear.status.ok()) linear.status = Status(Code::unsupported, linear.status.message());
-  } else {
-    linear.status = Status(linear.status.code(),
-                           fmt::format("{}: {}; {}", quote_name(prefix), linear.status.message(),
-                                       parts.found()));
-  }
-  if (linear.status.ok()) {
-    linear.symmetric = is_symmetric(linear.matrix);
-  } else {
-    linear.matrix.q = linear.matrix.zeros = linear.matrix.scales = nullptr;
-  }
-  return linear;
-}
-
-/// "layer 2" before "layer 10": runs of digits compare as numbers of any length.
-bool natural_less(std::string_view a, std::string_view b) {
-  const auto digits = [](std::string_view text) {
-    size_t length = 0;
-    while (length < text.size() && text[length] >= '0' && text[length] <= '9') ++length;
-    return length;
-  };
-  while (!a.empty() && !b.empty()) {
-    const size_t a_digits = digits(a), b_digits = digits(b);
-    if (a_digits > 0 && b_digits > 0) {
-      const auto without_zeros = [](std::string_view number) {
-        number.remove_prefix(std::min(number.find_first_not_of('0'), number.size() - 1));
-        return number;
-      };
-      const auto a_number = without_zeros(a.substr(0, a_digits));
-      const auto b_number = without_zeros(b.substr(0, b_digits));
-      if (a_number.size() != b_number.size()) return a_number.size() < b_number.size();
-      if (a_number != b_number) return a_number < b_number;
-      a.remove_prefix(a_digits);
-      b.remove_prefix(b_digits);
-    } else {
-      if (a[0] != b[0]) return a[0] < b[0];
-      a.remove_prefix(1);
-      b.remove_prefix(1);
-    }
-  }
-  return a.size() < b.size();
-}
-
-template <class Linear>
-void sort_naturally(std::vector<Linear>& linears) {
-  std::stable_sort(linears.begin(), linears.end(), [](const Linear& a, const Linear& b) {
-    return natural_less(a.name, b.name);
-  });
-}
-
-/// `name` without `suffix`, or nothing.
-std::optional<std::string> prefix_of(std::string_view name, std::string_view suffix) {
-  if (name.size() <= suffix.size() || !name.ends_with(suffix)) return std::nullopt;
-  return std::string(name.substr(0, name.size() - suffix.size()));
 }
 
 }  // namespace
@@ -444,88 +363,44 @@ std::optional<Dtype> float_dtype(TensorDtype dtype) {
   }
 }
 
-std::vector<QuantizedLinear> find_quantized_linears(const TensorMap& tensors,
-                                                    const QuantConfig& config) {
-  std::vector<QuantizedLinear> linears;
-  for (const auto& [name, view] : tensors) {
-    if (const auto prefix = prefix_of(name, ".qweight")) {
-      linears.push_back(recognise(tensors, *prefix, true, config));
-    } else if (const auto ct_prefix = prefix_of(name, ".weight_packed")) {
-      linears.push_back(recognise(tensors, *ct_prefix, false, config));
-    }
+QuantizedLinear recognise_linear(const TensorMap& tensors, const std::string& prefix,
+                                 SuffixFamily family, const QuantConfig& config) {
+  const bool awq_suffixes = family == SuffixFamily::awq;
+  QuantizedLinear linear;
+  linear.name = prefix;
+  linear.bias = find_tensor(tensors, prefix + ".bias");
+  const Parts parts = awq_suffixes ? Parts(tensors, prefix,
+                                           {"qweight", "qzeros", "scales", "scaled_zeros", "g_idx"})
+                                   : Parts(tensors, prefix,
+                                           {"weight_packed", "weight_scale", "weight_zero_point",
+                                            "weight_shape", "weight_g_idx"});
+  linear.status = awq_suffixes ? recognise_awq(parts, config, linear)
+                               : recognise_compressed_tensors(parts, config, linear);
+  if (config.bits != 0 && config.bits != 4) {
+    linear.status = Status(Code::unsupported, fmt::format("{} says {} bits, only 4 are supported",
+                                                          source_of(config), config.bits));
   }
-  sort_naturally(linears);
-  return linears;
-}
-
-std::vector<QuantizedLinear> find_quantized_linears(const Checkpoint& checkpoint) {
-  return find_quantized_linears(checkpoint.tensors(), checkpoint.quant_config());
-}
-
-std::vector<DenseLinear> find_dense_linears(const Checkpoint& checkpoint) {
-  const TensorMap& tensors = checkpoint.tensors();
-  std::vector<DenseLinear> linears;
-  for (const auto& [name, view] : tensors) {
-    const auto prefix = prefix_of(name, ".weight");
-    if (!prefix || !is_matrix(&view) || !float_dtype(view.dtype)) continue;
-    if (prefix->find("embed") != std::string::npos) continue;
-    if (find_tensor(tensors, *prefix + ".qweight") != nullptr) continue;
-    if (find_tensor(tensors, *prefix + ".weight_packed") != nullptr) continue;
-    linears.push_back({*prefix, view.shape[1], view.shape[0], &view,
-                       find_tensor(tensors, *prefix + ".bias")});
+  const TensorView* bias = linear.bias;
+  if (linear.status.ok() && bias != nullptr &&
+      (bias->shape != std::vector{linear.matrix.n} || !float_dtype(bias->dtype))) {
+    linear.status =
+        corrupt(fmt::format("bias {} {} should be floats [{}]", tensor_dtype_name(bias->dtype),
+                            bias->shape_text(), linear.matrix.n));
   }
-  sort_naturally(linears);
-  return linears;
-}
-
-std::vector<std::string> check_fused_siblings(const std::vector<QuantizedLinear>& linears,
-                                              const std::vector<DenseLinear>& dense) {
-  // What must be equal among siblings, as the text that is printed if it is not.
-  std::map<std::string_view, std::string> described;
-  for (const QuantizedLinear& linear : linears) {
-    std::string text = linear_format_name(linear.format);
-    if (linear.status.ok()) {
-      text += fmt::format(" group size {} with {} scales", linear.matrix.group_size,
-                          dtype_name(linear.matrix.scale_dtype));
-    }
-    described.emplace(linear.name, text);
+  if (linear.status.ok()) {
+    linear.status = check_quant_matrix(linear.matrix, quote_name(prefix).c_str());
+    if (!linear.status.ok()) linear.status = Status(Code::unsupported, linear.status.message());
+  } else {
+    linear.status = Status(
+        linear.status.code(),
+        fmt::format("{}: {}; {}", quote_name(prefix), linear.status.message(), parts.found()));
   }
-  for (const DenseLinear& linear : dense) described.emplace(linear.name, "not quantized");
-
-  static const std::vector<std::vector<std::string>> kFamilies = {{"q_proj", "k_proj", "v_proj"},
-                                                                  {"gate_proj", "up_proj"}};
-  std::vector<std::string> parents;
-  for (const auto& [name, text] : described) {
-    for (const auto& family : kFamilies) {
-      for (const std::string& leaf : family) {
-        const auto parent = prefix_of(name, "." + leaf);
-        if (parent) parents.push_back(*parent);
-      }
-    }
+  if (linear.status.ok()) {
+    linear.symmetric = is_symmetric(linear.matrix);
+  } else {
+    linear.matrix.q = linear.matrix.zeros = linear.matrix.scales = nullptr;
   }
-  std::sort(parents.begin(), parents.end(), natural_less);
-  parents.erase(std::unique(parents.begin(), parents.end()), parents.end());
-
-  std::vector<std::string> sentences;
-  for (const std::string& parent : parents) {
-    for (const auto& family : kFamilies) {
-      std::vector<std::string> members;
-      bool differ = false;
-      const std::string* first = nullptr;
-      for (const std::string& leaf : family) {
-        const auto found = described.find(parent + "." + leaf);
-        if (found == described.end()) continue;
-        if (first == nullptr) first = &found->second;
-        differ |= *first != found->second;
-        members.push_back(fmt::format("{} is {}", leaf, found->second));
-      }
-      if (differ) {
-        sentences.push_back(fmt::format("{}: fused layers disagree: {}.", parent,
-                                        joined(members, ", ")));
-      }
-    }
-  }
-  return sentences;
+  return linear;
 }
 
 }  // namespace nibble

@@ -1,6 +1,7 @@
 // From tensors to quantized linears: finds every linear layer of a checkpoint, names the format of
 // each one by suffix, dtype and shape (config second), and gives a QuantMatrix view for the formats
 // this project runs. The rest is recognised by name and refused with the shapes that were found.
+// linear_format.cc recognises one layer; linear_list.cc lists those of a checkpoint.
 #pragma once
 
 #include <optional>
@@ -31,12 +32,22 @@ const char* linear_format_name(LinearFormat format);  // "awq-gemm", "ct-pack-as
 struct QuantizedLinear {
   std::string name;
   LinearFormat format = LinearFormat::unknown;
-  Status status;        // ok: `matrix` may be used; else why not, with the shapes found
-  QuantMatrix matrix;   // views into the checkpoint; if refused, k, n and group_size as far as the
-                        // shapes tell them (else 0) and null pointers
+  Status status;       // ok: `matrix` may be used; else why not, with the shapes found
+  QuantMatrix matrix;  // views into the checkpoint; if refused, k, n and group_size as far as the
+                       // shapes tell them (else 0) and null pointers
   const TensorView* bias = nullptr;  // (N) or null
   bool symmetric = false;            // no zero points, or every zero point is 8
 };
+
+/// The tensor that marks a quantized linear: "<prefix>.qweight" or "<prefix>.weight_packed".
+enum class SuffixFamily { awq, compressed_tensors };
+
+/// The linear of one prefix, whose marking tensor must be among `tensors`.
+QuantizedLinear recognise_linear(const TensorMap& tensors, const std::string& prefix,
+                                 SuffixFamily family, const QuantConfig& config);
+
+/// F32, F16 or BF16 as an element type; nothing for the others.
+std::optional<Dtype> float_dtype(TensorDtype dtype);
 
 /// Every quantized linear of `checkpoint` in natural order of names (layer 2 before layer 10).
 /// Problems of one layer are in its `status`, so that all of them can be listed.
@@ -54,9 +65,6 @@ struct DenseLinear {
   const TensorView* bias = nullptr;
 };
 std::vector<DenseLinear> find_dense_linears(const Checkpoint& checkpoint);
-
-/// F32, F16 or BF16 as an element type; nothing for the others.
-std::optional<Dtype> float_dtype(TensorDtype dtype);
 
 /// Layers that an engine fuses (q,k,v; gate,up) and that disagree in format, group size, scale
 /// dtype or in being quantized at all: one sentence each. Empty if all agree.

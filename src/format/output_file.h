@@ -20,8 +20,8 @@ namespace nibble {
 /// io_error "cannot <action> <path>: <reason of errno>".
 inline Status system_error(const char* action, const std::string& path) {
   const int reason = errno;
-  return Status(Code::io_error, fmt::format("cannot {} {}: {}", action, path,
-                                            std::strerror(reason)));
+  return Status(Code::io_error,
+                fmt::format("cannot {} {}: {}", action, path, std::strerror(reason)));
 }
 
 /// Makes a rename or a new name in `directory` survive a power loss.

@@ -16,7 +16,7 @@
 namespace nibble {
 namespace {
 
-constexpr int64_t kBlockColumns = 128;  // 16 words: one cache line of a qweight row
+constexpr int64_t kBlockColumns = 128;   // 16 words: one cache line of a qweight row
 constexpr float kSmallestRange = 1e-5f;  // AutoAWQ's clamp; keeps s from rounding to zero
 
 struct GroupCode {
@@ -151,8 +151,7 @@ Result<AwqTensors> quantize_round_to_nearest(const std::string& name, const Tens
           for (int64_t c = 0; c < 8; ++c) {
             word[c] = codes[static_cast<size_t>((8 * w + c) * group_size + i)];
           }
-          out.qweight[static_cast<size_t>((k0 + i) * row_words + n0 / 8 + w)] =
-              pack_awq_word(word);
+          out.qweight[static_cast<size_t>((k0 + i) * row_words + n0 / 8 + w)] = pack_awq_word(word);
         }
       }
     }

@@ -38,13 +38,20 @@ struct DtypeRow {
   int64_t bytes;
 };
 constexpr std::array<DtypeRow, 15> kDtypes = {{
-    {TensorDtype::boolean, "BOOL", 1}, {TensorDtype::u8, "U8", 1},
-    {TensorDtype::i8, "I8", 1},        {TensorDtype::f8_e4m3, "F8_E4M3", 1},
-    {TensorDtype::f8_e5m2, "F8_E5M2", 1}, {TensorDtype::i16, "I16", 2},
-    {TensorDtype::u16, "U16", 2},      {TensorDtype::f16, "F16", 2},
-    {TensorDtype::bf16, "BF16", 2},    {TensorDtype::i32, "I32", 4},
-    {TensorDtype::u32, "U32", 4},      {TensorDtype::f32, "F32", 4},
-    {TensorDtype::i64, "I64", 8},      {TensorDtype::u64, "U64", 8},
+    {TensorDtype::boolean, "BOOL", 1},
+    {TensorDtype::u8, "U8", 1},
+    {TensorDtype::i8, "I8", 1},
+    {TensorDtype::f8_e4m3, "F8_E4M3", 1},
+    {TensorDtype::f8_e5m2, "F8_E5M2", 1},
+    {TensorDtype::i16, "I16", 2},
+    {TensorDtype::u16, "U16", 2},
+    {TensorDtype::f16, "F16", 2},
+    {TensorDtype::bf16, "BF16", 2},
+    {TensorDtype::i32, "I32", 4},
+    {TensorDtype::u32, "U32", 4},
+    {TensorDtype::f32, "F32", 4},
+    {TensorDtype::i64, "I64", 8},
+    {TensorDtype::u64, "U64", 8},
     {TensorDtype::f64, "F64", 8},
 }};
 // Types of the specification that no checkpoint this project runs contains.
@@ -85,8 +92,7 @@ class HeaderReader : public nlohmann::json_sax<nlohmann::json> {
   bool boolean(bool) override { return unexpected("a boolean"); }
   bool number_integer(number_integer_t) override { return unexpected("a negative number"); }
   bool number_float(number_float_t, const string_t& text) override {
-    return unexpected("the number " + text.substr(0, 40) +
-                      ", which is not an integer below 2^64");
+    return unexpected("the number " + text.substr(0, 40) + ", which is not an integer below 2^64");
   }
   bool binary(binary_t&) override { return unexpected("binary data"); }
 
@@ -142,8 +148,8 @@ class HeaderReader : public nlohmann::json_sax<nlohmann::json> {
     if (at_ == At::metadata) return true;
     const bool known = key_ == "dtype" || key_ == "shape" || key_ == "data_offsets";
     if (!known) return fail(fmt::format("unknown key {}", quote_name(key_)));
-    const bool seen = key_ == "dtype" ? dtype_.has_value()
-                                      : (key_ == "shape" ? shape_ : offsets_).has_value();
+    const bool seen =
+        key_ == "dtype" ? dtype_.has_value() : (key_ == "shape" ? shape_ : offsets_).has_value();
     return seen ? fail(fmt::format("key {} occurs twice", quote_name(key_))) : true;
   }
 
@@ -264,7 +270,8 @@ Status check_tiling(std::vector<Range> ranges, uint64_t payload_bytes) {
   }
   if (end != payload_bytes) {
     return Status(Code::corrupt_file, fmt::format("tensors end at byte {} of the data, the file "
-                                                  "has {} bytes of it", end, payload_bytes));
+                                                  "has {} bytes of it",
+                                                  end, payload_bytes));
   }
   return {};
 }
@@ -401,8 +408,8 @@ Status write_safetensors(const std::string& path, const TensorMap& tensors,
   std::vector<const NamedTensor*> order;
   for (const auto& item : tensors) {
     const TensorView& view = item.second;
-    const bool negative = std::any_of(view.shape.begin(), view.shape.end(),
-                                      [](int64_t size) { return size < 0; });
+    const bool negative =
+        std::any_of(view.shape.begin(), view.shape.end(), [](int64_t size) { return size < 0; });
     const auto elements = checked_elements(view.shape);
     const auto size = static_cast<uint64_t>(tensor_dtype_bytes(view.dtype));
     if (negative || !elements || view.bytes / size != *elements || view.bytes % size != 0) {

@@ -19,8 +19,23 @@
 namespace nibble {
 
 /// The types of the safetensors specification that occur in language models.
-enum class TensorDtype : int { boolean, u8, i8, f8_e4m3, f8_e5m2, i16, u16, f16, bf16, i32, u32,
-                               f32, i64, u64, f64 };
+enum class TensorDtype : int {
+  boolean,
+  u8,
+  i8,
+  f8_e4m3,
+  f8_e5m2,
+  i16,
+  u16,
+  f16,
+  bf16,
+  i32,
+  u32,
+  f32,
+  i64,
+  u64,
+  f64
+};
 
 const char* tensor_dtype_name(TensorDtype dtype);  // as in the file: "F16", "I32", ...
 int64_t tensor_dtype_bytes(TensorDtype dtype);

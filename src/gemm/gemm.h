@@ -83,7 +83,7 @@ struct Plan {
   Problem problem;
   const CpuKernel* kernel = nullptr;
   int threads = 1;
-  int64_t block_rows = 0;    // rows of x that are quantized, then multiplied, together
+  int64_t block_rows = 0;       // rows of x that are quantized, then multiplied, together
   int64_t blocks_per_task = 0;  // 32-column weight blocks one thread walks at once
   size_t workspace_bytes = 0;
 
@@ -102,17 +102,17 @@ std::string explain_plan(const Problem& problem, const char* force = nullptr, in
 
 /// x and how it is scaled.
 struct GemmInput {
-  const void* x = nullptr;   // (M, K) of problem.x_dtype, rows x_stride elements apart
-  int64_t x_stride = 0;      // elements, >= K
-  float clip = 1.0f;         // dynamic granularities: the range is multiplied by it, in (0, 1]
+  const void* x = nullptr;  // (M, K) of problem.x_dtype, rows x_stride elements apart
+  int64_t x_stride = 0;     // elements, >= K
+  float clip = 1.0f;        // dynamic granularities: the range is multiplied by it, in (0, 1]
   const float* static_scales = nullptr;  // static_tensor: (1); static_group: (K / group_size)
 };
 
 /// One weight that is multiplied with the shared input.
 struct GemmTarget {
   const PackedWeights* weights = nullptr;  // k, group_size as in the problem; any n
-  void* y = nullptr;         // (M, n) of problem.y_dtype, rows y_stride elements apart
-  int64_t y_stride = 0;      // elements, >= n
+  void* y = nullptr;            // (M, n) of problem.y_dtype, rows y_stride elements apart
+  int64_t y_stride = 0;         // elements, >= n
   int32_t* partials = nullptr;  // optional (M, groups, n): all S; not for w4a16
 };
 

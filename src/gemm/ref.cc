@@ -106,9 +106,7 @@ Activations quantize(const Problem& p, const GemmInput& input) {
           quantizer = from_values(p, input.clip, read(p, input, row, 0, p.k));
           break;
         case Granularity::group: quantizer = from_values(p, input.clip, values); break;
-        case Granularity::static_tensor:
-          quantizer = from_scale(p, input.static_scales[0]);
-          break;
+        case Granularity::static_tensor: quantizer = from_scale(p, input.static_scales[0]); break;
         case Granularity::static_group: quantizer = from_scale(p, input.static_scales[g]); break;
       }
       for (int64_t i = 0; i < p.group_size; ++i) {
@@ -165,8 +163,7 @@ std::vector<float> epilogue(const Problem& p, const Weights& w,
   return y;
 }
 
-std::vector<float> multiply_w4a16(const Weights& w, const float* x, int64_t m,
-                                  const float* bias) {
+std::vector<float> multiply_w4a16(const Weights& w, const float* x, int64_t m, const float* bias) {
   std::vector<float> y(static_cast<size_t>(m * w.n));
 #pragma omp parallel for schedule(static)
   for (int64_t n = 0; n < w.n; ++n) {

@@ -21,9 +21,9 @@ struct Weights {
 Weights unpack(const QuantMatrix& matrix);
 
 struct Activations {
-  std::vector<int8_t> codes;   // (m, k), zero points taken off
-  std::vector<float> scales;   // (m) or (m, groups)
-  std::vector<int32_t> sums;   // (m, groups)
+  std::vector<int8_t> codes;  // (m, k), zero points taken off
+  std::vector<float> scales;  // (m) or (m, groups)
+  std::vector<int32_t> sums;  // (m, groups)
 };
 /// The quantizer of gemm/cpu/quantize.h by definition. x has no NaN or infinity.
 Activations quantize(const Problem& problem, const GemmInput& input);

@@ -49,8 +49,8 @@ std::vector<KernelInfo> kernel_table() {
   std::vector<KernelInfo> rows;
   for (const CpuKernel& kernel : cpu_kernels()) {
     const char* reason = isa_missing_reason(kernel.isa);
-    rows.push_back({kernel.name, kernel.mode, kernel.isa, reason == nullptr,
-                    reason == nullptr ? "" : reason});
+    rows.push_back(
+        {kernel.name, kernel.mode, kernel.isa, reason == nullptr, reason == nullptr ? "" : reason});
   }
   return rows;
 }
@@ -76,9 +76,9 @@ Result<const CpuKernel*> forced_from_list(std::string_view list, Mode mode) {
     list.remove_prefix(comma == std::string_view::npos ? list.size() : comma + 1);
     const CpuKernel* kernel = find_kernel(name);
     if (kernel == nullptr) {
-      return Status(Code::invalid_argument,
-                    fmt::format("NIBBLE_KERNEL: no kernel is named '{}' (see nibble doctor)",
-                                name));
+      return Status(
+          Code::invalid_argument,
+          fmt::format("NIBBLE_KERNEL: no kernel is named '{}' (see nibble doctor)", name));
     }
     if (kernel->mode == mode && found != nullptr) {
       return Status(Code::invalid_argument,
@@ -155,9 +155,9 @@ std::string explain_plan(const Problem& problem, const char* force, int threads)
     if (info.mode != problem.mode) continue;
     const bool chosen = plan.ok() && plan->kernel->name == std::string_view(info.name);
     text += fmt::format("  {:<18} {}\n", info.name,
-                        chosen             ? "chosen"
+                        chosen            ? "chosen"
                         : !info.runs_here ? info.reason
-                                           : "could run; another is preferred or forced");
+                                          : "could run; another is preferred or forced");
   }
   text += plan.ok() ? "  " + plan->describe() + "\n" : "  " + plan.status().message() + "\n";
   return text;

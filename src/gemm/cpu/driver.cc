@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 
+#include "base/check.h"
 #include "gemm/cpu/plan.h"
 #include "gemm/cpu/quantize.h"
 
@@ -34,13 +35,15 @@ struct Shape {
       : groups(p.k / p.group_size), quads(quads_of(p.group_size)), steps(steps_of(p.group_size)) {}
 };
 
-RowDestination row_destination(const Plan& plan, const BlockBuffers& buffers, int64_t row) {
+/// Row `row` of a block that has `rows`.
+RowDestination row_destination(const Plan& plan, const BlockBuffers& buffers, int64_t row,
+                               int64_t rows) {
   const Shape shape(plan.problem);
   RowDestination to;
   if (plan.kernel->layout == ActivationLayout::tiles) {
-    to.codes = buffers.codes() + row / kTileRows * shape.groups * shape.steps * kTileRows * kTileDepth +
-               row % kTileRows * kTileDepth;
-    to.group_stride = shape.steps * kTileRows * kTileDepth;
+    const int64_t tile_bytes = shape.steps * kTileRows * kTileDepth;
+    to.codes = buffers.codes() + row / kTileRows * tile_bytes + row % kTileRows * kTileDepth;
+    to.group_stride = (rows + kTileRows - 1) / kTileRows * tile_bytes;
     to.step_stride = kTileRows * kTileDepth;
     to.padded_group = shape.steps * kTileDepth;
   } else {
@@ -117,11 +120,12 @@ void run_task(const Plan& plan, const TaskList& list, int64_t task, int64_t row0
   plan.kernel->run(block);
 }
 
-/// Every row block in turn: fill(row, row in block) puts one row into the workspace, then the tasks.
-/// Returns the first row that fill refused, or kNoRow.
+/// Every row block in turn: fill(row, row in block, rows of block) puts one row into the workspace,
+/// then the tasks. Returns the first row that fill refused, or kNoRow.
 template <class Fill>
 int64_t run_row_blocks(const Plan& plan, std::span<const GemmTarget> targets,
                        const BlockBuffers& buffers, const Fill& fill) {
+  NIBBLE_CHECK(plan.block_rows >= 1 && plan.block_rows <= kMaxBlockRows);
   const TaskList list{targets, plan.blocks_per_task};
   const int64_t m = plan.problem.m, num_tasks = list.size();
   std::atomic<int64_t> refused{kNoRow};
@@ -130,7 +134,7 @@ int64_t run_row_blocks(const Plan& plan, std::span<const GemmTarget> targets,
     const int64_t rows = std::min(plan.block_rows, m - row0);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
-      if (fill(row0 + row, row)) continue;
+      if (fill(row0 + row, row, rows)) continue;
       int64_t first = refused.load(std::memory_order_relaxed);
       while (row0 + row < first && !refused.compare_exchange_weak(first, row0 + row)) {
       }
@@ -161,8 +165,8 @@ Status check_targets(const Problem& p, std::span<const GemmTarget> targets) {
                                 w.group_size, p.k, p.group_size));
     }
     if (target.y_stride < w.n) {
-      return Status(Code::invalid_argument, fmt::format("y row stride {} is below N={}",
-                                                        target.y_stride, w.n));
+      return Status(Code::invalid_argument,
+                    fmt::format("y row stride {} is below N={}", target.y_stride, w.n));
     }
     if (target.partials != nullptr && p.mode == Mode::w4a16) {
       return Status(Code::invalid_argument, "w4a16 has no integer partial sums");
@@ -187,8 +191,7 @@ Status check_input(const Problem& p, const GemmInput& input) {
   }
   if (p.mode == Mode::w4a16) return {};
   if (!(input.clip > 0.0f && input.clip <= 1.0f)) {
-    return Status(Code::invalid_argument,
-                  fmt::format("clip {} is outside (0, 1]", input.clip));
+    return Status(Code::invalid_argument, fmt::format("clip {} is outside (0, 1]", input.clip));
   }
   int64_t count = 0;
   if (p.granularity == Granularity::static_tensor) count = 1;
@@ -206,8 +209,7 @@ Status non_finite_row(int64_t row) {
 }
 
 /// Scaling of all of x for Granularity::tensor; an empty one otherwise.
-Result<Scaling> tensor_scaling(const Plan& plan, const QuantizerOps& ops,
-                               const GemmInput& input) {
+Result<Scaling> tensor_scaling(const Plan& plan, const QuantizerOps& ops, const GemmInput& input) {
   const Problem& p = plan.problem;
   if (p.granularity != Granularity::tensor) return Scaling{};
   ElementRange all;
@@ -257,7 +259,7 @@ Status run_gemm(const Plan& plan, const GemmInput& input, std::span<const GemmTa
   const BlockBuffers buffers = block_buffers(plan, workspace);
   const QuantizerOps& ops = quantizer_ops_for(plan.kernel->isa);
   if (plan.kernel->layout == ActivationLayout::floats) {
-    run_row_blocks(plan, targets, buffers, [&](int64_t row, int64_t in_block) {
+    run_row_blocks(plan, targets, buffers, [&](int64_t row, int64_t in_block, int64_t) {
       ops.to_float(row_of(input, p, row), p.x_dtype, p.k, buffers.floats() + in_block * p.k);
       return true;
     });
@@ -266,9 +268,9 @@ Status run_gemm(const Plan& plan, const GemmInput& input, std::span<const GemmTa
   Result<Scaling> scaling = tensor_scaling(plan, ops, input);
   if (!scaling.ok()) return scaling.status();
   const int64_t refused =
-      run_row_blocks(plan, targets, buffers, [&](int64_t row, int64_t in_block) {
+      run_row_blocks(plan, targets, buffers, [&](int64_t row, int64_t in_block, int64_t rows) {
         return quantize_row(ops, p, input, *scaling, row_of(input, p, row),
-                            row_destination(plan, buffers, in_block));
+                            row_destination(plan, buffers, in_block, rows));
       });
   return refused == kNoRow ? Status{} : non_finite_row(refused);
 }
@@ -290,13 +292,13 @@ Status run_gemm_quantized(const Plan& plan, const QuantizedInput& input,
   NIBBLE_TRY(check_workspace(plan, workspace));
   const BlockBuffers buffers = block_buffers(plan, workspace);
   const int64_t refused =
-      run_row_blocks(plan, targets, buffers, [&](int64_t row, int64_t in_block) {
-        return place_row(plan, input, row, row_destination(plan, buffers, in_block));
+      run_row_blocks(plan, targets, buffers, [&](int64_t row, int64_t in_block, int64_t rows) {
+        return place_row(plan, input, row, row_destination(plan, buffers, in_block, rows));
       });
   if (refused == kNoRow) return {};
-  return Status(Code::invalid_argument,
-                fmt::format("row {} has an activation code outside -15..15, the range of w4a4",
-                            refused));
+  return Status(
+      Code::invalid_argument,
+      fmt::format("row {} has an activation code outside -15..15, the range of w4a4", refused));
 }
 
 Status quantize_activations(const Plan& plan, const GemmInput& input, int8_t* codes, float* scales,
@@ -318,8 +320,9 @@ Status quantize_activations(const Plan& plan, const GemmInput& input, int8_t* co
   std::atomic<int64_t> refused{kNoRow};
 #pragma omp parallel for schedule(static) num_threads(plan.threads)
   for (int64_t row = 0; row < p.m; ++row) {
-    RowDestination to{codes + row * p.k, p.group_size, kTileDepth, p.group_size,
-                      scales + row * per_row, sums == nullptr ? nullptr : sums + row * groups};
+    RowDestination to{
+        codes + row * p.k, p.group_size,           kTileDepth,
+        p.group_size,      scales + row * per_row, sums == nullptr ? nullptr : sums + row * groups};
     if (quantize_row(ops, p, input, *scaling, row_of(input, p, row), to)) continue;
     int64_t first = refused.load(std::memory_order_relaxed);
     while (row < first && !refused.compare_exchange_weak(first, row)) {

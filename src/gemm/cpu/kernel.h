@@ -10,16 +10,19 @@
 
 namespace nibble {
 
-/// How a block of quantized rows lies in memory. In both, each group of k is padded with zero codes.
+/// How a block of quantized rows lies in memory. In both, each group of k is padded with zero
+/// codes.
 enum class ActivationLayout {
   // codes (rows, groups, quads * 4)
   rows,
-  // codes (ceil(rows / 16), groups, ceil(group_size / 64), 16 rows, 64 k): one AMX A tile each
+  // codes (groups, ceil(rows / 16), ceil(group_size / 64), 16 rows, 64 k): one AMX A tile each,
+  // in the order in which one group meets all rows
   tiles,
   // x itself as float (rows, k): w4a16
   floats,
 };
 
+inline constexpr int64_t kMaxBlockRows = 256;  // of one call of a kernel
 inline constexpr int64_t kTileRows = 16;
 inline constexpr int64_t kTileDepth = 64;  // bytes, so k, of one row of an int8 A tile
 
@@ -31,7 +34,8 @@ struct ActivationBlock {
   const int32_t* sums = nullptr;  // (rows, groups): sum of the codes of each group
 };
 
-/// One call of a kernel: rows [0, rows) of a block times weight blocks [block0, block1).
+/// One call of a kernel: rows [0, rows) of a block, at most kMaxBlockRows, times weight blocks
+/// [block0, block1).
 struct GemmBlock {
   const PackedWeights* weights = nullptr;
   ActivationBlock activations;

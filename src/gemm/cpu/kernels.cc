@@ -78,8 +78,8 @@ const QuantizerOps& quantizer_ops_for(Isa isa) {
 Status check_problem(const Problem& p) {
   const auto invalid = [](std::string text) { return Status(Code::invalid_argument, text); };
   if (p.m < 0 || p.n <= 0 || p.k <= 0) {
-    return invalid(fmt::format("M, N, K = {}, {}, {}: expected M >= 0, N > 0, K > 0", p.m, p.n,
-                               p.k));
+    return invalid(
+        fmt::format("M, N, K = {}, {}, {}: expected M >= 0, N > 0, K > 0", p.m, p.n, p.k));
   }
   constexpr int64_t kMaxDimension = INT32_MAX;  // as in weights; keeps byte counts in int64
   if (p.n > kMaxDimension || p.k > kMaxDimension) {
@@ -92,15 +92,15 @@ Status check_problem(const Problem& p) {
   // int32 sums: 15 * 128 * group_size must stay below 2^31
   constexpr int64_t kMaxGroup = int64_t{1} << 20;
   if (p.group_size > kMaxGroup) {
-    return invalid(fmt::format("group size {} is above {}: int32 sums could overflow",
-                               p.group_size, kMaxGroup));
+    return invalid(fmt::format("group size {} is above {}: int32 sums could overflow", p.group_size,
+                               kMaxGroup));
   }
   if (!p.symmetric && p.mode != Mode::w4a4) {
-    return invalid(fmt::format("asymmetric activations are for w4a4 only, not for {}",
-                               mode_name(p.mode)));
+    return invalid(
+        fmt::format("asymmetric activations are for w4a4 only, not for {}", mode_name(p.mode)));
   }
-  const bool is_static = p.granularity == Granularity::static_tensor ||
-                         p.granularity == Granularity::static_group;
+  const bool is_static =
+      p.granularity == Granularity::static_tensor || p.granularity == Granularity::static_group;
   if (!p.symmetric && is_static) return invalid("static activation scales are symmetric");
   return {};
 }

@@ -86,7 +86,8 @@ Result<PackedWeights> pack_weights(const QuantMatrix& matrix, const void* bias, 
   {
     try {
       Scratch scratch{std::vector<uint8_t>(static_cast<size_t>(w.k * kBlockColumns))};
-      // A hand-made static split: a thread that runs out of memory must not leave a barrier waiting.
+      // A hand-made static split: a thread that runs out of memory must not leave a barrier
+      // waiting.
       for (int64_t b = omp_get_thread_num(); b < w.blocks; b += omp_get_num_threads()) {
         pack_block(matrix, b, scratch, w);
       }

@@ -1,7 +1,7 @@
 // 4-bit weights in the one layout that all CPU kernels read. Drawn in docs/formats.md.
 //
-// Columns go in blocks of kBlockColumns = 32; n is padded to it, each group of k to a multiple of 4,
-// with codes and zero points 0. A block is contiguous:
+// Columns go in blocks of kBlockColumns = 32; n is padded to it, each group of k to a multiple of
+// 4, with codes and zero points 0. A block is contiguous:
 //   codes   (groups, quads) lines of 64 bytes; a quad is 4 neighbouring k of one group.
 //           byte 4*c + i of a line: low nibble = q[4*quad + i][c], high = q[4*quad + i][16 + c]
 //   scales  (groups, 32) f16 or bf16 bits
@@ -32,9 +32,9 @@ struct PackedWeights {
   AlignedBuffer storage;
   std::vector<float> bias;  // empty, or blocks * 32 values, padded with zeros
 
-  int64_t codes_bytes() const { return groups * quads * kLineBytes; }    // of one block
-  int64_t scales_bytes() const { return groups * kBlockColumns * 2; }    // of one block
-  int64_t zeros_bytes() const { return groups * kBlockColumns; }         // of one block
+  int64_t codes_bytes() const { return groups * quads * kLineBytes; }  // of one block
+  int64_t scales_bytes() const { return groups * kBlockColumns * 2; }  // of one block
+  int64_t zeros_bytes() const { return groups * kBlockColumns; }       // of one block
   int64_t block_bytes() const {  // padded, so that every block starts on a cache line
     return (codes_bytes() + scales_bytes() + zeros_bytes() + kLineBytes - 1) / kLineBytes *
            kLineBytes;

@@ -43,7 +43,8 @@ WorkspaceLayout workspace_layout(const Problem& problem, ActivationLayout layout
   const int64_t per_row = scales_per_group(problem.granularity) ? groups : 1;
   const bool quantized = layout != ActivationLayout::floats;
   w.scales_offset = round_up(w.codes_bytes + w.floats_bytes, kLineBytes);
-  w.sums_offset = w.scales_offset + (quantized ? round_up(block_rows * per_row * 4, kLineBytes) : 0);
+  w.sums_offset =
+      w.scales_offset + (quantized ? round_up(block_rows * per_row * 4, kLineBytes) : 0);
   w.total_bytes = w.sums_offset + (quantized ? round_up(block_rows * groups * 4, kLineBytes) : 0);
   return w;
 }
@@ -53,15 +54,15 @@ void size_plan(Plan& plan, const CacheSizes& caches) {
   const bool floats = plan.kernel->layout == ActivationLayout::floats;
   // Half of L2 for the activation block: the rest holds a weight block and the outputs.
   const int64_t row_bytes = std::max<int64_t>(1, p.k * (floats ? 4 : 1));
-  const int64_t most = std::clamp<int64_t>(caches.l2_bytes / 2 / row_bytes, 32, 256);
+  const int64_t most = std::clamp<int64_t>(caches.l2_bytes / 2 / row_bytes, 32, kMaxBlockRows);
   plan.block_rows = std::max<int64_t>(1, std::min<int64_t>(p.m, most / 32 * 32));
   // Decode is bound by memory: several blocks at once are several streams for the prefetcher. With
   // many rows one block at a time is enough, but a task should not be too short either.
   const int64_t blocks = (p.n + kBlockColumns - 1) / kBlockColumns;
   const int64_t fair = std::max<int64_t>(1, blocks / (4 * std::max(1, plan.threads)));
   plan.blocks_per_task = std::clamp<int64_t>(fair, 1, 4);
-  plan.workspace_bytes = static_cast<size_t>(
-      workspace_layout(p, plan.kernel->layout, plan.block_rows).total_bytes);
+  plan.workspace_bytes =
+      static_cast<size_t>(workspace_layout(p, plan.kernel->layout, plan.block_rows).total_bytes);
 }
 
 }  // namespace nibble

@@ -22,7 +22,7 @@ void size_plan(Plan& plan, const CacheSizes& caches);
 
 /// Byte offsets of one plan's workspace. The driver and size_plan share this one definition.
 struct WorkspaceLayout {
-  int64_t codes_bytes = 0;   // of one block of rows
+  int64_t codes_bytes = 0;  // of one block of rows
   int64_t floats_bytes = 0;
   int64_t scales_offset = 0, sums_offset = 0;
   int64_t total_bytes = 0;

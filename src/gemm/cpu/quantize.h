@@ -28,12 +28,12 @@ Scaling static_scaling(float scale, const Problem& problem);
 
 /// Where the codes, scale and sums of one row go.
 struct RowDestination {
-  int8_t* codes = nullptr;       // of group 0
-  int64_t group_stride = 0;      // bytes between groups
-  int64_t step_stride = 0;       // bytes between runs of 64 codes of one group
-  int64_t padded_group = 0;      // codes per group, padding included; the padding gets zeros
-  float* scales = nullptr;       // (1) or (groups)
-  int32_t* sums = nullptr;       // (groups) or null
+  int8_t* codes = nullptr;   // of group 0
+  int64_t group_stride = 0;  // bytes between groups
+  int64_t step_stride = 0;   // bytes between runs of 64 codes of one group
+  int64_t padded_group = 0;  // codes per group, padding included; the padding gets zeros
+  float* scales = nullptr;   // (1) or (groups)
+  int32_t* sums = nullptr;   // (groups) or null
 };
 
 /// Quantizes row `x` (k elements). `tensor_scaling` is used by Granularity::tensor only.

@@ -11,7 +11,6 @@
   NIBBLE_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define NIBBLE_TARGET_END NIBBLE_PRAGMA(clang attribute pop)
 #else
-#define NIBBLE_TARGET_BEGIN(isa) \
-  NIBBLE_PRAGMA(GCC push_options) NIBBLE_PRAGMA(GCC target(isa))
+#define NIBBLE_TARGET_BEGIN(isa) NIBBLE_PRAGMA(GCC push_options) NIBBLE_PRAGMA(GCC target(isa))
 #define NIBBLE_TARGET_END NIBBLE_PRAGMA(GCC pop_options)
 #endif

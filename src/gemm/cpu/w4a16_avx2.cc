@@ -33,9 +33,8 @@ void run_tile(const GemmBlock& b, int64_t block, int64_t row) {
     const uint8_t* lines = w.codes(block) + g * w.quads * kLineBytes;
     __m256i zeros[kWidth];
     __m256 products[kRows][kWidth];
-    unroll<kRows * kWidth>([&](auto i) NIBBLE_INLINE {
-      products[i / kWidth][i % kWidth] = _mm256_setzero_ps();
-    });
+    unroll<kRows * kWidth>(
+        [&](auto i) NIBBLE_INLINE { products[i / kWidth][i % kWidth] = _mm256_setzero_ps(); });
     unroll<kWidth>([&](auto v) NIBBLE_INLINE {
       zeros[v] = load_zeros(w.zeros(block) + g * kBlockColumns + first_column(v0 + v));
     });
@@ -60,9 +59,8 @@ void run_tile(const GemmBlock& b, int64_t block, int64_t row) {
     unroll<kWidth>([&](auto v) NIBBLE_INLINE {
       const __m256 s =
           load_scales(w.scales(block) + g * kBlockColumns + first_column(v0 + v), w.scale_dtype);
-      unroll<kRows>([&](auto r) NIBBLE_INLINE {
-        acc[r][v] = _mm256_fmadd_ps(products[r][v], s, acc[r][v]);
-      });
+      unroll<kRows>(
+          [&](auto r) NIBBLE_INLINE { acc[r][v] = _mm256_fmadd_ps(products[r][v], s, acc[r][v]); });
     });
   }
   for (int v = 0; v < kWidth; ++v) {

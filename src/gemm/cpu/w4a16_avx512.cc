@@ -21,8 +21,8 @@ constexpr int64_t kPrefetchBytes = 3072;
 /// float(q - z) of k number `i` of a quad; half 0 is the low nibbles. Exact.
 template <int i>
 inline __m512 weight(__m512i codes, int half, __m512 table, __m512 zeros) {
-  const __m512i index = half == 0 ? _mm512_srli_epi32(codes, 8 * i)
-                                  : _mm512_srli_epi32(codes, 8 * i + 4);
+  const __m512i index =
+      half == 0 ? _mm512_srli_epi32(codes, 8 * i) : _mm512_srli_epi32(codes, 8 * i + 4);
   return _mm512_sub_ps(_mm512_permutexvar_ps(index, table), zeros);
 }
 

@@ -1,5 +1,6 @@
-// w4a4 with AVX2: as w4a8_avx2, but int4 activations lie in -15..15 (asymmetric ones with their zero
-// point taken off), so a pair of products is at most 450 and a whole group of 128 or 256 fits int16.
+// w4a4 with AVX2: as w4a8_avx2, but int4 activations lie in -15..15 (asymmetric ones with their
+// zero point taken off), so a pair of products is at most 450 and a whole group of 128 or 256 fits
+// int16.
 #include "gemm/cpu/kernel.h"
 #include "gemm/cpu/target.h"
 

@@ -18,8 +18,7 @@
 #include <algorithm>
 #include <cstring>
 
-NIBBLE_TARGET_BEGIN(
-    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,amx-tile,amx-int8")
+NIBBLE_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,amx-tile,amx-int8")
 #include "gemm/cpu/amx.h"
 #include "gemm/cpu/avx512.h"
 
@@ -28,15 +27,17 @@ namespace {
 
 constexpr int64_t kPairRows = 2 * kTileRows;
 constexpr int64_t kTileBytes = kTileRows * kTileDepth;
-constexpr int64_t kMaxPairs = 8;                // 256 rows of float accumulators: 32 KiB
-constexpr int64_t kMaxSteps = 4;                // expanded at a time: 8 KiB
+constexpr int64_t kMaxPairs = kMaxBlockRows / kPairRows;
+constexpr int64_t kMaxSteps = 4;  // expanded at a time: 8 KiB
 constexpr int64_t kPrefetchBytes = 4096;
 
 /// Per-call scratch, on the stack of the thread.
 struct alignas(64) Scratch {
-  int8_t expanded[kMaxSteps][2][kTileBytes];       // B tiles: step, column half
-  int32_t sums[2][kPairRows][kBlockColumns];       // C of the current and the previous pair
-  float acc[kMaxPairs * kPairRows][kBlockColumns];  // float accumulators
+  int8_t expanded[kMaxSteps][2][kTileBytes];  // B tiles: step, column half
+  // C of the pairs. Groups of up to kMaxSteps steps use two in turn, so that they stay in L1;
+  // longer ones need every pair's until the group is complete.
+  int32_t sums[kMaxPairs][kPairRows][kBlockColumns];
+  float acc[kMaxBlockRows][kBlockColumns];
 };
 
 /// Codes of `steps` steps to signed bytes q - z in B tile order. Lines past the end of the group
@@ -153,36 +154,33 @@ template <bool kGroupScales>
 void run_group(const GemmBlock& b, int64_t block, int64_t group, Scratch& scratch) {
   const PackedWeights& w = *b.weights;
   const int64_t steps = (w.quads + 15) / 16, tiles = (b.rows + kTileRows - 1) / kTileRows;
-  const int64_t a_tile_stride = w.groups * steps * kTileBytes;
+  const int64_t a_tile_stride = steps * kTileBytes;
+  const int8_t* a = b.activations.codes + group * tiles * a_tile_stride;
   const int64_t pairs = (tiles + 1) / 2;
   const int64_t column = group * kBlockColumns;
   const __m512 s_low = load_scales(w.scales(block) + column, w.scale_dtype);
   const __m512 s_high = load_scales(w.scales(block) + column + 16, w.scale_dtype);
+  const int64_t num_slots = steps > kMaxSteps ? kMaxPairs : 2;
   const auto finish = [&](int64_t pair) {
-    const int32_t(*sums)[kBlockColumns] = scratch.sums[pair % 2];
+    const int32_t(*sums)[kBlockColumns] = scratch.sums[pair % num_slots];
     if (b.partials != nullptr) store_partials(b, block, group, pair, sums);
     accumulate_pair<kGroupScales>(b, group, pair, s_low, s_high, sums,
                                   &scratch.acc[pair * kPairRows]);
   };
-  expand(w, block, group, 0, std::min(steps, kMaxSteps), scratch);
-  amx::compiler_barrier();
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    const int8_t* a =
-        b.activations.codes + 2 * pair * a_tile_stride + group * steps * kTileBytes;
-    const bool both = 2 * pair + 1 < tiles;
-    int32_t(*sums)[kBlockColumns] = scratch.sums[pair % 2];
-    for (int64_t step = 0; step < steps; step += kMaxSteps) {
-      const int64_t now = std::min(steps - step, kMaxSteps);
-      if (steps > kMaxSteps) {  // long groups do not fit the scratch: expand for every pair
-        expand(w, block, group, step, now, scratch);
-        amx::compiler_barrier();
-      }
-      const int8_t* from = a + step * kTileBytes;
-      both ? multiply_pair<true>(from, a_tile_stride, now, step > 0, scratch, sums)
-           : multiply_pair<false>(from, a_tile_stride, now, step > 0, scratch, sums);
-    }
-    if (pair > 0) finish(pair - 1);
+  for (int64_t step = 0; step < steps; step += kMaxSteps) {
+    const int64_t now = std::min(steps - step, kMaxSteps);
+    const bool last = step + now == steps;
+    expand(w, block, group, step, now, scratch);
     amx::compiler_barrier();
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const int8_t* from = a + 2 * pair * a_tile_stride + step * kTileBytes;
+      int32_t(*sums)[kBlockColumns] = scratch.sums[pair % num_slots];
+      2 * pair + 1 < tiles
+          ? multiply_pair<true>(from, a_tile_stride, now, step > 0, scratch, sums)
+          : multiply_pair<false>(from, a_tile_stride, now, step > 0, scratch, sums);
+      if (last && pair > 0) finish(pair - 1);
+      amx::compiler_barrier();
+    }
   }
   finish(pairs - 1);
 }
@@ -203,18 +201,7 @@ void run_blocks(const GemmBlock& b) {
 
 void run_w4a8_amx(const GemmBlock& b) {
   amx::configure();
-  GemmBlock part = b;
-  const int64_t most = kMaxPairs * kPairRows;
-  for (int64_t row = 0; row < b.rows; row += most) {
-    const PackedWeights& w = *b.weights;
-    const int64_t steps = (w.quads + 15) / 16;
-    part.rows = std::min(most, b.rows - row);
-    part.activations.codes = b.activations.codes + row * w.groups * steps * kTileDepth;
-    part.activations.scales = b.activations.scales + row * (b.group_scales ? w.groups : 1);
-    part.y = static_cast<std::byte*>(b.y) + row * b.y_stride * dtype_bytes(b.y_dtype);
-    if (b.partials != nullptr) part.partials = b.partials + row * w.groups * w.n;
-    b.group_scales ? run_blocks<true>(part) : run_blocks<false>(part);
-  }
+  b.group_scales ? run_blocks<true>(b) : run_blocks<false>(b);
   amx::release();
 }
 

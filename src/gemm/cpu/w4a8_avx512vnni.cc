@@ -39,9 +39,8 @@ template <int kRows, int kBlocks>
   const int64_t block_stride = w.block_bytes();
   const __m512i low_nibble = _mm512_set1_epi8(15);
   unroll<kRows>([&](auto r) NIBBLE_INLINE {
-    unroll<kBlocks>([&](auto i) NIBBLE_INLINE {
-      sums[r][i][0] = sums[r][i][1] = _mm512_setzero_si512();
-    });
+    unroll<kBlocks>([&](auto i)
+                        NIBBLE_INLINE { sums[r][i][0] = sums[r][i][1] = _mm512_setzero_si512(); });
   });
   for (int64_t quad = 0; quad < w.quads; ++quad, line += kLineBytes, a += 4) {
     __m512i low[kBlocks], high[kBlocks];

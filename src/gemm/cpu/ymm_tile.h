@@ -2,8 +2,8 @@
 // w4a8_avxvnni differ only in how u4 x s8 products reach int32. Include inside a target region,
 // after avx2.h.
 //
-// A 64-byte weight line is two half lines. Half line h = 2 * block + i holds columns 8i..8i+7 of its
-// block in the low nibbles and 16+8i..16+8i+7 in the high ones. A register tile is kRows rows x
+// A 64-byte weight line is two half lines. Half line h = 2 * block + i holds columns 8i..8i+7 of
+// its block in the low nibbles and 16+8i..16+8i+7 in the high ones. A register tile is kRows rows x
 // kHalves consecutive half lines, two 8-column vectors each.
 //
 // Policy Dot: kChunkQuads, quads that one accumulator may take before it is drained;
@@ -37,8 +37,8 @@ struct YmmTile {
   __m256 acc[kRows][kHalves][2];
 
   /// sums += codes * activations over quads [quad0, quad1) of one group.
-  [[gnu::always_inline]] void multiply_chunk(const GemmBlock& b, int64_t half_line, int64_t row, int64_t group,
-                      int64_t quad0, int64_t quad1) {
+  [[gnu::always_inline]] void multiply_chunk(const GemmBlock& b, int64_t half_line, int64_t row,
+                                             int64_t group, int64_t quad0, int64_t quad1) {
     const PackedWeights& w = *b.weights;
     const int64_t a_row_stride = w.groups * w.quads * 4;
     const int8_t* a = b.activations.codes + ((row * w.groups + group) * w.quads + quad0) * 4;
@@ -50,9 +50,8 @@ struct YmmTile {
     const __m256i low_nibble = _mm256_set1_epi8(15);
     __m256i part[kRows][kHalves][2];
     unroll<kRows>([&](auto r) NIBBLE_INLINE {
-      unroll<kHalves>([&](auto j) NIBBLE_INLINE {
-        part[r][j][0] = part[r][j][1] = _mm256_setzero_si256();
-      });
+      unroll<kHalves>(
+          [&](auto j) NIBBLE_INLINE { part[r][j][0] = part[r][j][1] = _mm256_setzero_si256(); });
     });
     for (int64_t quad = quad0; quad < quad1; ++quad, a += 4) {
       unroll<kHalves>([&](auto j) NIBBLE_INLINE {
@@ -117,8 +116,7 @@ struct YmmTile {
     const PackedWeights& w = *b.weights;
     for (int j = 0; j < kHalves; ++j) {
       for (int v = 0; v < 2; ++v) {
-        const int64_t n0 =
-            (half_line + j) / 2 * kBlockColumns + half_line_column(half_line + j, v);
+        const int64_t n0 = (half_line + j) / 2 * kBlockColumns + half_line_column(half_line + j, v);
         if (n0 >= w.n) continue;
         const bool has_bias = !w.bias.empty();
         const __m256 bias = has_bias ? _mm256_loadu_ps(&w.bias[n0]) : _mm256_setzero_ps();
