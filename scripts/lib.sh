@@ -4,7 +4,7 @@
 
 LOGS=build/logs
 BUILD_PACKAGES=(g++ cmake ninja-build nlohmann-json3-dev libcli11-dev libfmt-dev
-                libopenblas-dev libdnnl-dev python3 python3-venv)
+                libopenblas-openmp-dev libdnnl-dev python3 python3-venv)
 TEST_PACKAGES=(libgtest-dev librapidcheck-dev)
 CLANG_PACKAGES=(clang libomp-14-dev libclang-rt-14-dev llvm)
 

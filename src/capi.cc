@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "gemm/cpu/kernel.h"
+#include "gemm/cpu/packed_weights.h"
 #include "gemm/gemm.h"
 
 struct nibble_weight {

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <set>
 
 namespace nibble::testing {
@@ -89,6 +90,7 @@ bool kernel_equals_oracle(const std::string& kernel, const Problem& problem,
   AlignedBuffer y = std::move(*AlignedBuffer::zeroed(expected_y.size() * 4));
   std::memset(y.data(), 0xcc, y.bytes());
   AlignedBuffer workspace = std::move(*AlignedBuffer::zeroed(plan->workspace_bytes));
+  std::memset(workspace.data(), 0xa5, workspace.bytes());  // what was there must not matter
   const GemmTarget target{&weight.packed, y.data(), problem.n, partials.data()};
   const Status status = run_gemm_quantized(*plan, {codes.data(), problem.k, scales.data()},
                                            {&target, 1}, workspace.data());
@@ -131,6 +133,7 @@ void expect_kernel_equals_oracle(const std::string& kernel, Problem problem,
 Status run(const Plan& plan, const GemmInput& input, std::span<const GemmTarget> targets) {
   Result<AlignedBuffer> workspace = AlignedBuffer::zeroed(plan.workspace_bytes);
   if (!workspace.ok()) return workspace.status();
+  std::memset(workspace->data(), 0xa5, workspace->bytes());
   return run_gemm(plan, input, targets, workspace->data());
 }
 

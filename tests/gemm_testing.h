@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "format/linear_format.h"
+#include "gemm/cpu/packed_weights.h"
 #include "gemm/gemm.h"
 #include "gemm/ref.h"
 

@@ -353,7 +353,7 @@ Plan sized(const CpuKernel& kernel, const Problem& problem, int threads, int64_t
   plan.problem = problem;
   plan.kernel = &kernel;
   plan.threads = threads;
-  size_plan(plan, {.l1d_bytes = 32 << 10, .l2_bytes = l2});
+  size_plan(plan, {.l2_bytes = l2});
   return plan;
 }
 

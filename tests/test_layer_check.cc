@@ -5,8 +5,10 @@
 #include <limits>
 
 #include "baseline.h"
+#include "gemm/cpu/packed_weights.h"
 #include "gemm/ref.h"
 #include "layer_check.h"
+#include "oracle_check.h"
 #include "synthetic.h"
 #include "timing.h"
 
@@ -65,6 +67,69 @@ TEST(LayerCheck, GoodLayersPassInEveryMode) {
       }
     }
   }
+}
+
+/// One run of a small layer in `mode`, correct until a test spoils it.
+struct SpoilableRun {
+  AwqTensors tensors = make_synthetic_weight({.name = "s", .k = 128, .n = 16, .group_size = 64}, 1);
+  ref::Weights weights = ref::unpack(tensors.view());
+  std::vector<float> x = make_input(InputKind::normal, 5, 128, 1);
+  std::vector<float> y = std::vector<float>(5 * 16);
+  std::vector<int32_t> partials = std::vector<int32_t>(5 * 2 * 16);
+  FinishedRun run;
+
+  explicit SpoilableRun(Mode mode) {
+    run.problem = {.m = 5, .n = 16, .k = 128, .group_size = 64, .mode = mode};
+    run.input.x = x.data();
+    run.input.x_stride = 128;
+    const Plan plan = *plan_gemm(run.problem, nullptr, 1);
+    const PackedWeights packed = std::move(*pack_weights(tensors.view()));
+    AlignedBuffer workspace = std::move(*AlignedBuffer::zeroed(plan.workspace_bytes));
+    const bool quantized = mode != Mode::w4a16;
+    const GemmTarget target{&packed, y.data(), 16, quantized ? partials.data() : nullptr};
+    EXPECT_TRUE(run_gemm(plan, run.input, {&target, 1}, workspace.data()).ok());
+    run.y = y.data();
+    run.partials = quantized ? partials.data() : nullptr;
+  }
+  std::string difference() const { return first_difference(run, weights, nullptr, 5); }
+};
+
+TEST(OracleCheck, OneWrongBitOfAnyOutputIsFoundAndPlaced) {
+  for (const Mode mode : {Mode::w4a16, Mode::w4a8, Mode::w4a4}) {
+    SpoilableRun spoilable(mode);
+    ASSERT_EQ(spoilable.difference(), "");
+    spoilable.y[3 * 16 + 7] = std::nextafter(spoilable.y[3 * 16 + 7], 1e30f);
+    EXPECT_EQ(spoilable.difference().rfind("y of row 3, column 7 is ", 0), 0u)
+        << spoilable.difference();
+  }
+}
+
+TEST(OracleCheck, OneWrongSumIsFoundAndPlaced) {
+  for (const Mode mode : {Mode::w4a8, Mode::w4a4}) {
+    SpoilableRun spoilable(mode);
+    spoilable.partials[(4 * 2 + 1) * 16 + 15] += 1;
+    EXPECT_EQ(spoilable.difference().rfind("S of row 4, group 1, column 15 is ", 0), 0u)
+        << spoilable.difference();
+  }
+}
+
+TEST(LayerCheck, AnSnrBelowTheGateFails) {
+  ModeResult good, bad;
+  good.snr_vs_w4a16 = 28.1;
+  bad.snr_vs_w4a16 = 27.9;
+  const Problem token{.mode = Mode::w4a8, .granularity = Granularity::token};
+  check_gate(token, InputKind::normal, good);
+  check_gate(token, InputKind::normal, bad);
+  EXPECT_TRUE(good.failures.empty());
+  ASSERT_EQ(bad.failures.size(), 1u);
+  EXPECT_EQ(bad.failures[0], "SNR 27.9 dB is below 28 dB");
+  ModeResult exact;
+  exact.snr_vs_exact = 44.9;
+  check_gate({.mode = Mode::w4a16}, InputKind::outliers, exact);
+  EXPECT_EQ(exact.failures.size(), 1u);
+  ModeResult ungated;
+  check_gate({.mode = Mode::w4a4}, InputKind::normal, ungated);
+  EXPECT_TRUE(ungated.failures.empty());
 }
 
 TEST(LayerCheck, NonFiniteScaleFailsTheLayerByPlace) {

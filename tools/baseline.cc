@@ -3,7 +3,8 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cstring>
+#include <bit>
+#include <new>
 
 #include "timing.h"
 
@@ -28,77 +29,101 @@ namespace {
 #define NIBBLE_CLONES
 #endif
 
-/// One row k of W: 8 columns from each packed word. zeros and scales (n) are the group's.
-NIBBLE_CLONES void dequantize_row_f32(const uint32_t* words, const float* zeros,
-                                      const float* scales, int64_t n, float* out) {
-  constexpr uint32_t kShift[8] = {0, 16, 4, 20, 8, 24, 12, 28};
-  for (int64_t c = 0; c < n / 8; ++c) {
-    for (int j = 0; j < 8; ++j) {
-      const auto q = static_cast<float>(static_cast<int32_t>((words[c] >> kShift[j]) & 15u));
-      out[8 * c + j] = (q - zeros[8 * c + j]) * scales[8 * c + j];
-    }
+/// codes (n) of one row k to (q - z) * s; zeros and scales (n) are the group's.
+NIBBLE_CLONES void dequantize_row(const uint8_t* codes, const float* zeros, const float* scales,
+                                  int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = (static_cast<float>(codes[i]) - zeros[i]) * scales[i];
   }
 }
 
-NIBBLE_CLONES void dequantize_row_bf16(const uint32_t* words, const float* zeros,
-                                       const float* scales, int64_t n, uint16_t* out) {
-  constexpr uint32_t kShift[8] = {0, 16, 4, 20, 8, 24, 12, 28};
-  for (int64_t c = 0; c < n / 8; ++c) {
-    for (int j = 0; j < 8; ++j) {
-      const auto q = static_cast<float>(static_cast<int32_t>((words[c] >> kShift[j]) & 15u));
-      const float value = (q - zeros[8 * c + j]) * scales[8 * c + j];
-      uint32_t bits;
-      std::memcpy(&bits, &value, 4);
-      out[8 * c + j] = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-    }
+NIBBLE_CLONES void dequantize_row(const uint8_t* codes, const float* zeros, const float* scales,
+                                  int64_t n, uint16_t* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float value = (static_cast<float>(codes[i]) - zeros[i]) * scales[i];
+    const auto bits = std::bit_cast<uint32_t>(value);
+    out[i] = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
   }
 }
 
-template <class T, class RowFunction>
-void dequantize_all(const AwqTensors& w, int threads, T* out, RowFunction row_function) {
-  const int64_t words = w.n / 8, groups = w.k / w.group_size;
+/// All of W in chunks of rows, unpacked word-wise into a row that stays in L1, then converted.
+/// Every loop is vectorized and all threads work, whatever the group size.
+template <class T>
+void dequantize_all(const AwqTensors& w, int threads, T* out) {
+  constexpr int64_t kChunk = 16;  // rows
+  const int64_t chunks = (w.k + kChunk - 1) / kChunk;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> zeros(static_cast<size_t>(w.n)), scales(static_cast<size_t>(w.n));
+    std::vector<uint8_t> codes(static_cast<size_t>(w.n)), zero_codes(codes.size());
+    std::vector<float> zeros(codes.size()), scales(codes.size());
+    int64_t loaded_group = -1;
 #pragma omp for schedule(static)
-    for (int64_t g = 0; g < groups; ++g) {
-      for (int64_t n = 0; n < w.n; ++n) {
-        constexpr uint32_t kShift[8] = {0, 16, 4, 20, 8, 24, 12, 28};
-        zeros[n] = static_cast<float>((w.qzeros[g * words + n / 8] >> kShift[n % 8]) & 15u);
-        scales[n] = load_as_float(w.scales.data(), g * w.n + n, w.scale_dtype);
-      }
-      for (int64_t k = g * w.group_size; k < (g + 1) * w.group_size; ++k) {
-        row_function(&w.qweight[k * words], zeros.data(), scales.data(), w.n, out + k * w.n);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      for (int64_t k = chunk * kChunk; k < std::min(w.k, (chunk + 1) * kChunk); ++k) {
+        const int64_t group = k / w.group_size;
+        QuantMatrix row = w.view();  // one row of codes, one of zero points
+        row.k = row.group_size = 1;
+        row.q += k * w.n / 2;
+        row.zeros += group * w.n / 2;
+        if (group != loaded_group) {
+          unpack_zeros(row, 0, w.n, zero_codes.data());
+          for (int64_t i = 0; i < w.n; ++i) {
+            zeros[i] = zero_codes[i];
+            scales[i] = load_as_float(&w.scales[group * w.n], i, w.scale_dtype);
+          }
+          loaded_group = group;
+        }
+        unpack_codes(row, 0, w.n, codes.data());
+        dequantize_row(codes.data(), zeros.data(), scales.data(), w.n, out + k * w.n);
       }
     }
   }
 }
+
+/// A full matrix on huge pages, like the packed weights it is compared with.
+template <class T>
+AlignedBuffer full_matrix(const AwqTensors& weight) {
+  Result<AlignedBuffer> buffer =
+      AlignedBuffer::zeroed(static_cast<size_t>(weight.k * weight.n) * sizeof(T));
+  if (!buffer.ok()) throw std::bad_alloc();
+  return std::move(*buffer);
+}
+
+/// Sets OpenMP's default team for a library that takes no thread count, and puts it back.
+class DefaultTeam {
+ public:
+  explicit DefaultTeam(int threads) : before_(omp_get_max_threads()) {
+    omp_set_num_threads(threads);
+  }
+  ~DefaultTeam() { omp_set_num_threads(before_); }
+
+ private:
+  int before_;
+};
 
 #if NIBBLE_HAVE_OPENBLAS
 class OpenBlasF32 : public Baseline {
  public:
   OpenBlasF32(const AwqTensors& weight, const float* x, int64_t m, int threads)
-      : Baseline(weight),
+      : Baseline(weight, full_matrix<float>(weight)),
         x_(x),
         m_(m),
         threads_(threads),
-        full_(static_cast<size_t>(weight.k * weight.n)),
         y_(static_cast<size_t>(m * weight.n)) {
     openblas_set_num_threads(threads);
   }
   const char* name() const override { return "openblas-f32"; }
-  void dequantize() override {
-    dequantize_all(weight_, threads_, full_.data(), dequantize_row_f32);
-  }
+  void dequantize() override { dequantize_all(weight_, threads_, full_.as<float>()); }
   void multiply() override {
     const auto m = static_cast<int>(m_), n = static_cast<int>(weight_.n),
                k = static_cast<int>(weight_.k);
+    const auto* full = full_.as<float>();
+    const DefaultTeam team(threads_);
     if (m == 1) {
-      cblas_sgemv(CblasRowMajor, CblasTrans, k, n, 1.0f, full_.data(), n, x_, 1, 0.0f, y_.data(),
-                  1);
+      cblas_sgemv(CblasRowMajor, CblasTrans, k, n, 1.0f, full, n, x_, 1, 0.0f, y_.data(), 1);
     } else {
-      cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, m, n, k, 1.0f, x_, k, full_.data(), n,
-                  0.0f, y_.data(), n);
+      cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, m, n, k, 1.0f, x_, k, full, n, 0.0f,
+                  y_.data(), n);
     }
   }
   std::vector<float> result() const override { return y_; }
@@ -107,21 +132,20 @@ class OpenBlasF32 : public Baseline {
   const float* x_;
   int64_t m_;
   int threads_;
-  std::vector<float> full_, y_;
+  std::vector<float> y_;
 };
 #endif
 
 #if NIBBLE_HAVE_DNNL
-/// oneDNN matmul on bf16 (AMX or AVX-512 where the CPU has them) or f32, plain row-major operands.
+/// oneDNN matmul on bf16 (AMX or AVX-512 where the CPU has them) or f32, plain row-major operands:
+/// what dequantize() can write without knowing oneDNN's blocked layouts.
 template <class T>
 class OneDnn : public Baseline {
  public:
   OneDnn(const AwqTensors& weight, const float* x, int64_t m, int threads)
-      : Baseline(weight),
-        m_(m),
+      : Baseline(weight, full_matrix<T>(weight)),
         threads_(threads),
         x_(static_cast<size_t>(m * weight.k)),
-        full_(static_cast<size_t>(weight.k * weight.n)),
         y_(static_cast<size_t>(m * weight.n)) {
     for (size_t i = 0; i < x_.size(); ++i) {
       if constexpr (kIsBf16) {
@@ -135,6 +159,7 @@ class OneDnn : public Baseline {
     const memory::desc x_desc({m, weight.k}, type, memory::format_tag::ab);
     const memory::desc w_desc({weight.k, weight.n}, type, memory::format_tag::ab);
     const memory::desc y_desc({m, weight.n}, memory::data_type::f32, memory::format_tag::ab);
+    const DefaultTeam team(threads);  // oneDNN plans for OpenMP's default team
     const dnnl::matmul::desc desc(x_desc, w_desc, y_desc);
     matmul_ = dnnl::matmul(dnnl::matmul::primitive_desc(desc, engine_));
     arguments_ = {{DNNL_ARG_SRC, memory(x_desc, engine_, x_.data())},
@@ -142,14 +167,9 @@ class OneDnn : public Baseline {
                   {DNNL_ARG_DST, memory(y_desc, engine_, y_.data())}};
   }
   const char* name() const override { return kIsBf16 ? "onednn-bf16" : "onednn-f32"; }
-  void dequantize() override {
-    if constexpr (kIsBf16) {
-      dequantize_all(weight_, threads_, full_.data(), dequantize_row_bf16);
-    } else {
-      dequantize_all(weight_, threads_, full_.data(), dequantize_row_f32);
-    }
-  }
+  void dequantize() override { dequantize_all(weight_, threads_, full_.template as<T>()); }
   void multiply() override {
+    const DefaultTeam team(threads_);
     matmul_.execute(stream_, arguments_);
     stream_.wait();
   }
@@ -157,9 +177,8 @@ class OneDnn : public Baseline {
 
  private:
   static constexpr bool kIsBf16 = sizeof(T) == 2;
-  int64_t m_;
   int threads_;
-  std::vector<T> x_, full_;
+  std::vector<T> x_;
   std::vector<float> y_;
   dnnl::engine engine_{dnnl::engine::kind::cpu, 0};
   dnnl::stream stream_{engine_};
@@ -169,6 +188,8 @@ class OneDnn : public Baseline {
 #endif
 
 }  // namespace
+
+void Baseline::flush_matrix() const { flush_from_caches(full_.data(), full_.bytes()); }
 
 void Baseline::flush_weight() const {
   flush_from_caches(weight_.qweight.data(), weight_.qweight.size() * 4);
@@ -184,7 +205,6 @@ std::vector<std::unique_ptr<Baseline>> make_baselines(const AwqTensors& weight, 
   all.push_back(std::make_unique<OpenBlasF32>(weight, x, m, threads));
 #endif
 #if NIBBLE_HAVE_DNNL
-  omp_set_num_threads(threads);  // oneDNN takes OpenMP's default team
   all.push_back(std::make_unique<OneDnn<float>>(weight, x, m, threads));
   try {
     all.push_back(std::make_unique<OneDnn<uint16_t>>(weight, x, m, threads));

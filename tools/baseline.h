@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "base/aligned_buffer.h"
 #include "format/linear_format.h"
 
 namespace nibble {
@@ -21,17 +22,20 @@ class Baseline {
   virtual void multiply() = 0;
   /// y (m, n), of the last multiply().
   virtual std::vector<float> result() const = 0;
-  /// Pushes the product's inputs out of the caches: the full matrix is an intermediate, so that is
-  /// left to dequantize(); this flushes the weight in file layout.
+  /// Drops the weight in file layout from the caches: what dequantize() reads.
   void flush_weight() const;
+  /// Drops the full matrix from the caches: what multiply() alone reads.
+  void flush_matrix() const;
 
  protected:
-  explicit Baseline(const AwqTensors& weight) : weight_(weight) {}
+  Baseline(const AwqTensors& weight, AlignedBuffer full)
+      : weight_(weight), full_(std::move(full)) {}
   const AwqTensors& weight_;
+  AlignedBuffer full_;  // (k, n) row-major
 };
 
-/// All that this build and CPU have. `weight` and `x` (m, k) must outlive them. Empty if the build
-/// found neither OpenBLAS nor oneDNN.
+/// All that this build and CPU have; std::bad_alloc if a full matrix does not fit. `weight` and `x`
+/// (m, k) must outlive them. Empty if the build found neither OpenBLAS nor oneDNN.
 std::vector<std::unique_ptr<Baseline>> make_baselines(const AwqTensors& weight, const float* x,
                                                       int64_t m, int threads);
 

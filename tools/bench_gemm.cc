@@ -11,8 +11,10 @@
 #include "base/cpu_features.h"
 #include "baseline.h"
 #include "cli.h"
+#include "gemm/cpu/packed_weights.h"
 #include "gemm/ref.h"
 #include "layer_check.h"
+#include "oracle_check.h"
 #include "synthetic.h"
 #include "timing.h"
 
@@ -33,6 +35,8 @@ const std::map<std::string, Mode> kModes = {
     {"w4a16", Mode::w4a16}, {"w4a8", Mode::w4a8}, {"w4a4", Mode::w4a4}};
 const std::map<std::string, Granularity> kActivations = {
     {"token", Granularity::token}, {"group", Granularity::group}, {"tensor", Granularity::tensor}};
+
+constexpr const char* kDequantizeAndMatmul = "dequant+matmul";
 
 /// One line of the result.
 struct Row {
@@ -77,45 +81,16 @@ Result<std::unique_ptr<Shape>> make_shape(const Options& o, int64_t n, int64_t k
   return shape;
 }
 
-/// First and last row of a run, bit for bit against the oracle.
-Status check_run(const Shape& shape, ModeRun& run, const std::vector<float>& x) {
-  NIBBLE_TRY(run());
-  const Problem& p = run.plan.problem;
-  Problem one = p;
-  one.m = 1;
-  for (const int64_t row : {int64_t{0}, p.m - 1}) {
-    std::vector<float> expected;
-    if (p.mode == Mode::w4a16) {
-      expected = ref::multiply_w4a16(shape.reference, x.data() + row * p.k, 1, nullptr);
-    } else {
-      GemmInput input = run.input;
-      const bool whole = p.granularity == Granularity::tensor;
-      if (!whole) input.x = x.data() + row * p.k;
-      const ref::Activations a = ref::quantize(whole ? p : one, input);
-      const int64_t at = whole ? row : 0;
-      const int64_t per_row = scales_per_group(p.granularity) ? shape.packed.groups : 1;
-      const auto sums = ref::partial_sums(shape.reference, a.codes.data() + at * p.k, 1);
-      expected = ref::epilogue(one, shape.reference, sums, a.scales.data() + at * per_row, nullptr);
-    }
-    if (std::memcmp(expected.data(), run.y.data() + row * p.n, expected.size() * 4) != 0) {
-      return Status(Code::invalid_argument,
-                    fmt::format("{}: row {} of M={} N={} K={} differs from the oracle",
-                                run.plan.kernel_name(), row, p.m, p.n, p.k));
-    }
-  }
-  return {};
-}
-
-Status check_baseline(const Shape& shape, Baseline& baseline, const std::vector<float>& x) {
+/// Empty if the first row of the baseline's result is right, else what is wrong.
+std::string check_baseline(const Shape& shape, Baseline& baseline, const std::vector<float>& x) {
   baseline.dequantize();
   baseline.multiply();
   const std::vector<double> exact = ref::multiply_fp64(shape.reference, x.data(), 1, nullptr);
   const std::vector<float> y = baseline.result();
   const double snr = snr_db(exact, {y.begin(), y.begin() + static_cast<int64_t>(exact.size())});
   constexpr double kBf16Db = 35.0;  // x and W rounded to 8 bits, each 2^-9: about 48 dB
-  if (snr >= kBf16Db) return {};
-  return Status(Code::invalid_argument, fmt::format("baseline {} is wrong: {} dB against fp64",
-                                                    baseline.name(), decibels(snr)));
+  if (snr >= kBf16Db) return "";
+  return fmt::format("baseline {} is wrong: {} dB against fp64", baseline.name(), decibels(snr));
 }
 
 Status prepare(const Options& o, const Shape& shape, Mode mode, const char* kernel,
@@ -159,18 +134,28 @@ Result<std::vector<std::pair<Mode, const char*>>> contenders_of(const Options& o
   return pairs;
 }
 
+/// Adds the rows of one M. A result that is not the oracle's goes to `mismatch` and nothing is
+/// timed.
 Status bench_point(const Options& o, const Shape& shape, int64_t m, ReadBandwidthProbe& probe,
-                   std::vector<Row>& rows) {
+                   std::vector<Row>& rows, std::string& mismatch) {
   const int threads = o.threads > 0 ? o.threads : available_cpus();
   const std::vector<float> x = make_input(InputKind::normal, m, shape.packed.k, 1);
   Result<std::vector<std::pair<Mode, const char*>>> pairs = contenders_of(o);
   if (!pairs.ok()) return pairs.status();
   std::vector<ModeRun> runs(pairs->size());
   std::vector<Contender> contenders;
+  std::vector<std::string> modes;  // of the contenders
   for (size_t i = 0; i < runs.size(); ++i) {
     NIBBLE_TRY(prepare(o, shape, (*pairs)[i].first, (*pairs)[i].second, x, m, runs[i]));
     if (o.explain) fmt::print(stderr, "{}\n", runs[i].plan.describe());
-    NIBBLE_TRY(check_run(shape, runs[i], x));
+    NIBBLE_TRY(runs[i]());
+    mismatch = first_difference({runs[i].plan.problem, runs[i].input, runs[i].y.data(), nullptr},
+                                shape.reference, nullptr, kOracleRows);
+    if (!mismatch.empty()) {
+      mismatch = fmt::format("{}, M={}: {}", runs[i].plan.kernel_name(), m, mismatch);
+      return {};
+    }
+    modes.push_back(mode_name(runs[i].plan.problem.mode));
     contenders.push_back(
         {runs[i].plan.kernel_name(),
          [&] { flush_from_caches(shape.packed.storage.data(), shape.packed.storage.bytes()); },
@@ -180,14 +165,23 @@ Status bench_point(const Options& o, const Shape& shape, int64_t m, ReadBandwidt
   std::vector<std::unique_ptr<Baseline>> baselines;
   if (!o.no_baseline) baselines = make_baselines(shape.tensors, x.data(), m, threads);
   for (const auto& baseline : baselines) {
-    NIBBLE_TRY(check_baseline(shape, *baseline, x));
+    mismatch = check_baseline(shape, *baseline, x);
+    if (!mismatch.empty()) return {};
+    modes.push_back(kDequantizeAndMatmul);
     contenders.push_back({baseline->name(),
                           [&baseline] { baseline->flush_weight(); },
                           [&baseline] { baseline->dequantize(), baseline->multiply(); },
                           {}});
+    // with four to eight times the memory of the weight kept dequantized
+    modes.push_back("matmul only");
+    contenders.push_back({baseline->name(),
+                          [&baseline] { baseline->flush_matrix(); },
+                          [&baseline] { baseline->multiply(); },
+                          {}});
   }
   if (probe.ok()) contenders.push_back({"read", {}, [&probe] { probe.read_slice(); }, {}});
-  time_interleaved(contenders, {.min_rounds = 7, .max_rounds = 2000, .seconds = o.seconds},
+  time_interleaved(contenders,
+                   {.threads = threads, .min_rounds = 7, .max_rounds = 2000, .seconds = o.seconds},
                    interrupted);
 
   double read_gb_per_s = 0, best_baseline = 0;
@@ -195,15 +189,17 @@ Status bench_point(const Options& o, const Shape& shape, int64_t m, ReadBandwidt
     const double us = contenders.back().samples.median();
     if (us > 0) read_gb_per_s = static_cast<double>(probe.slice_bytes()) / us * 1e-3;
   }
-  for (size_t i = runs.size(); i < runs.size() + baselines.size(); ++i) {
+  for (size_t i = 0; i < modes.size(); ++i) {
     const double us = contenders[i].samples.median();
-    if (best_baseline == 0 || us < best_baseline) best_baseline = us;
+    if (modes[i] == kDequantizeAndMatmul && (best_baseline == 0 || us < best_baseline)) {
+      best_baseline = us;
+    }
   }
-  for (size_t i = 0; i < runs.size() + baselines.size(); ++i) {
+  for (size_t i = 0; i < modes.size(); ++i) {
     Row row;
     row.is_baseline = i >= runs.size();
     row.kernel = contenders[i].name;
-    row.mode = row.is_baseline ? "dequant+matmul" : mode_name(runs[i].plan.problem.mode);
+    row.mode = modes[i];
     row.m = m;
     row.n = shape.packed.n;
     row.k = shape.packed.k;
@@ -237,6 +233,10 @@ nlohmann::json to_json(const Row& row) {
                                 : nlohmann::json(nullptr)},
       {"checked", true}};
   json[row.is_baseline ? "peer" : "kernel"] = row.kernel;
+  if (!row.is_baseline) {  // of the packed bytes, which a baseline does not read
+    json["gb_per_s"] = row.gb_per_s();
+    json["roofline_share"] = row.roofline_share();
+  }
   return json;
 }
 
@@ -271,7 +271,8 @@ void print_rows(const std::vector<Row>& rows, bool csv) {
     line({r.kernel, r.mode, std::to_string(r.m), std::to_string(r.n), std::to_string(r.k),
           std::to_string(r.group_size), fmt::format("{:.1f}", us),
           fmt::format("{:.1f}", r.samples.min()), fmt::format("{:.1f}", r.samples.max()),
-          fmt::format("{:.3f}", r.tops()), fmt::format("{:.1f}", r.gb_per_s()),
+          fmt::format("{:.3f}", r.tops()),
+          r.is_baseline ? "-" : fmt::format("{:.1f}", r.gb_per_s()),
           r.is_baseline ? "-" : fmt::format("{:.0f}", 100 * r.roofline_share()),
           r.best_baseline_us > 0 ? fmt::format("{:.2f}x", r.best_baseline_us / us) : "-"});
   }
@@ -293,8 +294,12 @@ int run_bench(const Options& o) {
       Result<std::unique_ptr<Shape>> shape = make_shape(o, n, k);
       if (!shape.ok()) return fail(shape.status());
       for (const int64_t m : o.m) {
-        if (const Status s = bench_point(o, **shape, m, probe, rows); !s.ok()) {
-          return std::max(fail(s), static_cast<int>(kExitFailed));
+        std::string mismatch;
+        const Status status = bench_point(o, **shape, m, probe, rows, mismatch);
+        if (!status.ok()) return fail(status);
+        if (!mismatch.empty()) {
+          fmt::print(stderr, "nibble: check failed: {}\n", mismatch);
+          return kExitFailed;
         }
         if (interrupted()) return kExitInterrupted;
       }
@@ -343,7 +348,7 @@ void add_bench_command(CLI::App& app, int& exit_code) {
       ->check(CLI::IsMember({"token", "group", "tensor"}))
       ->capture_default_str();
   command->add_option("--threads", o->threads, "Threads; 0: all CPUs")
-      ->check(CLI::Range(0, 4096))
+      ->check(CLI::Range(0, kMaxThreads))
       ->capture_default_str();
   command->add_option("--seconds", o->seconds, "Time per shape and M, over all contenders")
       ->capture_default_str();

@@ -9,14 +9,14 @@
 
 #include "base/cpu_features.h"
 #include "baseline.h"
+#include "gemm/cpu/packed_weights.h"
 #include "gemm/ref.h"
+#include "oracle_check.h"
 #include "timing.h"
 
 namespace nibble {
 namespace {
 
-// Rows whose integer sums and outputs are compared with the oracle, spread over the batch.
-constexpr int64_t kOracleRows = 4;
 // Below this the weights are not those of the reference checkpoint at all. Round-to-nearest to 4
 // bits gives about 20 dB.
 constexpr double kSameWeightsDb = 6.0;
@@ -99,7 +99,6 @@ struct ModeRun {
   Plan plan;
   AlignedBuffer workspace;
   std::vector<float> y;
-  std::vector<int32_t> partials;
   std::vector<float> static_scales;
   GemmInput input;
   GemmTarget target;
@@ -148,38 +147,25 @@ Status prepare(const Context& c, Mode mode, ModeRun& run) {
   return {};
 }
 
-/// Integer modes: sums and outputs of some rows, bit for bit.
+/// Outputs, and in integer modes all sums, of some rows, bit for bit.
 void compare_with_oracle(const Context& c, ModeRun& run, ModeResult& result) {
   const Problem& p = run.plan.problem;
-  std::vector<int32_t> partials(static_cast<size_t>(p.m * c.packed.groups * p.n));
-  run.target.partials = partials.data();
+  std::vector<int32_t> partials;
+  if (p.mode != Mode::w4a16) {
+    partials.resize(static_cast<size_t>(p.m * c.packed.groups * p.n));
+    run.target.partials = partials.data();
+  }
   const Status status = run();
   run.target.partials = nullptr;
   if (!status.ok()) {
     result.failures.push_back(status.message());
     return;
   }
-  const ref::Activations all = ref::quantize(p, run.input);
-  const int64_t per_row = scales_per_group(p.granularity) ? c.packed.groups : 1;
-  Problem one = p;
-  one.m = 1;
-  for (int64_t i = 0; i < std::min(kOracleRows, p.m); ++i) {
-    const int64_t row = i * (p.m - 1) / std::max<int64_t>(1, std::min(kOracleRows, p.m) - 1);
-    const std::vector<int32_t> sums =
-        ref::partial_sums(c.reference, all.codes.data() + row * p.k, 1);
-    const auto* ours = partials.data() + row * static_cast<int64_t>(sums.size());
-    if (!std::equal(sums.begin(), sums.end(), ours)) {
-      result.failures.push_back(fmt::format("integer sums of row {} differ from the oracle", row));
-      return;
-    }
-    const std::vector<float> y =
-        ref::epilogue(one, c.reference, sums, all.scales.data() + row * per_row,
-                      c.layer.bias.empty() ? nullptr : c.layer.bias.data());
-    if (std::memcmp(y.data(), run.y.data() + row * p.n, y.size() * sizeof(float)) != 0) {
-      result.failures.push_back(fmt::format("outputs of row {} differ from the oracle", row));
-      return;
-    }
-  }
+  const FinishedRun finished{p, run.input, run.y.data(),
+                             partials.empty() ? nullptr : partials.data()};
+  const float* bias = c.layer.bias.empty() ? nullptr : c.layer.bias.data();
+  const std::string difference = first_difference(finished, c.reference, bias, kOracleRows);
+  if (!difference.empty()) result.failures.push_back(difference);
 }
 
 void measure_error(const Context& c, const ModeRun& run, ModeResult& result) {
@@ -208,15 +194,6 @@ void measure_error(const Context& c, const ModeRun& run, ModeResult& result) {
   result.cosine = signal > 0 && norm > 0 ? dot / std::sqrt(signal * norm) : 0;
 }
 
-void check_gates(const CheckOptions& options, const ModeRun& run, ModeResult& result) {
-  const Problem& p = run.plan.problem;
-  const double snr = p.mode == Mode::w4a16 ? result.snr_vs_exact : result.snr_vs_w4a16;
-  const auto gate = snr_gate(p.mode, p.granularity, options.input);
-  if (gate.has_value() && !(snr >= *gate)) {
-    result.failures.push_back(fmt::format("SNR {} dB is below {:.0f} dB", decibels(snr), *gate));
-  }
-}
-
 /// All modes and all baselines in turn, weights cold.
 void time_modes(Context& c, std::vector<ModeRun>& runs, LayerResult& result) {
   std::vector<Contender> contenders;
@@ -239,7 +216,9 @@ void time_modes(Context& c, std::vector<ModeRun>& runs, LayerResult& result) {
                           },
                           {}});
   }
-  time_interleaved(contenders, {.min_rounds = 5, .seconds = c.options.seconds_per_layer});
+  time_interleaved(contenders, {.threads = runs.empty() ? 1 : runs[0].plan.threads,
+                                .min_rounds = 5,
+                                .seconds = c.options.seconds_per_layer});
   const Contender* best = nullptr;
   for (size_t i = runs.size(); i < contenders.size(); ++i) {
     if (best == nullptr || contenders[i].samples.median() < best->samples.median()) {
@@ -327,6 +306,14 @@ std::optional<double> snr_gate(Mode mode, Granularity granularity, InputKind inp
   }
 }
 
+void check_gate(const Problem& p, InputKind input, ModeResult& result) {
+  const double snr = p.mode == Mode::w4a16 ? result.snr_vs_exact : result.snr_vs_w4a16;
+  const auto gate = snr_gate(p.mode, p.granularity, input);
+  if (gate.has_value() && !(snr >= *gate)) {
+    result.failures.push_back(fmt::format("SNR {} dB is below {:.0f} dB", decibels(snr), *gate));
+  }
+}
+
 double snr_db(const std::vector<double>& reference, const std::vector<double>& value) {
   double signal = 0, noise = 0;
   for (size_t i = 0; i < reference.size(); ++i) {
@@ -379,11 +366,9 @@ Result<LayerResult> check_layer(const LayerToCheck& layer, const CheckOptions& o
     mode.mode = options.modes[i];
     mode.kernel = runs[i].plan.kernel_name();
     mode.activation = activation_text(runs[i].plan.problem);
-    const Status status = runs[i]();
-    if (!status.ok()) mode.failures.push_back(status.message());
-    if (mode.mode != Mode::w4a16) compare_with_oracle(c, runs[i], mode);
+    compare_with_oracle(c, runs[i], mode);
     measure_error(c, runs[i], mode);
-    if (mode.failures.empty()) check_gates(options, runs[i], mode);
+    if (mode.failures.empty()) check_gate(runs[i].plan.problem, options.input, mode);
     result.modes.push_back(std::move(mode));
   }
   if (options.timing) {

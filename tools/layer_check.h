@@ -22,6 +22,9 @@ struct ActivationChoice {
   Granularity granularity = Granularity::token;  // when not mix
 };
 
+/// Rows that are compared with the oracle bit for bit, spread over the batch.
+inline constexpr int64_t kOracleRows = 4;
+
 struct CheckOptions {
   std::vector<Mode> modes = {Mode::w4a16, Mode::w4a8, Mode::w4a4};
   ActivationChoice activations;
@@ -70,6 +73,9 @@ struct LayerResult {
 
 /// Lowest SNR against W4A16 that passes on normal input; nothing for modes without a gate.
 std::optional<double> snr_gate(Mode mode, Granularity granularity, InputKind input);
+
+/// Adds a failure to `result` if its SNR is below the gate of its problem.
+void check_gate(const Problem& problem, InputKind input, ModeResult& result);
 
 Result<LayerResult> check_layer(const LayerToCheck& layer, const CheckOptions& options);
 

@@ -48,8 +48,8 @@ namespace {
 
 /// Flushing runs on one thread; this wakes the others, so that a sample does not start with theirs
 /// asleep.
-void wake_threads() {
-#pragma omp parallel
+void wake_threads(int threads) {
+#pragma omp parallel num_threads(threads)
   __asm__ volatile("" ::: "memory");
 }
 
@@ -64,7 +64,7 @@ void time_interleaved(std::vector<Contender>& contenders, const TimingBudget& bu
     for (Contender& contender : contenders) {
       if (stop && stop()) return;
       if (contender.prepare) contender.prepare();
-      wake_threads();
+      wake_threads(budget.threads);
       const double start = now_seconds();
       contender.run();
       contender.samples.microseconds.push_back((now_seconds() - start) * 1e6);

@@ -32,6 +32,7 @@ struct Contender {
 };
 
 struct TimingBudget {
+  int threads = 1;  // of the contenders: they are awake when a sample starts
   int min_rounds = 5;
   int max_rounds = 200;
   double seconds = 0.5;  // over all contenders; min_rounds has precedence

@@ -289,7 +289,7 @@ void add_verify_command(CLI::App& app, int& exit_code) {
   command->add_option("--seed", options->check.seed, "Seed of input and synthetic weights")
       ->capture_default_str();
   command->add_option("--threads", options->check.threads, "Threads; 0: all CPUs")
-      ->check(CLI::Range(0, 4096))
+      ->check(CLI::Range(0, kMaxThreads))
       ->capture_default_str();
   command->add_flag("--no-timing", options->no_timing, "Check accuracy only");
   command->add_flag("--json", options->json, "JSON on stdout instead of the table");

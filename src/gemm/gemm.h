@@ -29,9 +29,13 @@
 
 #include "base/dtype.h"
 #include "base/status.h"
-#include "gemm/cpu/packed_weights.h"
 
 namespace nibble {
+
+struct PackedWeights;  // gemm/cpu/packed_weights.h
+
+/// More than this is refused: OpenMP ends the process when it cannot start a thread.
+inline constexpr int kMaxThreads = 1024;
 
 /// Values equal nibble_mode in include/nibble.h.
 enum class Mode : int { w4a16 = 0, w4a8 = 1, w4a4 = 2 };

@@ -89,19 +89,21 @@ Activations quantize(const Problem& p, const GemmInput& input) {
   Activations a;
   a.codes.resize(static_cast<size_t>(p.m * p.k));
   a.sums.resize(static_cast<size_t>(p.m * groups));
-  std::vector<float> everything;
+  Quantizer of_tensor;
   if (p.granularity == Granularity::tensor) {
+    std::vector<float> everything;
     for (int64_t row = 0; row < p.m; ++row) {
       const std::vector<float> values = read(p, input, row, 0, p.k);
       everything.insert(everything.end(), values.begin(), values.end());
     }
+    of_tensor = from_values(p, input.clip, everything);
   }
   for (int64_t row = 0; row < p.m; ++row) {
     for (int64_t g = 0; g < groups; ++g) {
       const std::vector<float> values = read(p, input, row, g * p.group_size, p.group_size);
       Quantizer quantizer;
       switch (p.granularity) {
-        case Granularity::tensor: quantizer = from_values(p, input.clip, everything); break;
+        case Granularity::tensor: quantizer = of_tensor; break;
         case Granularity::token:
           quantizer = from_values(p, input.clip, read(p, input, row, 0, p.k));
           break;

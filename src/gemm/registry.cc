@@ -1,6 +1,7 @@
 // Names, the kernel table as callers see it, and the choice of a kernel for a problem.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <string_view>
 
@@ -70,10 +71,11 @@ const CpuKernel* find_kernel(std::string_view name) {
 /// this mode. Every name must exist.
 Result<const CpuKernel*> forced_from_list(std::string_view list, Mode mode) {
   const CpuKernel* found = nullptr;
-  while (!list.empty()) {
+  for (bool more = true; more;) {
     const size_t comma = list.find(',');
     const std::string_view name = list.substr(0, comma);
-    list.remove_prefix(comma == std::string_view::npos ? list.size() : comma + 1);
+    more = comma != std::string_view::npos;
+    if (more) list.remove_prefix(comma + 1);
     const CpuKernel* kernel = find_kernel(name);
     if (kernel == nullptr) {
       return Status(
@@ -134,15 +136,18 @@ std::string Plan::describe() const {
 
 Result<Plan> plan_gemm(const Problem& problem, const char* force, int threads) {
   NIBBLE_TRY(check_problem(problem));
+  if (threads > kMaxThreads) {
+    return Status(Code::invalid_argument,
+                  fmt::format("{} threads are above {}", threads, kMaxThreads));
+  }
   Result<const CpuKernel*> kernel = choose_kernel(problem, force);
   if (!kernel.ok()) return kernel.status();
   Plan plan;
   plan.problem = problem;
   plan.kernel = *kernel;
-  plan.threads = threads > 0 ? threads : available_cpus();
+  plan.threads = threads > 0 ? threads : std::min(available_cpus(), kMaxThreads);
   CacheSizes caches;
   const CpuFeatures& features = cpu_features();
-  if (features.l1d_bytes > 0) caches.l1d_bytes = features.l1d_bytes;
   if (features.l2_bytes > 0) caches.l2_bytes = features.l2_bytes;
   size_plan(plan, caches);
   return plan;

@@ -6,6 +6,7 @@
 #include <span>
 
 #include "base/cpu_features.h"
+#include "gemm/cpu/packed_weights.h"
 #include "gemm/gemm.h"
 
 namespace nibble {
@@ -90,7 +91,7 @@ std::span<const CpuKernel> cpu_kernels();
 /// Null if this CPU executes `isa`, else why not.
 const char* isa_missing_reason(Isa isa);
 
-/// Shape and option limits shared by all kernels: null, or what is refused and why.
+/// Shape and option limits shared by all kernels: ok, or what is refused and why.
 /// Per-kernel choice (which M a kernel is good for) is policy: gemm/cpu/plan.h.
 Status check_problem(const Problem& problem);
 

@@ -3,9 +3,11 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <limits>
 #include <new>
 
 #include "base/cpu_features.h"
+#include "gemm/gemm.h"
 
 namespace nibble {
 namespace {
@@ -73,6 +75,9 @@ Result<PackedWeights> pack_weights(const QuantMatrix& matrix, const void* bias, 
   w.quads = (matrix.group_size + 3) / 4;
   w.blocks = (matrix.n + kBlockColumns - 1) / kBlockColumns;
   w.scale_dtype = matrix.scale_dtype;
+  if (w.blocks > std::numeric_limits<int64_t>::max() / w.block_bytes()) {
+    return Status(Code::out_of_memory, "the packed size of a weight overflows");
+  }
   Result<AlignedBuffer> storage = AlignedBuffer::zeroed(static_cast<size_t>(w.bytes()));
   if (!storage.ok()) return storage.status();
   w.storage = std::move(*storage);
@@ -80,7 +85,7 @@ Result<PackedWeights> pack_weights(const QuantMatrix& matrix, const void* bias, 
     w.bias.assign(static_cast<size_t>(w.blocks * kBlockColumns), 0.0f);
     for (int64_t i = 0; i < w.n; ++i) w.bias[i] = load_as_float(bias, i, bias_dtype);
   }
-  const int team = threads > 0 ? threads : available_cpus();
+  const int team = std::clamp(threads > 0 ? threads : available_cpus(), 1, kMaxThreads);
   bool out_of_memory = false;
 #pragma omp parallel num_threads(team)
   {

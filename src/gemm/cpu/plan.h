@@ -8,7 +8,6 @@ namespace nibble {
 
 /// Cache sizes that bound the blocking; from CpuFeatures, or chosen by a test.
 struct CacheSizes {
-  int64_t l1d_bytes = 32 << 10;
   int64_t l2_bytes = 1 << 20;
 };
 

@@ -41,7 +41,7 @@ struct RowDestination {
 bool quantize_row(const QuantizerOps& ops, const Problem& problem, const GemmInput& input,
                   const Scaling& tensor_scaling, const void* x, const RowDestination& to);
 
-/// Range of all of x, for Granularity::tensor. Sequential.
+/// Range of the elements of both.
 ElementRange merge_ranges(const ElementRange& a, const ElementRange& b);
 
 }  // namespace nibble
