@@ -89,6 +89,7 @@ ReadBandwidthProbe::~ReadBandwidthProbe() {
 void ReadBandwidthProbe::read_slice() {
   // 8 streams a thread: on the machines measured that reads 40 % faster than one
   constexpr size_t kStreams = 8;
+  constexpr size_t kPrefetchBytes = 2048;
   const unsigned char* slice = buffer_ + next_;
   next_ = next_ + 2 * slice_bytes_ > buffer_bytes_ ? 0 : next_ + slice_bytes_;
   const size_t per_stream = slice_bytes_ / (kStreams * static_cast<size_t>(threads_)) / 64 * 64;
@@ -102,6 +103,7 @@ void ReadBandwidthProbe::read_slice() {
     for (size_t i = 0; i < per_stream; i += 64) {
       for (size_t s = 0; s < kStreams; ++s) {
         const auto* line = reinterpret_cast<const __m128i*>(from + s * per_stream + i);
+        _mm_prefetch(reinterpret_cast<const char*>(line) + kPrefetchBytes, _MM_HINT_T0);
         for (int j = 0; j < 4; ++j) sum[s] = _mm_xor_si128(sum[s], _mm_load_si128(line + j));
       }
     }

@@ -52,9 +52,11 @@ WorkspaceLayout workspace_layout(const Problem& problem, ActivationLayout layout
 void size_plan(Plan& plan, const CacheSizes& caches) {
   const Problem& p = plan.problem;
   const bool floats = plan.kernel->layout == ActivationLayout::floats;
-  // Half of L2 for the activation block: the rest holds a weight block and the outputs.
+  // Half of L2 for the activation block: the rest holds a weight block and the outputs. AMX keeps a
+  // float accumulator per row and column in L1, where 256 rows would leave no room for the tiles.
   const int64_t row_bytes = std::max<int64_t>(1, p.k * (floats ? 4 : 1));
-  const int64_t most = std::clamp<int64_t>(caches.l2_bytes / 2 / row_bytes, 32, kMaxBlockRows);
+  const int64_t limit = plan.kernel->isa == Isa::amx_int8 ? 128 : kMaxBlockRows;
+  const int64_t most = std::clamp<int64_t>(caches.l2_bytes / 2 / row_bytes, 32, limit);
   plan.block_rows = std::max<int64_t>(1, std::min<int64_t>(p.m, most / 32 * 32));
   // Decode is bound by memory: several blocks at once are several streams for the prefetcher. With
   // many rows one block at a time is enough, but a task should not be too short either.
