@@ -11,6 +11,7 @@
  * Rules that hold for every function
  *   - Nothing is printed, thrown or exited. Failure is a nibble_status; its message names what was
  *     expected and what was found. Outputs of a failed call are unspecified unless said otherwise.
+ *     (OpenMP itself ends a process that may not start a thread; threads = 1 starts none.)
  *   - Matrices are row-major; strides count elements, not bytes; sizes are in elements unless the
  *     name ends in _bytes. Integers and floats are little-endian.
  *   - The caller owns every buffer it passes. The library keeps no pointer after a call returns.
@@ -110,9 +111,9 @@ typedef struct nibble_weight_desc {
 /* One weight in the layout of the CPU kernels. Immutable; may be shared by threads. */
 typedef struct nibble_weight nibble_weight;
 
-/* Repacks a weight: at most 4.25 bits per weight at group size 128. On success *out is a new weight
- * to be released with nibble_weight_destroy; on failure *out is null.
- * threads <= 0: all CPUs this process may use. */
+/* Repacks a weight: 4.1875 bits per weight at group size 128, n rounded up to 32. On success *out
+ * is a new weight to be released with nibble_weight_destroy; on failure *out is null. threads <= 0:
+ * all CPUs this process may use. */
 NIBBLE_API nibble_status nibble_weight_create(nibble_weight** out, const nibble_weight_desc* desc,
                                               int32_t threads);
 NIBBLE_API void nibble_weight_destroy(nibble_weight* weight); /* null is fine */

@@ -183,9 +183,10 @@ void print_head(const Options& options, const Model& model) {
   fmt::print("{}: {} layers, M={} rows of {} input in f16, seed {}\n",
              options.directory.empty() ? "synthetic model" : options.directory, model.layers.size(),
              check.rows, options.input, check.seed);
-  fmt::print("FP16 is {}.\n\n", model.reference.has_value()
-                                    ? "the original weights of " + options.reference
-                                    : "the dequantized weights rounded to fp16");
+  fmt::print("FP16 is {}. {} rows of every product are compared with the oracle bit for bit.\n\n",
+             model.reference.has_value() ? "the weights of " + options.reference
+                                         : "the dequantized weights rounded to fp16",
+             std::min(check.rows, kOracleRows));
   fmt::print("  {:<6}{:<17}{:<13}{:>6}{:>8}{:>8}  {:<7} {:<7} {:<8}{}\n", "mode", "kernel",
              "activation", "vsFP16", "vsW4A16", "vs fp64", "rms err", "max err", "cosine",
              check.timing ? "   us (cold)  speed-up over" : "");

@@ -6,7 +6,7 @@
 //           byte 4*c + i of a line: low nibble = q[4*quad + i][c], high = q[4*quad + i][16 + c]
 //   scales  (groups, 32) f16 or bf16 bits
 //   zeros   (groups, 32) bytes
-// At group size 128 that is 4 + 16/128 + 8/128 = 4.1875 bits a weight.
+// At group size 128 that is 4 + 16/128 + 8/128 = 4.1875 bits a weight (of n rounded up to 32).
 // Masking the low nibbles of a line gives one row of an AMX B tile, or one VPDPBUSD operand, for
 // columns 0..15; shifting first gives columns 16..31: no permutation, and raw codes are unsigned.
 #pragma once
