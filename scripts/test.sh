@@ -120,7 +120,7 @@ suite_thread() {
 
 suite_fuzz() {
   local program name found=no corpus
-  build_preset fuzz all || return 0
+  build_preset fuzz fuzz_targets || return 0
   for program in build/fuzz/fuzz_*; do
     name=${program##*/}
     [[ -f $program && -x $program ]] || continue

@@ -29,6 +29,7 @@ namespace {
 using nibble::Code;
 using nibble::Dtype;
 using nibble::Granularity;
+using nibble::kMaxThreads;
 using nibble::Mode;
 using nibble::Plan;
 using nibble::Result;
@@ -70,8 +71,6 @@ constexpr uint64_t kPlanMagic = 0x314e414c5042494eu;  // "NIBPLAN1"
 static_assert(std::is_trivially_copyable_v<PlanBox>);
 static_assert(sizeof(PlanBox) <= sizeof(nibble_plan));
 
-// A larger team fails inside the OpenMP runtime, which exits the process.
-constexpr int32_t kMaxThreads = 1024;
 constexpr int64_t kTargetsOnStack = 8;
 
 // ---- status -------------------------------------------------------------------------------------

@@ -45,10 +45,10 @@ TEST_P(GemmExact, EveryRowCountFrom1To70) {
 }
 
 // Depths around every step a kernel takes along K: quads of 4, chunks of 8 quads (avx2), tiles of
-// 64, scratch of 4 tiles (amx), chunks of 64 quads (w4a4_avx2), int16 sums up to 255.
+// 64, scratch of 4 tiles (amx), chunks of 72 quads (w4a4_avx2), int16 sums up to 255.
 TEST_P(GemmExact, GroupDepthsAroundEveryPipelineStep) {
-  for (const int64_t group : {3,   4,   5,   31,  32,  33,  60,  63,  64,  65,  68, 127,
-                              128, 129, 192, 252, 255, 256, 257, 260, 320, 512, 516}) {
+  for (const int64_t group : {3,   4,   5,   31,  32,  33,  60,  63,  64,  65,  68,  127, 128,
+                              129, 192, 252, 255, 256, 257, 260, 284, 288, 292, 320, 512, 516}) {
     for (int64_t groups = 1; groups <= 2; ++groups) {
       const TestWeight weight =
           make_weight({.k = group * groups, .n = 64, .group_size = group}, random_);

@@ -31,6 +31,20 @@ inline __m256i broadcast_quad(const int8_t* codes) {
   return _mm256_set1_epi32(quad);
 }
 
+/// Policy with VPMADDUBSW: pairs of u4 x s8 products summed in int16 for as long as activations of
+/// up to kMaxAbs cannot overflow it, then widened by VPMADDWD.
+template <int kMaxAbs>
+struct DotInt16 {
+  static constexpr int64_t kChunkQuads = 32767 / (2 * 15 * kMaxAbs);
+
+  static void multiply(__m256i& pairs, __m256i codes, __m256i x) {
+    pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(codes, x));
+  }
+  static __m256i drain(__m256i sums, __m256i pairs) {
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+};
+
 template <class Dot, int kRows, int kHalves>
 struct YmmTile {
   __m256i sums[kRows][kHalves][2];
