@@ -237,6 +237,7 @@ nlohmann::json to_json(const Row& row) {
                                 : nlohmann::json(nullptr)},
       {"checked", true}};
   json[row.is_baseline ? "peer" : "kernel"] = row.kernel;
+  json["gb_per_s"] = json["roofline_share"] = nullptr;
   if (!row.is_baseline) {  // of the packed bytes, which a baseline does not read
     json["gb_per_s"] = row.gb_per_s();
     json["roofline_share"] = row.roofline_share();
