@@ -31,11 +31,6 @@ struct Options {
   bool no_baseline = false, explain = false;
 };
 
-const std::map<std::string, Mode> kModes = {
-    {"w4a16", Mode::w4a16}, {"w4a8", Mode::w4a8}, {"w4a4", Mode::w4a4}};
-const std::map<std::string, Granularity> kActivations = {
-    {"token", Granularity::token}, {"group", Granularity::group}, {"tensor", Granularity::tensor}};
-
 constexpr const char* kDequantizeAndMatmul = "dequant+matmul";
 
 /// One line of the result.
@@ -100,7 +95,7 @@ Status prepare(const Options& o, const Shape& shape, Mode mode, const char* kern
             .k = shape.packed.k,
             .group_size = shape.packed.group_size,
             .mode = mode,
-            .granularity = kActivations.at(o.activations),
+            .granularity = granularities_by_name().at(o.activations),
             .symmetric = mode != Mode::w4a4};
   Result<Plan> plan = plan_gemm(p, kernel, o.threads);
   if (!plan.ok()) return plan.status();
@@ -129,7 +124,7 @@ Result<std::vector<std::pair<Mode, const char*>>> contenders_of(const Options& o
     }
   }
   if (o.kernels.empty()) {
-    for (const std::string& mode : o.modes) pairs.emplace_back(kModes.at(mode), nullptr);
+    for (const std::string& mode : o.modes) pairs.emplace_back(modes_by_name().at(mode), nullptr);
   }
   return pairs;
 }
@@ -229,9 +224,7 @@ nlohmann::json to_json(const Row& row) {
       {"us_min", row.samples.min()},
       {"samples_us", row.samples.microseconds},
       {"tops", row.tops()},
-      {"gb_per_s", row.gb_per_s()},
       {"read_gb_per_s", row.read_gb_per_s},
-      {"roofline_share", row.roofline_share()},
       {"speedup_vs_dequant_matmul",
        row.best_baseline_us > 0 ? nlohmann::json(row.best_baseline_us / row.samples.median())
                                 : nlohmann::json(nullptr)},

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <string>
 
@@ -37,6 +38,10 @@ void add_verify_command(CLI::App& app, int& exit_code);
 /// every --json output. Set by main before a subcommand runs.
 nlohmann::json report_header();
 void set_command_line(int argc, char** argv);
+
+/// What options call modes and granularities: mode_name() and granularity_name(), inverted.
+const std::map<std::string, Mode>& modes_by_name();
+const std::map<std::string, Granularity>& granularities_by_name();
 
 /// One line for people: CPU, features, threads.
 std::string device_summary();

@@ -168,4 +168,26 @@ void install_signal_handlers() {
   ::signal(SIGPIPE, SIG_IGN);
 }
 
+const std::map<std::string, Mode>& modes_by_name() {
+  static const std::map<std::string, Mode> modes = [] {
+    std::map<std::string, Mode> map;
+    for (const Mode mode : {Mode::w4a16, Mode::w4a8, Mode::w4a4}) map[mode_name(mode)] = mode;
+    return map;
+  }();
+  return modes;
+}
+
+const std::map<std::string, Granularity>& granularities_by_name() {
+  static const std::map<std::string, Granularity> granularities = [] {
+    std::map<std::string, Granularity> map;
+    for (const Granularity granularity :
+         {Granularity::tensor, Granularity::token, Granularity::group, Granularity::static_tensor,
+          Granularity::static_group}) {
+      map[granularity_name(granularity)] = granularity;
+    }
+    return map;
+  }();
+  return granularities;
+}
+
 }  // namespace nibble::cli

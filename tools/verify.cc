@@ -26,17 +26,8 @@ struct Options {
   CheckOptions check;
 };
 
-const std::map<std::string, Mode> kModes = {
-    {"w4a16", Mode::w4a16}, {"w4a8", Mode::w4a8}, {"w4a4", Mode::w4a4}};
 const std::map<std::string, InputKind> kInputs = {{"normal", InputKind::normal},
                                                   {"outliers", InputKind::outliers}};
-const std::map<std::string, Granularity> kActivations = {
-    {"token", Granularity::token},
-    {"group", Granularity::group},
-    {"tensor", Granularity::tensor},
-    {"static-tensor", Granularity::static_tensor},
-    {"static-group", Granularity::static_group}};
-
 /// Layers to check with whatever owns their memory.
 struct Model {
   std::optional<Checkpoint> checkpoint, reference;
@@ -216,12 +207,13 @@ std::string progress_note(const LayerResult& layer) {
 
 int run_verify(Options options) {
   options.check.modes.clear();
-  for (const std::string& name : options.modes) options.check.modes.push_back(kModes.at(name));
+  for (const std::string& name : options.modes)
+    options.check.modes.push_back(modes_by_name().at(name));
   options.check.input = kInputs.at(options.input);
   options.check.timing = !options.no_timing;
   options.check.activations.mix = options.activations == "mix";
   if (options.activations != "mix") {
-    options.check.activations.granularity = kActivations.at(options.activations);
+    options.check.activations.granularity = granularities_by_name().at(options.activations);
   }
   Model model;
   if (options.directory.empty()) {

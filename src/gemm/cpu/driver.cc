@@ -18,6 +18,20 @@ namespace {
 
 constexpr int64_t kNoRow = std::numeric_limits<int64_t>::max();
 
+/// The smallest row that any thread has reported, or kNoRow.
+class FirstRow {
+ public:
+  void report(int64_t row) {
+    int64_t first = row_.load(std::memory_order_relaxed);
+    while (row < first && !row_.compare_exchange_weak(first, row)) {
+    }
+  }
+  int64_t get() const { return row_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<int64_t> row_{kNoRow};
+};
+
 /// Mutable view of one block's workspace.
 struct BlockBuffers {
   std::byte* base = nullptr;
@@ -128,25 +142,22 @@ int64_t run_row_blocks(const Plan& plan, std::span<const GemmTarget> targets,
   NIBBLE_CHECK(plan.block_rows >= 1 && plan.block_rows <= kMaxBlockRows);
   const TaskList list{targets, plan.blocks_per_task};
   const int64_t m = plan.problem.m, num_tasks = list.size();
-  std::atomic<int64_t> refused{kNoRow};
+  FirstRow refused;
 #pragma omp parallel num_threads(plan.threads)
   for (int64_t row0 = 0; row0 < m; row0 += plan.block_rows) {
     const int64_t rows = std::min(plan.block_rows, m - row0);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
-      if (fill(row0 + row, row, rows)) continue;
-      int64_t first = refused.load(std::memory_order_relaxed);
-      while (row0 + row < first && !refused.compare_exchange_weak(first, row0 + row)) {
-      }
+      if (!fill(row0 + row, row, rows)) refused.report(row0 + row);
     }
     // The barrier above makes `refused` the same for all threads: they leave together.
-    if (refused.load(std::memory_order_relaxed) != kNoRow) break;
+    if (refused.get() != kNoRow) break;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < num_tasks; ++task) {
       run_task(plan, list, task, row0, rows, buffers);
     }
   }
-  return refused.load();
+  return refused.get();
 }
 
 const std::byte* row_of(const GemmInput& input, const Problem& p, int64_t row) {
@@ -317,18 +328,15 @@ Status quantize_activations(const Plan& plan, const GemmInput& input, int8_t* co
   if (!scaling.ok()) return scaling.status();
   const int64_t groups = p.k / p.group_size;
   const int64_t per_row = scales_per_group(p.granularity) ? groups : 1;
-  std::atomic<int64_t> refused{kNoRow};
+  FirstRow refused;
 #pragma omp parallel for schedule(static) num_threads(plan.threads)
   for (int64_t row = 0; row < p.m; ++row) {
     RowDestination to{
         codes + row * p.k, p.group_size,           kTileDepth,
         p.group_size,      scales + row * per_row, sums == nullptr ? nullptr : sums + row * groups};
-    if (quantize_row(ops, p, input, *scaling, row_of(input, p, row), to)) continue;
-    int64_t first = refused.load(std::memory_order_relaxed);
-    while (row < first && !refused.compare_exchange_weak(first, row)) {
-    }
+    if (!quantize_row(ops, p, input, *scaling, row_of(input, p, row), to)) refused.report(row);
   }
-  return refused == kNoRow ? Status{} : non_finite_row(refused);
+  return refused.get() == kNoRow ? Status{} : non_finite_row(refused.get());
 }
 
 }  // namespace nibble

@@ -26,6 +26,7 @@ enum class ActivationLayout {
 inline constexpr int64_t kMaxBlockRows = 256;  // of one call of a kernel
 inline constexpr int64_t kTileRows = 16;
 inline constexpr int64_t kTileDepth = 64;  // bytes, so k, of one row of an int8 A tile
+inline int64_t steps_of(int64_t group_size) { return (group_size + kTileDepth - 1) / kTileDepth; }
 
 /// Operand A for one block of rows.
 struct ActivationBlock {

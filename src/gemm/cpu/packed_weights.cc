@@ -72,7 +72,7 @@ Result<PackedWeights> pack_weights(const QuantMatrix& matrix, const void* bias, 
   w.n = matrix.n;
   w.group_size = matrix.group_size;
   w.groups = matrix.groups();
-  w.quads = (matrix.group_size + 3) / 4;
+  w.quads = quads_of(matrix.group_size);
   w.blocks = (matrix.n + kBlockColumns - 1) / kBlockColumns;
   w.scale_dtype = matrix.scale_dtype;
   if (w.blocks > std::numeric_limits<int64_t>::max() / w.block_bytes()) {

@@ -22,6 +22,7 @@ namespace nibble {
 
 inline constexpr int64_t kBlockColumns = 32;
 inline constexpr int64_t kLineBytes = 64;
+inline int64_t quads_of(int64_t group_size) { return (group_size + 3) / 4; }
 
 struct PackedWeights {
   int64_t k = 0, n = 0, group_size = 0;

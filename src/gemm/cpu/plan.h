@@ -32,7 +32,5 @@ WorkspaceLayout workspace_layout(const Problem& problem, ActivationLayout layout
 inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
-inline int64_t quads_of(int64_t group_size) { return (group_size + 3) / 4; }
-inline int64_t steps_of(int64_t group_size) { return (group_size + kTileDepth - 1) / kTileDepth; }
 
 }  // namespace nibble

@@ -1,6 +1,6 @@
-// w4a4 with AVX2: int4 activations lie in -15..15 (asymmetric ones with their zero point taken off),
-// so a pair of products is at most 450 and 72 of them fit int16: a whole group of up to 288. The tile
-// is in ymm_tile.h.
+// w4a4 with AVX2: int4 activations lie in -15..15 (asymmetric ones with their zero point taken
+// off), so a pair of products is at most 450 and 72 of them fit int16: a whole group of up to 288.
+// The tile is in ymm_tile.h.
 #include "gemm/cpu/kernel.h"
 #include "gemm/cpu/target.h"
 

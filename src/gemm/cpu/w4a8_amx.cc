@@ -153,7 +153,7 @@ void store_block(const GemmBlock& b, int64_t block, const Scratch& scratch) {
 template <bool kGroupScales>
 void run_group(const GemmBlock& b, int64_t block, int64_t group, Scratch& scratch) {
   const PackedWeights& w = *b.weights;
-  const int64_t steps = (w.quads + 15) / 16, tiles = (b.rows + kTileRows - 1) / kTileRows;
+  const int64_t steps = steps_of(w.group_size), tiles = (b.rows + kTileRows - 1) / kTileRows;
   const int64_t a_tile_stride = steps * kTileBytes;
   const int8_t* a = b.activations.codes + group * tiles * a_tile_stride;
   const int64_t pairs = (tiles + 1) / 2;
