@@ -3,8 +3,9 @@
 # the lists of packages are for those two.)
 
 LOGS=build/logs
-BUILD_PACKAGES=(g++ cmake ninja-build nlohmann-json3-dev libcli11-dev libfmt-dev
-                libopenblas-openmp-dev libdnnl-dev python3 python3-venv)
+BUILD_PACKAGES=(g++ cmake ninja-build pkg-config nlohmann-json3-dev libcli11-dev libfmt-dev
+                libpcre2-dev libutf8proc-dev libssl-dev libopenblas-openmp-dev libdnnl-dev
+                python3 python3-venv)
 TEST_PACKAGES=(libgtest-dev librapidcheck-dev)
 CLANG_PACKAGES=(clang libomp-14-dev libclang-rt-14-dev llvm)
 

@@ -14,8 +14,9 @@ errors, and runs the test suite and the examples. The last line is `N passed, N 
   --sanitize     also run the suite under AddressSanitizer and UndefinedBehaviorSanitizer, and its
                  thread tests (named *Thread*) under ThreadSanitizer
   --fuzz [RUNS]  also run every fuzz target for RUNS inputs (default 20000)
-  --with-torch   also compare with compressed-tensors' AutoAWQ converter; installs torch from PyPI
-                 into build/venv-torch (3 GB to download, 5.6 GB installed)
+  --with-torch   also compare with compressed-tensors' AutoAWQ converter, the logits of random models
+                 with transformers', and token ids with the tokenizers package; installs torch from
+                 PyPI into build/venv-torch (3 GB to download, 5.6 GB installed)
 
 NIBBLE_NO_INSTALL=1 leaves Debian packages alone.
 END
@@ -151,6 +152,7 @@ suite_torch() {
   else
     record skipped torch smollm2 "$model is not there; scripts/demo.sh makes it"
   fi
+  run_program torch logits "$python" scripts/check_logits.py
 }
 
 need_packages "${BUILD_PACKAGES[@]}" "${TEST_PACKAGES[@]}"

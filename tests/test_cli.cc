@@ -18,76 +18,13 @@
 #include "base/check.h"
 #include "checkpoint_builder.h"
 #include "format/checkpoint.h"
+#include "tool_runner.h"
 
 namespace nibble::test {
 namespace {
 
 namespace fs = std::filesystem;
 using nlohmann::json;
-
-struct Outcome {
-  int code = -1;  // exit code; 128 + signal if killed by one
-  std::string out, err;
-};
-
-struct Setting {
-  std::string kernel = "";       // NIBBLE_KERNEL; empty: unset
-  std::string stdout_path = "";  // instead of a file of our own
-};
-
-int open_or_die(const std::string& path, int flags) {
-  const int fd = ::open(path.c_str(), flags | O_CLOEXEC, 0600);
-  NIBBLE_CHECK(fd >= 0);
-  return fd;
-}
-
-/// Starts the tool with these as stdout and stderr; nothing on stdin.
-pid_t start_tool(const std::vector<std::string>& arguments, int out, int err,
-                 const std::string& kernel = "") {
-  std::vector<std::string> words = {NIBBLE_CLI};
-  words.insert(words.end(), arguments.begin(), arguments.end());
-  std::vector<char*> argv;
-  for (std::string& word : words) argv.push_back(word.data());
-  argv.push_back(nullptr);
-  const pid_t child = ::fork();
-  NIBBLE_CHECK(child >= 0);
-  if (child != 0) return child;
-  const int in = open_or_die("/dev/null", O_RDONLY);
-  // Whoever started the tests may have had them ignored.
-  ::signal(SIGINT, SIG_DFL);
-  ::signal(SIGPIPE, SIG_DFL);
-  ::unsetenv("NIBBLE_KERNEL");
-  if (!kernel.empty()) ::setenv("NIBBLE_KERNEL", kernel.c_str(), 1);
-  ::dup2(in, STDIN_FILENO);
-  ::dup2(out, STDOUT_FILENO);
-  ::dup2(err, STDERR_FILENO);
-  ::execv(argv[0], argv.data());
-  ::_exit(127);
-}
-
-int wait_for(pid_t child) {
-  int status = 0;
-  while (::waitpid(child, &status, 0) < 0) NIBBLE_CHECK(errno == EINTR);
-  return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-}
-
-Outcome run_tool(const std::vector<std::string>& arguments, const Setting& setting = {}) {
-  TempDir dir;
-  const bool redirected = !setting.stdout_path.empty();
-  const int out = redirected ? open_or_die(setting.stdout_path, O_WRONLY)
-                             : open_or_die(dir.file("out"), O_RDWR | O_CREAT);
-  const int err = open_or_die(dir.file("err"), O_RDWR | O_CREAT);
-  Outcome outcome;
-  outcome.code = wait_for(start_tool(arguments, out, err, setting.kernel));
-  ::close(out);
-  ::close(err);
-  if (!redirected) outcome.out = read_text(dir.file("out"));
-  outcome.err = read_text(dir.file("err"));
-  return outcome;
-}
-
-#define EXPECT_HAS(text, part) \
-  EXPECT_NE((text).find(part), std::string::npos) << "expected \"" << (part) << "\" in:\n" << (text)
 
 /// A Llama-like model in `dtype`: `layers` decoder layers with a biased q_proj, embeddings, a norm
 /// and lm_head. K is 256 for all but down_proj, where it is 192: no multiple of 128.
@@ -112,12 +49,6 @@ void write_dense_model(const std::string& directory, int layers = 2, Dtype dtype
   }
   const json config = {{"architectures", {"LlamaForCausalLM"}}, {"model_type", "llama"}};
   ASSERT_TRUE(write_checkpoint(directory, store.tensors(), config).ok());
-}
-
-json parse_output(const Outcome& outcome) {
-  const json document = json::parse(outcome.out, nullptr, false);
-  EXPECT_FALSE(document.is_discarded()) << outcome.out << outcome.err;
-  return document;
 }
 
 json inspect_json(const std::string& directory, std::vector<std::string> options = {}) {
@@ -450,7 +381,7 @@ TEST(CliInspect, HostileNamesCannotWriteToTheTerminal) {
 class CliQuantize : public testing::Test {
  protected:
   Outcome quantize(std::vector<std::string> options) {
-    options.insert(options.begin(), {"quantize", source(), out()});
+    options.insert(options.begin(), {"quantize", source(), out(), "--method", "rtn"});
     return run_tool(options);
   }
   /// The only thing beside the source; fails the test if there is more.
@@ -612,7 +543,8 @@ TEST_F(CliQuantize, RefusesOutputThatWouldMixOrOverwrite) {
   write_dense_model(source());
   const auto before = contents(source());
   const auto code = [&](const std::string& target) {
-    const Outcome outcome = run_tool({"quantize", source(), target, "--group-size", "64"});
+    const Outcome outcome =
+        run_tool({"quantize", source(), target, "--method", "rtn", "--group-size", "64"});
     EXPECT_HAS(outcome.err, "OUT");
     return outcome.code;
   };
@@ -642,49 +574,14 @@ TEST_F(CliQuantize, NonFiniteWeightExitsWith4AndLeavesNothing) {
   expect_nothing_left();
 }
 
-/// A pipe that takes not one byte more until it is drained.
-class FullPipe {
- public:
-  FullPipe() {
-    NIBBLE_CHECK(::pipe2(ends_, O_CLOEXEC) == 0);
-    const int flags = ::fcntl(ends_[1], F_GETFL);
-    ::fcntl(ends_[1], F_SETFL, flags | O_NONBLOCK);
-    const char byte = 'x';
-    while (::write(ends_[1], &byte, 1) == 1) {
-    }
-    ::fcntl(ends_[1], F_SETFL, flags);
-  }
-  ~FullPipe() {
-    close_input();
-    ::close(ends_[0]);
-  }
-  int input() const { return ends_[1]; }
-  void close_input() {
-    if (ends_[1] >= 0) ::close(ends_[1]);
-    ends_[1] = -1;
-  }
-  std::string drain() {
-    close_input();
-    std::string text;
-    char buffer[4096];
-    for (ssize_t n; (n = ::read(ends_[0], buffer, sizeof buffer)) > 0;) {
-      text.append(buffer, static_cast<size_t>(n));
-    }
-    return text.substr(text.find_last_of('x') + 1);
-  }
-
- private:
-  int ends_[2];
-};
-
 TEST_F(CliQuantize, InterruptLeavesNothing) {
   write_dense_model(source(), 4);
   const auto before = contents(source());
   const int out_file = open_or_die("/dev/null", O_WRONLY);
   FullPipe err;
-  const pid_t child =
-      start_tool({"quantize", source(), out(), "--group-size", "64", "--progress", "always"},
-                 out_file, err.input());
+  const pid_t child = start_tool({"quantize", source(), out(), "--method", "rtn", "--group-size",
+                                  "64", "--progress", "always"},
+                                 out_file, err.input());
   ::close(out_file);
   // The tool stops at its first line of progress, which the pipe does not take: the output has
   // begun and cannot be finished, however slow or fast this machine is.

@@ -357,6 +357,7 @@ void add_bench_command(CLI::App& app, int& exit_code) {
       ->capture_default_str();
   command->footer("Example: nibble bench gemm -m 1,8,64,512 -n 4096 -k 4096 --mode w4a8");
   command->callback([o, &exit_code] { exit_code = run_bench(*o); });
+  add_bench_model_command(*bench, exit_code);
 }
 
 }  // namespace nibble::cli

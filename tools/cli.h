@@ -29,9 +29,15 @@ int fail(const Status& status);
 
 /// Each adds one subcommand; when chosen, its callback sets `exit_code`.
 void add_bench_command(CLI::App& app, int& exit_code);
+void add_bench_model_command(CLI::App& bench, int& exit_code);  // a subcommand of bench
+void add_calibrate_command(CLI::App& app, int& exit_code);
 void add_doctor_command(CLI::App& app, int& exit_code);
+void add_generate_command(CLI::App& app, int& exit_code);
 void add_inspect_command(CLI::App& app, int& exit_code);
+void add_plan_command(CLI::App& app, int& exit_code);
+void add_perplexity_command(CLI::App& app, int& exit_code);
 void add_quantize_command(CLI::App& app, int& exit_code);
+void add_report_command(CLI::App& app, int& exit_code);
 void add_verify_command(CLI::App& app, int& exit_code);
 
 /// schema_version, tool, version, commit, command (line), device, threads and clocks: the head of

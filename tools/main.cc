@@ -87,9 +87,14 @@ int run_tool(int argc, char** argv) {
       "Environment: NIBBLE_KERNEL forces kernels by name (see `nibble doctor`).");
   int exit_code = kExitOk;
   add_bench_command(app, exit_code);
+  add_calibrate_command(app, exit_code);
   add_doctor_command(app, exit_code);
+  add_generate_command(app, exit_code);
   add_inspect_command(app, exit_code);
+  add_perplexity_command(app, exit_code);
+  add_plan_command(app, exit_code);
   add_quantize_command(app, exit_code);
+  add_report_command(app, exit_code);
   add_verify_command(app, exit_code);
   return check_stdout(run_guarded(app, argc, argv, exit_code));
 }

@@ -290,7 +290,7 @@ std::optional<uint64_t> available_memory() {
 }
 
 uint64_t peak_disk(const QuantizePlan& plan) {
-  return plan.output_bytes + std::min(plan.output_bytes, kShardBytes);
+  return plan.output_bytes + std::min(plan.output_bytes, kShardBytes) + plan.work_bytes;
 }
 
 Status check_room(const QuantizePlan& plan, const std::string& out) {
@@ -303,7 +303,7 @@ Status check_room(const QuantizePlan& plan, const std::string& out) {
   const auto memory = available_memory();
   if (memory && *memory < plan.memory_bytes) {
     return Status(Code::out_of_memory,
-                  fmt::format("not enough memory: {} needed for the largest layer, {} available",
+                  fmt::format("not enough memory: {} needed, {} available",
                               bytes_text(plan.memory_bytes), bytes_text(*memory)));
   }
   return {};

@@ -23,6 +23,7 @@ struct QuantizePlan {
   std::vector<std::string> copied;   // names of all tensors that stay as they are
   uint64_t input_bytes = 0, output_bytes = 0, quantized_bytes = 0, parameters = 0;
   uint64_t memory_bytes = 0;  // beside the mapped input
+  uint64_t work_bytes = 0;    // on disk beside the output while it is made
 };
 
 /// The plan for `checkpoint`, whose layers with a match of one of the regular expressions in `skip`
@@ -47,7 +48,7 @@ Status check_room(const QuantizePlan& plan, const std::string& out);
 std::optional<uint64_t> free_disk(const std::string& out);
 std::optional<uint64_t> available_memory();
 
-/// The writer keeps one shard twice while it gives it its header.
+/// Disk taken while writing: the writer keeps one shard twice while it gives it its header.
 uint64_t peak_disk(const QuantizePlan& plan);
 
 }  // namespace nibble::cli

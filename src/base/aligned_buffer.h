@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -19,6 +20,17 @@ namespace nibble {
 inline constexpr size_t kCacheLineBytes = 64;
 inline constexpr size_t kHugePageBytes = size_t{2} << 20;
 
+struct FreeBuffer {
+  size_t mapped = 0;  // bytes; 0: it came from the heap
+  void operator()(std::byte* memory) const {
+    if (mapped > 0) {
+      munmap(memory, mapped);
+    } else {
+      std::free(memory);
+    }
+  }
+};
+
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;
@@ -29,13 +41,13 @@ class AlignedBuffer {
     const size_t alignment = huge ? kHugePageBytes : kCacheLineBytes;
     const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
     if (rounded < bytes) return Status(Code::out_of_memory, "allocation size overflows");
-    void* memory = std::aligned_alloc(alignment, rounded == 0 ? alignment : rounded);
+    void* memory = huge ? map(rounded) : std::aligned_alloc(alignment, rounded == 0 ? 64 : rounded);
     if (memory == nullptr) {
       return Status(Code::out_of_memory, "cannot allocate " + std::to_string(bytes) + " bytes");
     }
-    if (huge) madvise(memory, rounded, MADV_HUGEPAGE);  // a wish: failure changes nothing
-    std::memset(memory, 0, bytes);
-    buffer.data_.reset(static_cast<std::byte*>(memory));
+    // Mapped memory is zero already, and is better touched first by the threads that fill it.
+    if (!huge) std::memset(memory, 0, bytes);
+    buffer.data_ = {static_cast<std::byte*>(memory), FreeBuffer{huge ? rounded : 0}};
     buffer.bytes_ = bytes;
     return buffer;
   }
@@ -53,10 +65,22 @@ class AlignedBuffer {
   }
 
  private:
-  struct Free {
-    void operator()(std::byte* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<std::byte, Free> data_;
+  /// Zero pages at a huge page's boundary; null if there are none.
+  static void* map(size_t bytes) {
+    void* area = mmap(nullptr, bytes + kHugePageBytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (area == MAP_FAILED) return nullptr;
+    const auto start = reinterpret_cast<uintptr_t>(area);
+    const uintptr_t first = (start + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+    if (first > start) munmap(area, first - start);
+    const uintptr_t end = start + bytes + kHugePageBytes;
+    if (end > first + bytes) munmap(reinterpret_cast<void*>(first + bytes), end - first - bytes);
+    auto* memory = reinterpret_cast<void*>(first);
+    madvise(memory, bytes, MADV_HUGEPAGE);  // a wish: failure changes nothing
+    return memory;
+  }
+
+  std::unique_ptr<std::byte, FreeBuffer> data_;
   size_t bytes_ = 0;
 };
 

@@ -143,13 +143,21 @@ Status check_quant_matrix(const QuantMatrix& matrix, const char* name) {
   return bad(fmt::format("unknown weight layout {}", static_cast<int>(matrix.layout)));
 }
 
-void unpack_codes(const QuantMatrix& matrix, int64_t n0, int64_t count, uint8_t* out) {
+void unpack_code_rows(const QuantMatrix& matrix, int64_t k0, int64_t rows, int64_t n0,
+                      int64_t count, uint8_t* out) {
   require_columns(matrix, n0, count);
+  NIBBLE_CHECK(k0 % kPerWord == 0 && k0 >= 0 && rows >= 0 && k0 + rows <= matrix.k);
+  NIBBLE_CHECK(rows % kPerWord == 0 || k0 + rows == matrix.k);
   if (matrix.layout == WeightLayout::awq_gemm) {
-    unpack_awq_rows(matrix.q, matrix.k, matrix.n, n0, count, out);
+    const int64_t row_bytes = matrix.n / kPerWord * 4;
+    unpack_awq_rows(matrix.q + k0 * row_bytes, rows, matrix.n, n0, count, out);
   } else {
-    unpack_transposed(matrix.q, words_for(matrix.k), matrix.k, n0, count, out);
+    unpack_transposed(matrix.q + k0 / kPerWord * 4, words_for(matrix.k), rows, n0, count, out);
   }
+}
+
+void unpack_codes(const QuantMatrix& matrix, int64_t n0, int64_t count, uint8_t* out) {
+  unpack_code_rows(matrix, 0, matrix.k, n0, count, out);
 }
 
 void unpack_zeros(const QuantMatrix& matrix, int64_t n0, int64_t count, uint8_t* out) {

@@ -53,6 +53,11 @@ Status check_quant_matrix(const QuantMatrix& matrix, const char* name);
 /// Requires n0 + count <= n.
 void unpack_codes(const QuantMatrix& matrix, int64_t n0, int64_t count, uint8_t* out);
 
+/// The same for input channels [k0, k0 + rows) only: out (rows, count). k0 and rows must be
+/// multiples of 8 or end at k.
+void unpack_code_rows(const QuantMatrix& matrix, int64_t k0, int64_t rows, int64_t n0,
+                      int64_t count, uint8_t* out);
+
 /// Zero points of columns [n0, n0 + count) to out (groups, count) row-major, 0..15.
 void unpack_zeros(const QuantMatrix& matrix, int64_t n0, int64_t count, uint8_t* out);
 

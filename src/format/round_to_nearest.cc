@@ -11,6 +11,8 @@
 #include <optional>
 #include <tuple>
 
+#include "base/cpu_features.h"
+#include "base/thread_pool.h"
 #include "format/message.h"
 
 namespace nibble {
@@ -123,8 +125,7 @@ Result<AwqTensors> quantize_round_to_nearest(const std::string& name, const Tens
   FirstProblem problem;
 
   const int64_t blocks = (n + kBlockColumns - 1) / kBlockColumns;
-#pragma omp parallel for schedule(dynamic)
-  for (int64_t block = 0; block < blocks; ++block) {
+  parallel_for(available_cpus(), blocks, [&](int64_t block) {
     const int64_t n0 = block * kBlockColumns;
     const int64_t columns = std::min(kBlockColumns, n - n0);
     std::vector<float> values(static_cast<size_t>(group_size));
@@ -155,7 +156,7 @@ Result<AwqTensors> quantize_round_to_nearest(const std::string& name, const Tens
         }
       }
     }
-  }
+  });
   if (problem.any()) {
     const std::string where = fmt::format("in output channel {}, input channels {}..{}",
                                           problem.n(), problem.k(), problem.k() + group_size - 1);

@@ -34,7 +34,7 @@ namespace nibble {
 
 struct PackedWeights;  // gemm/cpu/packed_weights.h
 
-/// More than this is refused: OpenMP ends the process when it cannot start a thread.
+/// More than this is refused.
 inline constexpr int kMaxThreads = 1024;
 
 /// Values equal nibble_mode in include/nibble.h.
@@ -62,6 +62,12 @@ struct Problem {
   Dtype y_dtype = Dtype::f32;
   Granularity granularity = Granularity::token;  // ignored by w4a16
   bool symmetric = true;  // activations; false (zero point per scale, dynamic only): w4a4 only
+  // w4a4, granularity group: some groups have 8-bit activations (GemmInput::wide_groups). The
+  // product is exact as ever; it needs a kernel of mode w4a8.
+  bool mixed_groups = false;
+
+  /// The mode whose kernels run this problem.
+  Mode kernel_mode() const { return mixed_groups ? Mode::w4a8 : mode; }
 };
 
 enum class Isa : int { scalar, avx2, avx_vnni, avx512, avx512_vnni, amx_int8 };
@@ -104,12 +110,24 @@ Result<Plan> plan_gemm(const Problem& problem, const char* force = nullptr, int 
 /// What every kernel of the problem's mode says to it: the text behind `--explain`.
 std::string explain_plan(const Problem& problem, const char* force = nullptr, int threads = 0);
 
+/// Makes one row of x on demand: (K) floats, at `scratch` (room for K, 64-byte aligned) or anywhere
+/// else. Called once per row by whichever thread quantizes it: normalization and activation
+/// functions are fused into the quantizer this way, with the row in the nearest cache.
+struct RowSource {
+  const float* (*make)(void* context, int64_t row, float* scratch) = nullptr;
+  void* context = nullptr;
+};
+
 /// x and how it is scaled.
 struct GemmInput {
   const void* x = nullptr;  // (M, K) of problem.x_dtype, rows x_stride elements apart
   int64_t x_stride = 0;     // elements, >= K
   float clip = 1.0f;        // dynamic granularities: the range is multiplied by it, in (0, 1]
   const float* static_scales = nullptr;  // static_tensor: (1); static_group: (K / group_size)
+  // Problem::mixed_groups: (K / group_size), nonzero where a group has 8-bit symmetric activations
+  const uint8_t* wide_groups = nullptr;
+  // instead of x if `make` is set: x_dtype f32; not for Granularity::tensor
+  RowSource rows = {};
 };
 
 /// One weight that is multiplied with the shared input.

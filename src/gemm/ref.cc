@@ -4,6 +4,8 @@
 #include <cmath>
 
 #include "base/check.h"
+#include "base/cpu_features.h"
+#include "base/thread_pool.h"
 
 namespace nibble::ref {
 
@@ -124,8 +126,7 @@ Activations quantize(const Problem& p, const GemmInput& input) {
 
 std::vector<int32_t> partial_sums(const Weights& w, const int8_t* codes, int64_t m) {
   std::vector<int32_t> partials(static_cast<size_t>(m * w.groups * w.n));
-#pragma omp parallel for schedule(static)
-  for (int64_t n = 0; n < w.n; ++n) {
+  parallel_for(available_cpus(), w.n, [&](int64_t n) {
     for (int64_t row = 0; row < m; ++row) {
       for (int64_t g = 0; g < w.groups; ++g) {
         const uint8_t* q = &w.codes[n * w.k + g * w.group_size];
@@ -137,7 +138,7 @@ std::vector<int32_t> partial_sums(const Weights& w, const int8_t* codes, int64_t
         partials[(row * w.groups + g) * w.n + n] = static_cast<int32_t>(sum);
       }
     }
-  }
+  });
   return partials;
 }
 
@@ -167,8 +168,7 @@ std::vector<float> epilogue(const Problem& p, const Weights& w,
 
 std::vector<float> multiply_w4a16(const Weights& w, const float* x, int64_t m, const float* bias) {
   std::vector<float> y(static_cast<size_t>(m * w.n));
-#pragma omp parallel for schedule(static)
-  for (int64_t n = 0; n < w.n; ++n) {
+  parallel_for(available_cpus(), w.n, [&](int64_t n) {
     for (int64_t row = 0; row < m; ++row) {
       float acc = 0;
       for (int64_t g = 0; g < w.groups; ++g) {
@@ -181,14 +181,13 @@ std::vector<float> multiply_w4a16(const Weights& w, const float* x, int64_t m, c
       }
       y[row * w.n + n] = bias != nullptr ? acc + bias[n] : acc;
     }
-  }
+  });
   return y;
 }
 
 std::vector<double> multiply_fp64(const Weights& w, const float* x, int64_t m, const float* bias) {
   std::vector<double> y(static_cast<size_t>(m * w.n));
-#pragma omp parallel for schedule(static)
-  for (int64_t n = 0; n < w.n; ++n) {
+  parallel_for(available_cpus(), w.n, [&](int64_t n) {
     for (int64_t row = 0; row < m; ++row) {
       double acc = bias != nullptr ? static_cast<double>(bias[n]) : 0.0;
       for (int64_t g = 0; g < w.groups; ++g) {
@@ -200,7 +199,7 @@ std::vector<double> multiply_fp64(const Weights& w, const float* x, int64_t m, c
       }
       y[row * w.n + n] = acc;
     }
-  }
+  });
   return y;
 }
 

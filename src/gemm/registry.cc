@@ -100,13 +100,13 @@ Result<const CpuKernel*> choose_kernel(const Problem& problem, const char* force
       return Status(Code::invalid_argument,
                     fmt::format("no kernel is named '{}' (see nibble doctor)", force));
     }
-    if (kernel->mode != problem.mode) {
+    if (kernel->mode != problem.kernel_mode()) {
       return Status(Code::invalid_argument,
                     fmt::format("kernel {} is of mode {}, the problem of mode {}", kernel->name,
-                                mode_name(kernel->mode), mode_name(problem.mode)));
+                                mode_name(kernel->mode), mode_name(problem.kernel_mode())));
     }
   } else if (const char* list = std::getenv("NIBBLE_KERNEL"); list != nullptr && *list != '\0') {
-    Result<const CpuKernel*> forced = forced_from_list(list, problem.mode);
+    Result<const CpuKernel*> forced = forced_from_list(list, problem.kernel_mode());
     if (!forced.ok()) return forced.status();
     kernel = *forced;
   }
@@ -124,8 +124,9 @@ const char* Plan::kernel_name() const { return kernel->name; }
 std::string Plan::describe() const {
   std::string activations = problem.mode == Mode::w4a16
                                 ? std::string(dtype_name(problem.x_dtype))
-                                : fmt::format("{}{}", granularity_name(problem.granularity),
-                                              problem.symmetric ? "" : " asymmetric");
+                                : fmt::format("{}{}{}", granularity_name(problem.granularity),
+                                              problem.symmetric ? "" : " asymmetric",
+                                              problem.mixed_groups ? " mixed" : "");
   return fmt::format(
       "{}: M={} N={} K={} g={} x={} y={} act={} threads={} block_rows={} blocks_per_task={} "
       "workspace={} B",
@@ -157,7 +158,7 @@ std::string explain_plan(const Problem& problem, const char* force, int threads)
   std::string text;
   const Result<Plan> plan = plan_gemm(problem, force, threads);
   for (const KernelInfo& info : kernel_table()) {
-    if (info.mode != problem.mode) continue;
+    if (info.mode != problem.kernel_mode()) continue;
     const bool chosen = plan.ok() && plan->kernel->name == std::string_view(info.name);
     text += fmt::format("  {:<18} {}\n", info.name,
                         chosen            ? "chosen"

@@ -1,15 +1,16 @@
 // Runs a plan: quantizes a block of rows into the workspace, multiplies it with every target, goes
-// on to the next rows. All threads live here; each output element is computed by one kernel call.
+// on to the next rows. Each output element is computed by one kernel call.
 #include <fmt/format.h>
-#include <omp.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "base/check.h"
+#include "base/thread_pool.h"
 #include "gemm/cpu/plan.h"
 #include "gemm/cpu/quantize.h"
 
@@ -82,7 +83,7 @@ bool place_row(const Plan& plan, const QuantizedInput& input, int64_t row,
     int32_t sum = 0;
     for (int64_t i = 0; i < to.padded_group; ++i) {
       const int8_t code = i < p.group_size ? from[i] : int8_t{0};
-      if (p.mode == Mode::w4a4 && (code < -15 || code > 15)) return false;
+      if (p.kernel_mode() == Mode::w4a4 && (code < -15 || code > 15)) return false;
       to.codes[g * to.group_stride + i / kTileDepth * to.step_stride + i % kTileDepth] = code;
       sum += code;
     }
@@ -143,25 +144,43 @@ int64_t run_row_blocks(const Plan& plan, std::span<const GemmTarget> targets,
   const TaskList list{targets, plan.blocks_per_task};
   const int64_t m = plan.problem.m, num_tasks = list.size();
   FirstRow refused;
-#pragma omp parallel num_threads(plan.threads)
   for (int64_t row0 = 0; row0 < m; row0 += plan.block_rows) {
     const int64_t rows = std::min(plan.block_rows, m - row0);
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-      if (!fill(row0 + row, row, rows)) refused.report(row0 + row);
-    }
-    // The barrier above makes `refused` the same for all threads: they leave together.
+    // Whole AMX tiles where there are enough of them: two threads in one tile share cache lines.
+    const int64_t chunk = rows >= 4 * kTileRows ? kTileRows : 1;
+    parallel_for(plan.threads, (rows + chunk - 1) / chunk, [&](int64_t index) {
+      for (int64_t row = index * chunk; row < std::min(rows, (index + 1) * chunk); ++row) {
+        if (!fill(row0 + row, row, rows)) refused.report(row0 + row);
+      }
+    });
     if (refused.get() != kNoRow) break;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < num_tasks; ++task) {
-      run_task(plan, list, task, row0, rows, buffers);
-    }
+    parallel_for(plan.threads, num_tasks,
+                 [&](int64_t task) { run_task(plan, list, task, row0, rows, buffers); });
   }
   return refused.get();
 }
 
 const std::byte* row_of(const GemmInput& input, const Problem& p, int64_t row) {
   return static_cast<const std::byte*>(input.x) + row * input.x_stride * dtype_bytes(p.x_dtype);
+}
+
+/// Scratch of this thread for one row of k floats, kept between calls.
+float* row_scratch(int64_t k) {
+  thread_local AlignedBuffer buffer;
+  const size_t bytes = static_cast<size_t>(k) * sizeof(float);
+  if (buffer.bytes() < bytes) {
+    Result<AlignedBuffer> larger = AlignedBuffer::zeroed(bytes);
+    if (!larger.ok()) return nullptr;
+    buffer = std::move(*larger);
+  }
+  return buffer.as<float>();
+}
+
+/// Row `row` of x, made now if it has a source. Null: no memory for a scratch row.
+const void* input_row(const GemmInput& input, const Problem& p, int64_t row) {
+  if (input.rows.make == nullptr) return row_of(input, p, row);
+  float* scratch = row_scratch(p.k);
+  return scratch == nullptr ? nullptr : input.rows.make(input.rows.context, row, scratch);
 }
 
 Status check_targets(const Problem& p, std::span<const GemmTarget> targets) {
@@ -195,12 +214,20 @@ Status check_static_scale(float scale, int64_t index) {
 }
 
 Status check_input(const Problem& p, const GemmInput& input) {
-  if (input.x == nullptr && p.m > 0) return Status(Code::invalid_argument, "x is null");
-  if (input.x_stride < p.k) {
+  if (input.rows.make != nullptr) {
+    if (p.x_dtype != Dtype::f32 || p.granularity == Granularity::tensor) {
+      return Status(Code::invalid_argument, "a row source gives f32, and not one scale per tensor");
+    }
+  } else if (input.x == nullptr && p.m > 0) {
+    return Status(Code::invalid_argument, "x is null");
+  } else if (input.x_stride < p.k) {
     return Status(Code::invalid_argument,
                   fmt::format("x row stride {} is below K={}", input.x_stride, p.k));
   }
   if (p.mode == Mode::w4a16) return {};
+  if (p.mixed_groups && input.wide_groups == nullptr) {
+    return Status(Code::invalid_argument, "mixed groups need wide_groups");
+  }
   if (!(input.clip > 0.0f && input.clip <= 1.0f)) {
     return Status(Code::invalid_argument, fmt::format("clip {} is outside (0, 1]", input.clip));
   }
@@ -223,17 +250,17 @@ Status non_finite_row(int64_t row) {
 Result<Scaling> tensor_scaling(const Plan& plan, const QuantizerOps& ops, const GemmInput& input) {
   const Problem& p = plan.problem;
   if (p.granularity != Granularity::tensor) return Scaling{};
-  ElementRange all;
-#pragma omp parallel num_threads(plan.threads)
-  {
+  const int64_t parts = std::min<int64_t>(p.m, plan.threads);
+  std::vector<ElementRange> ranges(static_cast<size_t>(parts));
+  parallel_for(plan.threads, parts, [&](int64_t part) {
     ElementRange mine;
-#pragma omp for schedule(static) nowait
-    for (int64_t row = 0; row < p.m; ++row) {
+    for (int64_t row = part; row < p.m; row += parts) {
       mine = merge_ranges(mine, ops.range(row_of(input, p, row), p.x_dtype, p.k));
     }
-#pragma omp critical(nibble_tensor_range)
-    all = merge_ranges(all, mine);
-  }
+    ranges[static_cast<size_t>(part)] = mine;
+  });
+  ElementRange all;
+  for (const ElementRange& range : ranges) all = merge_ranges(all, range);
   if (all.max_abs_bits >= kInfinityBits) {
     for (int64_t row = 0; row < p.m; ++row) {
       const ElementRange range = ops.range(row_of(input, p, row), p.x_dtype, p.k);
@@ -271,18 +298,27 @@ Status run_gemm(const Plan& plan, const GemmInput& input, std::span<const GemmTa
   const QuantizerOps& ops = quantizer_ops_for(plan.kernel->isa);
   if (plan.kernel->layout == ActivationLayout::floats) {
     run_row_blocks(plan, targets, buffers, [&](int64_t row, int64_t in_block, int64_t) {
-      ops.to_float(row_of(input, p, row), p.x_dtype, p.k, buffers.floats() + in_block * p.k);
+      float* to = buffers.floats() + in_block * p.k;
+      if (input.rows.make == nullptr) {
+        ops.to_float(row_of(input, p, row), p.x_dtype, p.k, to);
+      } else if (const float* made = input.rows.make(input.rows.context, row, to); made != to) {
+        std::memcpy(to, made, static_cast<size_t>(p.k) * sizeof(float));
+      }
       return true;
     });
     return {};
   }
   Result<Scaling> scaling = tensor_scaling(plan, ops, input);
   if (!scaling.ok()) return scaling.status();
+  std::atomic<bool> no_memory = false;
   const int64_t refused =
       run_row_blocks(plan, targets, buffers, [&](int64_t row, int64_t in_block, int64_t rows) {
-        return quantize_row(ops, p, input, *scaling, row_of(input, p, row),
-                            row_destination(plan, buffers, in_block, rows));
+        const void* x = input_row(input, p, row);
+        if (x == nullptr) no_memory = true;
+        return x != nullptr && quantize_row(ops, p, input, *scaling, x,
+                                            row_destination(plan, buffers, in_block, rows));
       });
+  if (no_memory) return Status(Code::out_of_memory, "cannot allocate a row of activations");
   return refused == kNoRow ? Status{} : non_finite_row(refused);
 }
 
@@ -320,8 +356,8 @@ Status quantize_activations(const Plan& plan, const GemmInput& input, int8_t* co
   }
   NIBBLE_TRY(check_input(p, input));
   if (p.m == 0) return {};
-  if (codes == nullptr || scales == nullptr) {
-    return Status(Code::invalid_argument, "codes or scales are null");
+  if (codes == nullptr || scales == nullptr || input.rows.make != nullptr) {
+    return Status(Code::invalid_argument, "codes or scales are null, or rows come from a source");
   }
   const QuantizerOps& ops = quantizer_ops_for(plan.kernel->isa);
   Result<Scaling> scaling = tensor_scaling(plan, ops, input);
@@ -329,13 +365,12 @@ Status quantize_activations(const Plan& plan, const GemmInput& input, int8_t* co
   const int64_t groups = p.k / p.group_size;
   const int64_t per_row = scales_per_group(p.granularity) ? groups : 1;
   FirstRow refused;
-#pragma omp parallel for schedule(static) num_threads(plan.threads)
-  for (int64_t row = 0; row < p.m; ++row) {
+  parallel_for(plan.threads, p.m, [&](int64_t row) {
     RowDestination to{
         codes + row * p.k, p.group_size,           kTileDepth,
         p.group_size,      scales + row * per_row, sums == nullptr ? nullptr : sums + row * groups};
     if (!quantize_row(ops, p, input, *scaling, row_of(input, p, row), to)) refused.report(row);
-  }
+  });
   return refused.get() == kNoRow ? Status{} : non_finite_row(refused.get());
 }
 

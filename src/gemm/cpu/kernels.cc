@@ -101,6 +101,9 @@ Status check_problem(const Problem& p) {
   }
   const bool is_static =
       p.granularity == Granularity::static_tensor || p.granularity == Granularity::static_group;
+  if (p.mixed_groups && (p.mode != Mode::w4a4 || p.granularity != Granularity::group)) {
+    return invalid("mixed groups are for w4a4 with granularity group");
+  }
   if (!p.symmetric && is_static) return invalid("static activation scales are symmetric");
   return {};
 }

@@ -1,65 +1,87 @@
 #include "gemm/cpu/packed_weights.h"
 
-#include <omp.h>
-
 #include <algorithm>
+#include <atomic>
 #include <limits>
 #include <new>
 
 #include "base/cpu_features.h"
+#include "base/thread_pool.h"
 #include "gemm/gemm.h"
 
 namespace nibble {
 namespace {
 
-struct Scratch {
-  std::vector<uint8_t> codes;  // (k, 32)
-};
+// Columns that one task packs together: a row of their codes in a file of layout awq_gemm is one
+// cache line.
+constexpr int64_t kTaskBlocks = 4;
+// Input channels unpacked at once: the scratch stays in L1, and so do the file's lines until all
+// columns of the task have been taken from them.
+constexpr int64_t kSliceRows = 256;
 
-/// Codes (k, 32) of one block -> its lines. Layout: packed_weights.h.
-void pack_block_codes(const PackedWeights& w, const uint8_t* codes, uint8_t* lines) {
-  for (int64_t g = 0; g < w.groups; ++g) {
-    for (int64_t quad = 0; quad < w.quads; ++quad) {
-      uint8_t* line = lines + (g * w.quads + quad) * kLineBytes;
-      for (int64_t i = 0; i < 4; ++i) {
-        const int64_t in_group = quad * 4 + i;
-        if (in_group >= w.group_size) break;  // padding stays zero
-        const uint8_t* row = codes + (g * w.group_size + in_group) * kBlockColumns;
-        for (int64_t c = 0; c < 16; ++c) {
-          line[4 * c + i] = static_cast<uint8_t>(row[c] | (row[16 + c] << 4));
-        }
+/// Rows [k0, k0 + rows) of one block, in scratch rows of `stride` codes -> its lines. The rows lie
+/// within one group and k0 is 4-aligned in it. Layout: packed_weights.h.
+void pack_rows(const PackedWeights& w, int64_t k0, int64_t rows, const uint8_t* codes,
+               int64_t stride, int64_t columns, uint8_t* lines) {
+  const int64_t group = k0 / w.group_size, quad0 = k0 % w.group_size / 4;
+  uint8_t* line = lines + (group * w.quads + quad0) * kLineBytes;
+  for (int64_t row = 0; row < rows; ++row, codes += stride) {
+    uint8_t* to = line + row / 4 * kLineBytes + row % 4;
+    if (columns == kBlockColumns) {
+      for (int64_t c = 0; c < 16; ++c) {
+        to[4 * c] = static_cast<uint8_t>(codes[c] | (codes[16 + c] << 4));
+      }
+    } else {
+      for (int64_t c = 0; c < std::min<int64_t>(16, columns); ++c) {
+        const uint8_t high = 16 + c < columns ? codes[16 + c] : uint8_t{0};
+        to[4 * c] = static_cast<uint8_t>(codes[c] | (high << 4));
       }
     }
   }
 }
 
-void pack_block(const QuantMatrix& matrix, int64_t block, Scratch& scratch, PackedWeights& w) {
-  const int64_t n0 = block * kBlockColumns;
-  const int64_t count = std::min(kBlockColumns, matrix.n - n0);
-  auto* codes = const_cast<uint8_t*>(w.codes(block));
-  auto* scales = const_cast<uint16_t*>(w.scales(block));
-  auto* zeros = const_cast<uint8_t*>(w.zeros(block));
-  if (count == kBlockColumns) {
-    unpack_codes(matrix, n0, count, scratch.codes.data());
-    unpack_scales(matrix, n0, count, scales);
-    unpack_zeros(matrix, n0, count, zeros);
-  } else {  // unpack densely, then spread to rows of 32
-    std::vector<uint8_t> narrow(static_cast<size_t>(w.k * count));
-    std::vector<uint16_t> narrow_scales(static_cast<size_t>(w.groups * count));
-    std::vector<uint8_t> narrow_zeros(static_cast<size_t>(w.groups * count));
-    unpack_codes(matrix, n0, count, narrow.data());
-    unpack_scales(matrix, n0, count, narrow_scales.data());
-    unpack_zeros(matrix, n0, count, narrow_zeros.data());
-    std::fill(scratch.codes.begin(), scratch.codes.end(), uint8_t{0});
-    for (int64_t k = 0; k < w.k; ++k) {
-      std::copy_n(&narrow[k * count], count, &scratch.codes[k * kBlockColumns]);
-    }
-    for (int64_t g = 0; g < w.groups; ++g) {
-      std::copy_n(&narrow_scales[g * count], count, scales + g * kBlockColumns);
-      std::copy_n(&narrow_zeros[g * count], count, zeros + g * kBlockColumns);
-    }
+/// Scales and zero points of one block; missing columns stay zero.
+void pack_scales(const QuantMatrix& matrix, int64_t block, int64_t columns, PackedWeights& w) {
+  std::vector<uint16_t> scales(static_cast<size_t>(w.groups * columns));
+  std::vector<uint8_t> zeros(static_cast<size_t>(w.groups * columns));
+  unpack_scales(matrix, block * kBlockColumns, columns, scales.data());
+  unpack_zeros(matrix, block * kBlockColumns, columns, zeros.data());
+  for (int64_t g = 0; g < w.groups; ++g) {
+    std::copy_n(&scales[static_cast<size_t>(g * columns)], columns,
+                const_cast<uint16_t*>(w.scales(block)) + g * kBlockColumns);
+    std::copy_n(&zeros[static_cast<size_t>(g * columns)], columns,
+                const_cast<uint8_t*>(w.zeros(block)) + g * kBlockColumns);
   }
-  pack_block_codes(w, scratch.codes.data(), codes);
+}
+
+/// The end of the slice that starts at k0: within one group, on a word boundary of every layout.
+int64_t slice_end(const PackedWeights& w, int64_t k0) {
+  const int64_t group_end = (k0 / w.group_size + 1) * w.group_size;
+  return std::min(group_end, k0 + kSliceRows);
+}
+
+void pack_blocks(const QuantMatrix& matrix, int64_t block0, int64_t block1, PackedWeights& w) {
+  const int64_t n0 = block0 * kBlockColumns;
+  const int64_t columns = std::min(block1 * kBlockColumns, matrix.n) - n0;
+  // Groups that are no multiple of a word cannot be cut on word boundaries: all rows at once.
+  const bool sliced = w.group_size % 8 == 0;
+  const int64_t unpacked = sliced ? std::min(kSliceRows, w.k) : w.k;
+  std::vector<uint8_t> codes(static_cast<size_t>(unpacked * columns));
+  if (!sliced) unpack_codes(matrix, n0, columns, codes.data());
+  for (int64_t k0 = 0; k0 < w.k;) {
+    const int64_t k1 = slice_end(w, k0);
+    const uint8_t* from = codes.data() + (sliced ? 0 : k0 * columns);
+    if (sliced) unpack_code_rows(matrix, k0, k1 - k0, n0, columns, codes.data());
+    for (int64_t block = block0; block < block1; ++block) {
+      const int64_t column = (block - block0) * kBlockColumns;
+      pack_rows(w, k0, k1 - k0, from + column, columns, std::min(kBlockColumns, columns - column),
+                const_cast<uint8_t*>(w.codes(block)));
+    }
+    k0 = k1;
+  }
+  for (int64_t block = block0; block < block1; ++block) {
+    pack_scales(matrix, block, std::min(kBlockColumns, matrix.n - block * kBlockColumns), w);
+  }
 }
 
 }  // namespace
@@ -86,21 +108,16 @@ Result<PackedWeights> pack_weights(const QuantMatrix& matrix, const void* bias, 
     for (int64_t i = 0; i < w.n; ++i) w.bias[i] = load_as_float(bias, i, bias_dtype);
   }
   const int team = std::clamp(threads > 0 ? threads : available_cpus(), 1, kMaxThreads);
-  bool out_of_memory = false;
-#pragma omp parallel num_threads(team)
-  {
+  std::atomic<bool> out_of_memory = false;
+  const int64_t tasks = (w.blocks + kTaskBlocks - 1) / kTaskBlocks;
+  parallel_for(team, tasks, [&](int64_t task) {
     try {
-      Scratch scratch{std::vector<uint8_t>(static_cast<size_t>(w.k * kBlockColumns))};
-      // A hand-made static split: a thread that runs out of memory must not leave a barrier
-      // waiting.
-      for (int64_t b = omp_get_thread_num(); b < w.blocks; b += omp_get_num_threads()) {
-        pack_block(matrix, b, scratch, w);
-      }
+      const int64_t block0 = task * kTaskBlocks;
+      pack_blocks(matrix, block0, std::min(block0 + kTaskBlocks, w.blocks), w);
     } catch (const std::bad_alloc&) {
-#pragma omp atomic write
       out_of_memory = true;
     }
-  }
+  });
   if (out_of_memory) return Status(Code::out_of_memory, "cannot allocate scratch to pack a weight");
   return w;
 } catch (const std::bad_alloc&) {

@@ -17,7 +17,7 @@ bool worth_it(const CpuKernel& kernel, const Problem& problem) {
 
 const CpuKernel* preferred_kernel(const Problem& problem, bool (*runs)(Isa)) {
   for (const CpuKernel& kernel : cpu_kernels()) {
-    if (kernel.mode == problem.mode && runs(kernel.isa) && worth_it(kernel, problem)) {
+    if (kernel.mode == problem.kernel_mode() && runs(kernel.isa) && worth_it(kernel, problem)) {
       return &kernel;
     }
   }

@@ -55,6 +55,9 @@ bool quantize_row(const QuantizerOps& ops, const Problem& problem, const GemmInp
   const int64_t size = problem.group_size, groups = problem.k / size;
   const bool by_group = scales_per_group(problem.granularity);
   Scaling scaling = tensor_scaling;
+  Problem wide = problem;  // of a group that keeps 8 bits
+  wide.mode = Mode::w4a8;
+  wide.symmetric = true;
   if (!by_group) {
     const ElementRange range = ops.range(x, problem.x_dtype, problem.k);
     if (range.max_abs_bits >= kInfinityBits) return false;
@@ -70,7 +73,9 @@ bool quantize_row(const QuantizerOps& ops, const Problem& problem, const GemmInp
     if (by_group) {
       const ElementRange range = ops.range(part, problem.x_dtype, size);
       if (range.max_abs_bits >= kInfinityBits) return false;
-      scaling = problem.granularity == Granularity::group
+      const bool is_wide = problem.mixed_groups && input.wide_groups[g] != 0;
+      scaling = is_wide ? dynamic_scaling(range, wide, 1.0f)
+                : problem.granularity == Granularity::group
                     ? dynamic_scaling(range, problem, input.clip)
                     : static_scaling(input.static_scales[g], problem);
       to.scales[g] = scaling.scale;

@@ -1,0 +1,85 @@
+// One decoder layer: its weights, and running it on a batch of rows. A batch is a list of spans,
+// each some consecutive tokens of one sequence; all their rows go through the linears together
+// (BatchSpan, model/attention.h). Every row's result is the same bits whatever else is in the
+// batch, however a prompt is cut into spans and however many threads run. Not here: embedding, head
+// and the loop over layers (model/model.h).
+#pragma once
+
+#include <functional>
+#include <span>
+
+#include "base/aligned_buffer.h"
+#include "model/attention.h"
+#include "model/config.h"
+#include "model/kv_cache.h"
+#include "model/linear.h"
+
+namespace nibble {
+
+struct LayerWeights {
+  LinearGroup groups[kSlots];  // q,k,v; o; gate,up; down in this order
+  // All as float. Norms already hold 1 + w where config.unit_offset_norm.
+  std::vector<float> input_norm, mlp_norm;                // (hidden); before attention, before MLP
+  std::vector<float> post_attention_norm, post_mlp_norm;  // (hidden) or empty (config.post_norms)
+  std::vector<float> q_norm, k_norm;                      // (head_dim) or empty
+};
+
+/// The tensor names of a checkpoint: prefix of the decoder ("model.", "language_model.model.",
+/// "model.language_model.", ...), found by where embed_tokens is.
+struct ModelNames {
+  std::string decoder;  // ends with "."; layers are decoder + "layers.<i>."
+  std::string lm_head;  // full name without ".weight"/".qweight", or empty (tied)
+  std::string layer(int64_t index) const {
+    return decoder + "layers." + std::to_string(index) + ".";
+  }
+};
+Result<ModelNames> find_model_names(const Checkpoint& checkpoint, const ModelConfig& config);
+
+struct LoadOptions {
+  int threads = 0;                // <= 0: all
+  bool drop_source_pages = true;  // tell the system that mapped bytes which were packed can go
+};
+
+/// Loads layer `index`, quantized or not (each linear as the file has it), and checks every shape
+/// against `config`: corrupt_file names the tensor, the expected and the found.
+Result<LayerWeights> load_layer(const Checkpoint& checkpoint, const ModelNames& names,
+                                const ModelConfig& config, int64_t index,
+                                const LoadOptions& options);
+
+/// One linear by its name without suffix, quantized or not.
+Result<Linear> load_linear(const Checkpoint& checkpoint, const std::string& name, int64_t k,
+                           int64_t n, bool bias_required, const LoadOptions& options);
+
+/// The norm before the head, as float, 1 + w where config.unit_offset_norm.
+Result<std::vector<float>> load_final_norm(const Checkpoint& checkpoint, const ModelNames& names,
+                                           const ModelConfig& config);
+
+/// Tells the system that the mapped bytes of `tensor` are not needed soon; they stay readable.
+void drop_pages(const TensorView& tensor);
+
+/// Called with the input of each slot's linears, before any of them is run: x (rows, k) row-major.
+using SlotObserver = std::function<void(Slot slot, const float* x, int64_t rows, int64_t k)>;
+
+/// Scratch memory of a forward pass, kept between calls so that decode allocates nothing.
+class LayerRunner {
+ public:
+  LayerRunner(const ModelConfig& config, int threads);
+  ~LayerRunner();
+  LayerRunner(LayerRunner&&) noexcept;
+
+  /// hidden (rows, config.hidden) float, in: input of the layer, out: its output. Runs the linears
+  /// as `specs` says (kSlots of them). `observer` may be empty; with one, slot inputs are written
+  /// out first, which is slower, with the same results.
+  Status run(const LayerWeights& weights, int64_t layer_index, std::span<const LinearSpec> specs,
+             std::span<const BatchSpan> batch, int64_t rows, float* hidden,
+             const SlotObserver& observer = {});
+
+  /// Names of the kernels that ran so far, in order of first use: the receipt.
+  const std::vector<std::string>& kernels() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace nibble

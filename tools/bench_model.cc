@@ -1,0 +1,402 @@
+// nibble bench model: reading a prompt and decoding, in llama-bench's terms and names, every mode
+// in turn within one run. Decoding is also set against what the memory could at best deliver.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <memory>
+#include <random>
+
+#include "base/cpu_features.h"
+#include "cli.h"
+#include "model_options.h"
+#include "text.h"
+#include "timing.h"
+
+namespace nibble::cli {
+namespace {
+
+using nlohmann::json;
+
+constexpr int64_t kForwardTokens = 512;  // of a prompt that go through the layers at once
+
+struct Options {
+  ModelArguments model;
+  std::vector<int64_t> prompts = {512}, generated = {128}, batches = {1};
+  int repetitions = 5;
+  std::string output = "md";
+  ProgressMode progress = ProgressMode::automatic;
+};
+
+/// "pp512": a prompt of 512 tokens. "tg128": 128 tokens decoded one by one; "tg128@b8": by 8
+/// sequences together.
+struct Test {
+  int64_t n_prompt = 0, n_gen = 0, batch = 1;
+
+  std::string name() const {
+    if (n_gen == 0) return fmt::format("pp{}", n_prompt);
+    return batch == 1 ? fmt::format("tg{}", n_gen) : fmt::format("tg{}@b{}", n_gen, batch);
+  }
+  int64_t tokens() const { return (n_prompt + n_gen) * batch; }
+};
+
+/// One mode on one test.
+struct Row {
+  Test test;
+  const NamedPlan* plan = nullptr;
+  Samples samples;
+
+  double avg(double (*value)(const Row&, double us)) const {
+    double sum = 0;
+    for (const double us : samples.microseconds) sum += value(*this, us);
+    return sum / static_cast<double>(samples.microseconds.size());
+  }
+  double stddev(double (*value)(const Row&, double us)) const {
+    if (samples.microseconds.size() < 2) return 0;
+    const double mean = avg(value);
+    double sum = 0;
+    for (const double us : samples.microseconds) {
+      sum += (value(*this, us) - mean) * (value(*this, us) - mean);
+    }
+    return std::sqrt(sum / static_cast<double>(samples.microseconds.size() - 1));
+  }
+  static double tokens_per_second(const Row& row, double us) {
+    return static_cast<double>(row.test.tokens()) / us * 1e6;
+  }
+  static double nanoseconds(const Row&, double us) { return us * 1e3; }
+};
+
+std::vector<Test> tests_of(const Options& options) {
+  std::vector<Test> tests;
+  for (const int64_t n : options.prompts) {
+    if (n > 0) tests.push_back({.n_prompt = n});
+  }
+  for (const int64_t batch : options.batches) {
+    for (const int64_t n : options.generated) {
+      if (n > 0) tests.push_back({.n_gen = n, .batch = batch});
+    }
+  }
+  return tests;
+}
+
+/// Bytes of weights, head, keys and values that decoding must read at least once.
+double decode_bytes(Model& model, const Test& test, Dtype kv_dtype) {
+  const ModelConfig& config = model.config();
+  const double position_bytes =
+      2.0 * static_cast<double>(config.kv_heads * config.head_dim * dtype_bytes(kv_dtype));
+  double positions = 0;  // that queries see, over all layers and steps
+  for (int64_t step = 1; step <= test.n_gen; ++step) {
+    for (const int64_t window : config.window) {
+      positions += static_cast<double>(window > 0 ? std::min(window, step) : step);
+    }
+  }
+  return static_cast<double>(test.n_gen) *
+             static_cast<double>(model.weight_bytes() + model.head_bytes()) +
+         static_cast<double>(test.batch) * positions * position_bytes;
+}
+
+uint64_t parameters(const Model& model) {
+  const ModelConfig& config = model.config();
+  auto count = static_cast<uint64_t>(config.vocab * config.hidden) * (config.tied_head ? 1 : 2);
+  for (int64_t i = 0; i < config.layers; ++i) {
+    for (const LinearGroup& group : model.layer(i).groups) {
+      for (const Linear& linear : group.linears)
+        count += static_cast<uint64_t>(linear.k * linear.n);
+    }
+  }
+  return count;
+}
+
+class Bench {
+ public:
+  explicit Bench(LoadedModel& loaded) : loaded_(loaded) {}
+
+  /// Runs the test once: random tokens, as llama-bench; nothing is sampled.
+  Status run(const NamedPlan& plan, const Test& test, double* microseconds) {
+    Model& model = loaded_.model();
+    const ModelConfig& config = model.config();
+    if (model.quantized()) NIBBLE_TRY(model.set_plan(plan.plan));
+    while (caches_.size() < static_cast<size_t>(test.batch)) caches_.push_back(model.make_cache());
+    for (KvCache& cache : caches_) cache.set_length(0);
+    const int64_t rows = std::max(test.batch, std::min(kForwardTokens, test.n_prompt));
+    hidden_.resize(static_cast<size_t>(rows * config.hidden));
+    logits_.resize(static_cast<size_t>(test.batch * config.vocab));
+    std::mt19937 random(1);
+    std::vector<int32_t> tokens(static_cast<size_t>(test.tokens()));
+    for (int32_t& token : tokens) {
+      token = static_cast<int32_t>(random() % static_cast<uint64_t>(config.vocab));
+    }
+    const double start = now_seconds();
+    NIBBLE_TRY(test.n_gen > 0 ? decode(test, tokens) : read_prompt(test, tokens));
+    *microseconds = (now_seconds() - start) * 1e6;
+    return {};
+  }
+
+ private:
+  Status read_prompt(const Test& test, const std::vector<int32_t>& tokens) {
+    Model& model = loaded_.model();
+    int64_t count = 0;
+    for (int64_t at = 0; at < test.n_prompt; at += count) {
+      count = std::min(kForwardTokens, test.n_prompt - at);
+      const BatchItem item{caches_.data(), {tokens.data() + at, static_cast<size_t>(count)}};
+      NIBBLE_TRY(model.forward({&item, 1}, hidden_.data()));
+    }
+    return model.logits(hidden_.data() + (count - 1) * model.config().hidden, 1, logits_.data());
+  }
+
+  Status decode(const Test& test, const std::vector<int32_t>& tokens) {
+    Model& model = loaded_.model();
+    std::vector<BatchItem> items(static_cast<size_t>(test.batch));
+    for (int64_t step = 0; step < test.n_gen; ++step) {
+      if (interrupted()) return Status(Code::interrupted, "interrupted");
+      for (size_t i = 0; i < items.size(); ++i) {
+        const size_t at = static_cast<size_t>(step) * items.size() + i;
+        items[i] = {&caches_[i], {tokens.data() + at, 1}};
+      }
+      NIBBLE_TRY(model.forward(items, hidden_.data()));
+      NIBBLE_TRY(model.logits(hidden_.data(), test.batch, logits_.data()));
+    }
+    return {};
+  }
+
+  LoadedModel& loaded_;
+  std::vector<KvCache> caches_;
+  std::vector<float> hidden_, logits_;
+};
+
+/// What holds for all rows of one run.
+struct Run {
+  const Options* options = nullptr;
+  LoadedModel* loaded = nullptr;
+  int threads = 0;
+  uint64_t peak_memory = 0;  // of model and tests, not of the bandwidth probe
+  double read_gb_per_s = 0;  // measured in the same rounds
+
+  /// Share of the read bandwidth that decoding made use of; 0 where it has no meaning.
+  double byte_limit_share(const Row& row) const {
+    const double us = row.samples.median();
+    if (row.test.n_gen == 0 || read_gb_per_s <= 0 || us <= 0) return 0;
+    const Dtype kv = options->model.model_options(0, 1).kv_dtype;
+    return decode_bytes(loaded->model(), row.test, kv) / us * 1e-3 / read_gb_per_s;
+  }
+  std::string model_name() const {
+    const std::filesystem::path path(loaded->directory());
+    return printable((path.has_filename() ? path : path.parent_path()).filename().string());
+  }
+  std::vector<std::string> kernels_of_row(const Row& row) const {
+    return kernels_of(loaded->model(), row.plan->plan);
+  }
+};
+
+json to_json(const Run& run, const Row& row) {
+  std::vector<int64_t> samples_ns;
+  std::vector<double> samples_ts;
+  for (const double us : row.samples.microseconds) {
+    samples_ns.push_back(std::llround(us * 1e3));
+    samples_ts.push_back(Row::tokens_per_second(row, us));
+  }
+  const double share = run.byte_limit_share(row);
+  return {{"test", row.test.name()},
+          {"mode", row.plan->mode},
+          {"act", run.options->model.activations},
+          {"n_prompt", row.test.n_prompt},
+          {"n_gen", row.test.n_gen},
+          {"batch", row.test.batch},
+          {"avg_ns", std::llround(row.avg(Row::nanoseconds))},
+          {"stddev_ns", std::llround(row.stddev(Row::nanoseconds))},
+          {"avg_ts", row.avg(Row::tokens_per_second)},
+          {"stddev_ts", row.stddev(Row::tokens_per_second)},
+          {"median_ts", Row::tokens_per_second(row, row.samples.median())},
+          {"samples_ns", samples_ns},
+          {"samples_ts", samples_ts},
+          {"byte_limit_share", share > 0 ? json(share) : json(nullptr)},
+          {"read_gb_per_s", run.read_gb_per_s > 0 ? json(run.read_gb_per_s) : json(nullptr)},
+          {"kernels", run.kernels_of_row(row)},
+          {"peak_mem_bytes", run.peak_memory},
+          {"threads", run.threads},
+          {"device", device_summary()},
+          {"model_filename", run.loaded->directory()},
+          {"model_type", architecture_name(run.loaded->config().architecture)},
+          {"model_size", run.loaded->checkpoint().bytes()},
+          {"model_n_params", parameters(run.loaded->model())},
+          {"weight_bytes", run.loaded->model().weight_bytes()},
+          {"head_bytes", run.loaded->model().head_bytes()},
+          {"head", run.loaded->model().head_name()},
+          {"type_k", run.options->model.kv},
+          {"type_v", run.options->model.kv}};
+}
+
+std::string dump(const json& document, int indent) {
+  return document.dump(indent, ' ', false, json::error_handler_t::replace);  // a path: any byte
+}
+
+void print_csv(const Run& run, const std::vector<Row>& rows) {
+  fmt::print(
+      "model,model_size,model_n_params,backend,threads,mode,test,n_prompt,n_gen,batch,avg_ns,"
+      "stddev_ns,avg_ts,stddev_ts,median_ts,byte_limit_share,peak_mem_bytes,kernels\n");
+  for (const Row& row : rows) {
+    const json j = to_json(run, row);
+    const double share = run.byte_limit_share(row);
+    fmt::print("\"{}\",{},{},CPU,{},{},{},{},{},{},{},{},{:.3f},{:.3f},{:.3f},{},{},{}\n",
+               run.model_name(), j["model_size"].get<uint64_t>(),
+               j["model_n_params"].get<uint64_t>(), run.threads, row.plan->mode, row.test.name(),
+               row.test.n_prompt, row.test.n_gen, row.test.batch, j["avg_ns"].get<int64_t>(),
+               j["stddev_ns"].get<int64_t>(), j["avg_ts"].get<double>(),
+               j["stddev_ts"].get<double>(), j["median_ts"].get<double>(),
+               share > 0 ? fmt::format("{:.4f}", share) : "", run.peak_memory,
+               fmt::join(run.kernels_of_row(row), " "));
+  }
+}
+
+void print_markdown(const Run& run, const std::vector<Row>& rows) {
+  fmt::print("{}\n", device_summary());
+  if (run.read_gb_per_s > 0) {
+    fmt::print(
+        "read bandwidth {:.1f} GB/s in the same rounds; limit: weights, head, keys and "
+        "values read once per step\n",
+        run.read_gb_per_s);
+  }
+  fmt::print(
+      "\n| model | size | params | backend | threads | mode | test | t/s | median t/s | of byte "
+      "limit |\n|---|---:|---:|---|---:|---|---:|---:|---:|---:|\n");
+  for (const Row& row : rows) {
+    const double share = run.byte_limit_share(row);
+    fmt::print("| {} | {} | {} | CPU | {} | {} | {} | {:.2f} ± {:.2f} | {:.2f} | {} |\n",
+               run.model_name(), bytes_text(run.loaded->checkpoint().bytes()),
+               count_text(parameters(run.loaded->model())), run.threads,
+               mode_text(row.plan->mode, run.options->model), row.test.name(),
+               row.avg(Row::tokens_per_second), row.stddev(Row::tokens_per_second),
+               Row::tokens_per_second(row, row.samples.median()),
+               share > 0 ? fmt::format("{:.0f} %", 100 * share) : "-");
+  }
+  fmt::print("\n");
+  std::vector<const NamedPlan*> seen;
+  for (const Row& row : rows) {
+    if (std::find(seen.begin(), seen.end(), row.plan) != seen.end()) continue;
+    seen.push_back(row.plan);
+    fmt::print("kernels of {}: {}\n", row.plan->mode, fmt::join(run.kernels_of_row(row), ", "));
+  }
+  fmt::print("peak memory {}\n", bytes_text(run.peak_memory));
+}
+
+/// All tests of all modes in turn, round after round.
+Status measure(const Options& options, std::vector<Row>& rows, Run& run) {
+  Bench bench(*run.loaded);
+  Progress progress(options.progress, "run",
+                    static_cast<int64_t>(rows.size()) * (options.repetitions + 1));
+  const auto run_row = [&](Row& row, double* us) -> Status {
+    if (interrupted()) return Status(Code::interrupted, "interrupted");
+    NIBBLE_TRY(bench.run(*row.plan, row.test, us));
+    progress.advance(fmt::format("{} {} {:.1f} tok/s", row.plan->mode, row.test.name(),
+                                 Row::tokens_per_second(row, *us)));
+    return {};
+  };
+  double us = 0;
+  for (Row& row : rows) NIBBLE_TRY(run_row(row, &us));  // warm-up
+  run.peak_memory = peak_memory_bytes();
+
+  // Only decoding is compared with the memory; the probe takes a second and 1 GiB.
+  std::unique_ptr<ReadBandwidthProbe> probe;
+  if (std::any_of(rows.begin(), rows.end(), [](const Row& row) { return row.test.n_gen > 0; })) {
+    probe = std::make_unique<ReadBandwidthProbe>(run.threads);
+  }
+  Samples reads;
+  for (int repetition = 0; repetition < options.repetitions; ++repetition) {
+    for (Row& row : rows) {
+      NIBBLE_TRY(run_row(row, &us));
+      row.samples.microseconds.push_back(us);
+    }
+    if (probe == nullptr || !probe->ok()) continue;
+    probe->read_slice();  // untimed: caches are full of dirty lines that must be written first
+    const double start = now_seconds();
+    probe->read_slice();
+    reads.microseconds.push_back((now_seconds() - start) * 1e6);
+  }
+  const double read_us = reads.median();
+  if (read_us > 0) run.read_gb_per_s = static_cast<double>(probe->slice_bytes()) / read_us * 1e-3;
+  return {};
+}
+
+int run_bench(const Options& options) {
+  const std::vector<Test> tests = tests_of(options);
+  if (tests.empty()) {
+    return fail(Status(Code::invalid_argument,
+                       "-p 0 and -n 0 leave nothing to run.\nSee 'nibble bench model --help'."));
+  }
+  int64_t context = 0, sequences = 1;
+  for (const Test& test : tests) {
+    context = std::max({context, test.n_prompt, test.n_gen});
+    sequences = std::max(sequences, test.batch);
+  }
+  Result<std::unique_ptr<LoadedModel>> loaded = LoadedModel::open(options.model.directory);
+  if (!loaded.ok()) return fail(loaded.status());
+  Result<std::vector<NamedPlan>> plans = plans_of(**loaded, options.model);
+  if (!plans.ok()) return fail(plans.status());
+  const Status status = (*loaded)->load(options.model.model_options(context, sequences));
+  if (!status.ok()) return fail(status);
+
+  std::vector<Row> rows;
+  for (const Test& test : tests) {
+    for (const NamedPlan& plan : *plans) rows.push_back({test, &plan, {}});
+  }
+  Run run;
+  run.options = &options;
+  run.loaded = loaded->get();
+  run.threads = options.model.threads > 0 ? options.model.threads : available_cpus();
+  if (const Status measured = measure(options, rows, run); !measured.ok()) return fail(measured);
+
+  if (options.output == "json") {
+    json document = report_header();
+    document["threads"] = run.threads;
+    document["results"] = json::array();
+    for (const Row& row : rows) document["results"].push_back(to_json(run, row));
+    fmt::print("{}\n", dump(document, 1));
+  } else if (options.output == "jsonl") {
+    for (const Row& row : rows) fmt::print("{}\n", dump(to_json(run, row), -1));
+  } else if (options.output == "csv") {
+    print_csv(run, rows);
+  } else {
+    print_markdown(run, rows);
+  }
+  return kExitOk;
+}
+
+}  // namespace
+
+void add_bench_model_command(CLI::App& bench, int& exit_code) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command = bench.add_subcommand(
+      "model", "A whole model: prompts and decoding in llama-bench's terms, modes interleaved");
+  add_model_arguments(*command, options->model, true);
+  const auto add_list = [&](const char* name, std::vector<int64_t>& values, int64_t least,
+                            const char* text) {
+    command->add_option(name, values, text)
+        ->delimiter(',')
+        ->allow_extra_args(false)
+        ->check(CLI::Range(least, int64_t{1} << 20))
+        ->capture_default_str()
+        ->type_name("N,...")
+        ->group("Tests");
+  };
+  add_list("-p,--n-prompt", options->prompts, 0, "prompt lengths (pp); 0: none");
+  add_list("-n,--n-gen", options->generated, 0, "tokens to decode (tg); 0: none");
+  add_list("-b,--batch", options->batches, 1, "sequences decoded together");
+  command->add_option("-r,--repetitions", options->repetitions, "samples of every test and mode")
+      ->check(CLI::Range(1, 10000))
+      ->capture_default_str()
+      ->group("Tests");
+  command->add_option("--output", options->output, "format")
+      ->check(CLI::IsMember({"md", "csv", "json", "jsonl"}))
+      ->capture_default_str()
+      ->group("Output");
+  add_progress_option(*command, options->progress);
+  command->footer(
+      "t/s counts the tokens of all sequences. One run of everything comes first, untimed.\n"
+      "Of byte limit: the bytes that decoding must read, over the time and the read bandwidth; a\n"
+      "model that stays in the caches can be above 100 %.\n"
+      "\nExample:\n  nibble bench model DIR --mode w4a16,w4a8 -p 512 -n 128 -b 1,8");
+  command->callback([options, &exit_code] { exit_code = run_bench(*options); });
+}
+
+}  // namespace nibble::cli

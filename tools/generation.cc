@@ -1,0 +1,209 @@
+// See generation.h.
+#include "generation.h"
+
+#include <algorithm>
+
+#include "timing.h"
+
+namespace nibble {
+namespace {
+
+/// Prompt tokens that go through the layers at once.
+constexpr int64_t kForwardTokens = 512;
+/// Rows of logits that are looked at together when comparing.
+constexpr int64_t kCompareRows = 64;
+
+class Generator {
+ public:
+  Generator(Model& model, std::span<Sequence> sequences, const GenerateOptions& options)
+      : model_(model), sequences_(sequences), options_(options) {
+    for (size_t i = 0; i < sequences.size(); ++i) {
+      SamplerOptions sampler = options.sampler;
+      sampler.seed += i;
+      samplers_.emplace_back(sampler);
+      caches_.push_back(model.make_cache());
+    }
+  }
+
+  Status run(GenerateTimes& times) {
+    const double start = now_seconds();
+    NIBBLE_TRY(read_prompts(times));
+    times.prompt_seconds = now_seconds() - start;
+    while (!active_.empty()) {
+      if (stopped_ || (options_.stop && options_.stop())) break;
+      NIBBLE_TRY(decode(times));
+    }
+    times.decode_seconds = now_seconds() - start - times.prompt_seconds;
+    for (Sequence& sequence : sequences_) {
+      if (sequence.finish == Finish::running) sequence.finish = Finish::interrupted;
+    }
+    return {};
+  }
+
+ private:
+  int64_t width() const { return model_.config().hidden; }
+
+  /// All prompts through the layers, packed into forward passes whatever their lengths, and the
+  /// first token of each.
+  Status read_prompts(GenerateTimes& times) {
+    std::vector<float> last(sequences_.size() * static_cast<size_t>(width()));
+    std::vector<float> hidden(static_cast<size_t>(kForwardTokens * width()));
+    std::vector<size_t> done(sequences_.size());  // tokens of each prompt
+    size_t first = 0;                             // sequence that is not done
+    while (first < sequences_.size()) {
+      if (options_.stop && options_.stop()) return {};
+      std::vector<BatchItem> items;
+      int64_t rows = 0;
+      for (size_t i = first; i < sequences_.size() && rows < kForwardTokens; ++i) {
+        const std::vector<int32_t>& prompt = sequences_[i].prompt;
+        const size_t count =
+            std::min(prompt.size() - done[i], static_cast<size_t>(kForwardTokens - rows));
+        items.push_back({&caches_[i], {prompt.data() + done[i], count}});
+        rows += static_cast<int64_t>(count);
+      }
+      NIBBLE_TRY(model_.forward(items, hidden.data()));
+      times.prompt_tokens += rows;
+      int64_t row = 0;
+      const size_t started = first;
+      for (size_t i = started; i < started + items.size(); ++i) {
+        const size_t count = items[i - started].tokens.size();
+        row += static_cast<int64_t>(count);
+        done[i] += count;
+        if (done[i] < sequences_[i].prompt.size()) break;
+        std::copy_n(hidden.data() + (row - 1) * width(), width(),
+                    last.data() + static_cast<int64_t>(i) * width());
+        first = i + 1;
+      }
+    }
+    for (size_t i = 0; i < sequences_.size(); ++i) active_.push_back(i);
+    return choose(last.data());
+  }
+
+  /// One more token of every active sequence.
+  Status decode(GenerateTimes& times) {
+    std::vector<BatchItem> items;
+    for (const size_t i : active_)
+      items.push_back({&caches_[i], {&sequences_[i].tokens.back(), 1}});
+    hidden_.resize(active_.size() * static_cast<size_t>(width()));
+    NIBBLE_TRY(model_.forward(items, hidden_.data()));
+    times.decode_tokens += static_cast<int64_t>(active_.size());
+    return choose(hidden_.data());
+  }
+
+  /// Samples a token for every active sequence from its row of `hidden`; drops those that end.
+  Status choose(const float* hidden) {
+    const auto vocab = static_cast<size_t>(model_.config().vocab);
+    logits_.resize(active_.size() * vocab);
+    NIBBLE_TRY(model_.logits(hidden, static_cast<int64_t>(active_.size()), logits_.data()));
+    std::vector<size_t> still;
+    for (size_t row = 0; row < active_.size(); ++row) {
+      const size_t i = active_[row];
+      Sequence& sequence = sequences_[i];
+      if (sequence.limit <= 0) {
+        sequence.finish = Finish::length;
+        continue;
+      }
+      const int32_t token = samplers_[i].sample({logits_.data() + row * vocab, vocab});
+      sequence.tokens.push_back(token);
+      if (std::binary_search(options_.stop_tokens.begin(), options_.stop_tokens.end(), token)) {
+        sequence.finish = Finish::eos;
+        continue;
+      }
+      if (options_.on_token && !options_.on_token(i, token)) stopped_ = true;
+      if (static_cast<int64_t>(sequence.tokens.size()) >= sequence.limit) {
+        sequence.finish = Finish::length;
+      } else {
+        still.push_back(i);
+      }
+    }
+    active_ = std::move(still);
+    return {};
+  }
+
+  Model& model_;
+  std::span<Sequence> sequences_;
+  const GenerateOptions& options_;
+  std::vector<Sampler> samplers_;
+  std::vector<KvCache> caches_;
+  std::vector<size_t> active_;  // sequences that go on
+  std::vector<float> hidden_, logits_;
+  bool stopped_ = false;
+};
+
+/// Hidden states of the last `rows` tokens, (rows, hidden).
+Result<std::vector<float>> hidden_states(Model& model, std::span<const int32_t> tokens,
+                                         int64_t rows, const std::function<bool()>& stop) {
+  const int64_t width = model.config().hidden;
+  const auto length = static_cast<int64_t>(tokens.size());
+  std::vector<float> hidden(static_cast<size_t>(length * width));
+  KvCache cache = model.make_cache();
+  for (int64_t at = 0; at < length; at += kForwardTokens) {
+    if (stop && stop()) return Status(Code::interrupted, "interrupted");
+    const auto count = static_cast<size_t>(std::min(kForwardTokens, length - at));
+    const BatchItem item{&cache, tokens.subspan(static_cast<size_t>(at), count)};
+    NIBBLE_TRY(model.forward({&item, 1}, hidden.data() + at * width));
+  }
+  hidden.erase(hidden.begin(), hidden.begin() + (length - rows) * width);
+  return hidden;
+}
+
+}  // namespace
+
+const char* finish_name(Finish finish) {
+  switch (finish) {
+    case Finish::running: return "running";
+    case Finish::eos: return "eos";
+    case Finish::length: return "length";
+    case Finish::interrupted: return "interrupted";
+  }
+  return "?";
+}
+
+Status generate(Model& model, std::span<Sequence> sequences, const GenerateOptions& options,
+                GenerateTimes& times) {
+  return Generator(model, sequences, options).run(times);
+}
+
+Result<std::optional<Divergence>> first_divergence(Model& model, const ModelPlan& plan,
+                                                   const ModelPlan& other, const Sequence& sequence,
+                                                   const SamplerOptions& sampler_options,
+                                                   const std::function<bool()>& stop) {
+  const auto choices = static_cast<int64_t>(sequence.tokens.size());
+  if (choices == 0) return std::optional<Divergence>();
+  std::vector<int32_t> text = sequence.prompt;
+  text.insert(text.end(), sequence.tokens.begin(), sequence.tokens.end() - 1);
+  NIBBLE_TRY(model.set_plan(other));
+  Result<std::vector<float>> hidden = hidden_states(model, text, choices, stop);
+  if (!hidden.ok()) return hidden.status();
+
+  const int64_t width = model.config().hidden;
+  const auto vocab = static_cast<size_t>(model.config().vocab);
+  std::vector<float> logits(static_cast<size_t>(std::min(kCompareRows, choices)) * vocab);
+  Sampler sampler(sampler_options);
+  for (int64_t at = 0; at < choices; at += kCompareRows) {
+    const int64_t rows = std::min(kCompareRows, choices - at);
+    NIBBLE_TRY(model.logits(hidden->data() + at * width, rows, logits.data()));
+    for (int64_t row = 0; row < rows; ++row) {
+      const std::span<const float> theirs(logits.data() + static_cast<size_t>(row) * vocab, vocab);
+      Divergence found;
+      found.index = at + row;
+      found.token = sequence.tokens[static_cast<size_t>(found.index)];
+      found.other_token = sampler.sample(theirs);
+      if (found.token == found.other_token) continue;
+      found.other_margin =
+          theirs[static_cast<size_t>(found.other_token)] - theirs[static_cast<size_t>(found.token)];
+      // What ran had the same tokens before it: its logits are found by reading them again.
+      NIBBLE_TRY(model.set_plan(plan));
+      const size_t read = sequence.prompt.size() + static_cast<size_t>(found.index);
+      hidden = hidden_states(model, {text.data(), read}, 1, stop);
+      if (!hidden.ok()) return hidden.status();
+      NIBBLE_TRY(model.logits(hidden->data(), 1, logits.data()));
+      found.margin =
+          logits[static_cast<size_t>(found.token)] - logits[static_cast<size_t>(found.other_token)];
+      return std::optional<Divergence>(found);
+    }
+  }
+  return std::optional<Divergence>();
+}
+
+}  // namespace nibble

@@ -1,0 +1,234 @@
+// See model_options.h.
+#include "model_options.h"
+
+#include <fmt/format.h>
+#include <sys/resource.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+
+#include "format/linear_format.h"
+#include "model/plan_config.h"
+#include "text.h"
+#include "timing.h"
+
+namespace nibble::cli {
+namespace {
+
+const std::map<std::string, Granularity> kActivations = {
+    {"token", Granularity::token}, {"group", Granularity::group}, {"tensor", Granularity::tensor}};
+const std::map<std::string, Dtype> kKvTypes = {
+    {"f16", Dtype::f16}, {"bf16", Dtype::bf16}, {"f32", Dtype::f32}};
+
+void print_memory(const std::string& directory, const ModelOptions& options,
+                  const MemoryEstimate& memory) {
+  Table table("<><");
+  table.add({"memory", "", printable(directory)});
+  const auto row = [&](const char* name, uint64_t bytes, std::string note) {
+    table.add({fmt::format("  {}", name), bytes_text(bytes), std::move(note)});
+  };
+  row("weights", memory.weights, "");
+  row("head", memory.head, options.int8_head ? "int8" : "");
+  row("KV cache", memory.kv_cache,
+      fmt::format("{}, {} of {} tokens", dtype_name(options.kv_dtype),
+                  plural(static_cast<size_t>(options.sequences), "sequence"), options.context));
+  row("workspace", memory.workspace, "");
+  row("total", memory.total(), "");
+  row("available", memory.available, "");
+  table.print(stderr);
+}
+
+}  // namespace
+
+std::optional<Granularity> ModelArguments::granularity() const {
+  const auto found = kActivations.find(activations);
+  if (found == kActivations.end()) return std::nullopt;  // "mix"
+  return found->second;
+}
+
+ModelOptions ModelArguments::model_options(int64_t default_context, int64_t sequences) const {
+  return {.threads = threads,
+          .kv_dtype = kKvTypes.at(kv),
+          .int8_head = head == "int8",
+          .context = context > 0 ? context : default_context,
+          .sequences = sequences};
+}
+
+void add_model_arguments(CLI::App& command, ModelArguments& arguments, bool many_modes) {
+  command.add_option("DIR", arguments.directory, "model directory")->required();
+  auto* mode =
+      command
+          .add_option("--mode", arguments.modes,
+                      many_modes ? "modes, by comma; default: auto if config.json holds a plan, "
+                                   "else w4a8 (16bit if nothing is quantized)"
+                                 : "mode; default: auto if config.json holds a plan, else w4a8 "
+                                   "(16bit if nothing is quantized)")
+          ->check(CLI::IsMember({"w4a16", "w4a8", "w4a4", "auto", kMode16Bit}))
+          ->type_name("MODE")
+          ->group("Model");
+  if (many_modes) {
+    mode->delimiter(',')->allow_extra_args(false);  // what follows may be DIR
+  } else {
+    mode->expected(1);
+  }
+  command
+      .add_option("--act", arguments.activations,
+                  "activation scales of w4a8 and w4a4; mix: per group for o, down and w4a4, else "
+                  "per token")
+      ->check(CLI::IsMember({"mix", "token", "group", "tensor"}))
+      ->capture_default_str()
+      ->group("Model");
+  command.add_option("--kv", arguments.kv, "type of keys and values in memory")
+      ->check(CLI::IsMember({"f16", "bf16", "f32"}))
+      ->capture_default_str()
+      ->group("Model");
+  command
+      .add_option("--head", arguments.head,
+                  "lm_head in the 16 bits of the file, or in 8 bits per output channel")
+      ->check(CLI::IsMember({"16", "int8"}))
+      ->capture_default_str()
+      ->group("Model");
+  command.add_option("--threads", arguments.threads, "threads; 0: all CPUs")
+      ->check(CLI::Range(0, kMaxThreads))
+      ->capture_default_str()
+      ->group("Model");
+}
+
+LoadedModel::LoadedModel(Checkpoint checkpoint, ModelConfig config)
+    : checkpoint_(std::move(checkpoint)), config_(std::move(config)) {
+  quantized_ = !find_quantized_linears(checkpoint_).empty();
+}
+
+Result<std::unique_ptr<LoadedModel>> LoadedModel::open(const std::string& directory) {
+  Result<Checkpoint> checkpoint = Checkpoint::open(directory);
+  if (!checkpoint.ok()) return checkpoint.status();
+  if (checkpoint->config().is_null()) {
+    return Status(Code::io_error, fmt::format("{}: no config.json", directory));
+  }
+  Result<ModelConfig> config = parse_model_config(checkpoint->config());
+  if (!config.ok()) return config.status();
+  return std::unique_ptr<LoadedModel>(new LoadedModel(std::move(*checkpoint), std::move(*config)));
+}
+
+Status LoadedModel::load(const ModelOptions& options) {
+  Result<MemoryEstimate> memory = Model::estimate(checkpoint_, options);
+  if (!memory.ok()) return memory.status();
+  memory_ = *memory;
+  print_memory(directory(), options, memory_);
+  const double start = now_seconds();
+  Result<Model> model = Model::load(checkpoint_, options);
+  if (!model.ok()) return model.status();
+  load_seconds_ = now_seconds() - start;
+  model_.emplace(std::move(*model));
+  return {};
+}
+
+bool LoadedModel::has_plan() const {
+  const nlohmann::json& config = checkpoint_.config();
+  const auto block = config.find("quantization_config");
+  return block != config.end() && block->is_object() && block->contains("nibble");
+}
+
+std::string LoadedModel::default_mode() const {
+  if (!quantized_) return kMode16Bit;
+  return has_plan() ? "auto" : "w4a8";
+}
+
+Result<ModelPlan> LoadedModel::plan(const std::string& mode,
+                                    std::optional<Granularity> granularity) const {
+  if (!quantized_) {
+    if (mode == kMode16Bit || mode == "auto") return uniform_plan(config_.layers, Mode::w4a16);
+    return Status(Code::unsupported,
+                  fmt::format("{} has no 4-bit linears: mode {} cannot run it, 16bit can (nibble "
+                              "quantize makes a 4-bit checkpoint)",
+                              printable(directory()), mode));
+  }
+  if (mode == kMode16Bit) {
+    return Status(Code::unsupported, fmt::format("{} is quantized: mode 16bit is for checkpoints "
+                                                 "with 16-bit weights, w4a16 is the nearest",
+                                                 printable(directory())));
+  }
+  if (mode != "auto") {
+    return uniform_plan(config_.layers, modes_by_name().at(mode), granularity);
+  }
+  if (!has_plan()) {
+    return Status(Code::invalid_argument,
+                  fmt::format("{}: config.json holds no plan for mode auto; nibble plan makes one",
+                              printable(directory())));
+  }
+  return plan_from_config(checkpoint_.config(), config_);
+}
+
+Result<std::vector<NamedPlan>> plans_of(const LoadedModel& loaded,
+                                        const ModelArguments& arguments) {
+  std::vector<std::string> modes = arguments.modes;
+  if (modes.empty()) modes.push_back(loaded.default_mode());
+  std::vector<NamedPlan> plans;
+  for (const std::string& mode : modes) {
+    Result<ModelPlan> plan = loaded.plan(mode, arguments.granularity());
+    if (!plan.ok()) return plan.status();
+    plans.push_back({mode, std::move(*plan)});
+  }
+  return plans;
+}
+
+std::string mode_text(const std::string& mode, const ModelArguments& arguments) {
+  return mode == "w4a8" || mode == "w4a4" ? fmt::format("{} {}", mode, arguments.activations)
+                                          : mode;
+}
+
+std::vector<std::string> kernels_of(const Model& model, const ModelPlan& plan) {
+  std::vector<Mode> modes;
+  if (model.head_name() == mode_name(Mode::w4a16)) modes.push_back(Mode::w4a16);
+  for (const LinearSpec& spec : plan.specs) {
+    if (!model.quantized()) break;
+    // groups of 8 and of 4 bits side by side run in the kernels for 8
+    modes.push_back(spec.wide_groups.empty() ? spec.mode : Mode::w4a8);
+  }
+  const std::vector<KernelInfo> table = kernel_table();
+  std::vector<std::string> names;
+  for (const std::string& name : model.kernels()) {
+    const auto info = std::find_if(table.begin(), table.end(),
+                                   [&](const KernelInfo& kernel) { return name == kernel.name; });
+    if (info == table.end() ||  // of 16-bit weights: the same in every mode
+        std::find(modes.begin(), modes.end(), info->mode) != modes.end()) {
+      names.push_back(name);
+    }
+  }
+  return names;
+}
+
+uint64_t peak_memory_bytes() {
+  rusage usage{};
+  ::getrusage(RUSAGE_SELF, &usage);
+  return static_cast<uint64_t>(usage.ru_maxrss) * 1024;
+}
+
+nlohmann::json memory_json(const MemoryEstimate& memory) {
+  return {{"weights", memory.weights},   {"head", memory.head},
+          {"kv_cache", memory.kv_cache}, {"workspace", memory.workspace},
+          {"total", memory.total()},     {"available", memory.available}};
+}
+
+Result<std::string> read_text_file(const std::string& path) {
+  std::FILE* file = path == "-" ? stdin : std::fopen(path.c_str(), "rb");
+  const auto failure = [&] {
+    return Status(Code::io_error, fmt::format("cannot read {}: {}",
+                                              path == "-" ? "standard input" : printable(path),
+                                              std::strerror(errno)));
+  };
+  if (file == nullptr) return failure();
+  std::string text;
+  char buffer[1 << 16];
+  size_t count = 0;
+  while ((count = std::fread(buffer, 1, sizeof buffer, file)) > 0) text.append(buffer, count);
+  const bool failed = std::ferror(file) != 0;
+  const Status status = failed ? failure() : Status();
+  if (file != stdin) std::fclose(file);
+  if (failed) return status;
+  return text;
+}
+
+}  // namespace nibble::cli

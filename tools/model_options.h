@@ -1,0 +1,89 @@
+// What the commands that run a whole model share: their options, what a mode means for a given
+// checkpoint, and loading with the memory said on stderr before it is taken.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cli.h"
+#include "format/checkpoint.h"
+#include "model/model.h"
+
+namespace nibble::cli {
+
+/// How a checkpoint with no 4-bit linears runs. Not one of the modes of gemm.h.
+inline constexpr const char* kMode16Bit = "16bit";
+
+struct ModelArguments {
+  std::string directory;
+  std::vector<std::string> modes;  // empty: default_mode()
+  std::string activations = "mix", kv = "bf16", head = "16";
+  int threads = 0;
+  int64_t context = 0;
+
+  /// activations as uniform_plan() takes it.
+  std::optional<Granularity> granularity() const;
+  /// The options for Model::load; `context` where the user named none.
+  ModelOptions model_options(int64_t default_context, int64_t sequences) const;
+};
+
+/// DIR, --mode (several of them if `many_modes`), --act, --kv, --head, --threads. What --context
+/// means differs: each command adds its own.
+void add_model_arguments(CLI::App& command, ModelArguments& arguments, bool many_modes);
+
+/// A checkpoint, its configuration, and from load() on the model.
+class LoadedModel {
+ public:
+  /// Reads config.json and the table of tensors; no weights yet.
+  static Result<std::unique_ptr<LoadedModel>> open(const std::string& directory);
+
+  /// Says on stderr what memory it will take, then loads. Refuses what does not fit.
+  Status load(const ModelOptions& options);
+
+  const std::string& directory() const { return checkpoint_.directory(); }
+  const Checkpoint& checkpoint() const { return checkpoint_; }
+  const ModelConfig& config() const { return config_; }
+  bool quantized() const { return quantized_; }
+  bool has_plan() const;  // config.json holds one
+  Model& model() { return *model_; }
+  const MemoryEstimate& memory() const { return memory_; }
+  double load_seconds() const { return load_seconds_; }
+
+  /// "auto" with a saved plan, else "w4a8"; "16bit" if nothing is quantized.
+  std::string default_mode() const;
+  /// What `mode` means here. unsupported: w4a8 of an unquantized checkpoint, or the reverse.
+  Result<ModelPlan> plan(const std::string& mode, std::optional<Granularity> granularity) const;
+
+ private:
+  LoadedModel(Checkpoint checkpoint, ModelConfig config);
+  Checkpoint checkpoint_;
+  ModelConfig config_;
+  bool quantized_ = false;
+  MemoryEstimate memory_;
+  double load_seconds_ = 0;
+  std::optional<Model> model_;
+};
+
+/// arguments.modes, or the default one; every one checked against the checkpoint.
+struct NamedPlan {
+  std::string mode;
+  ModelPlan plan;
+};
+Result<std::vector<NamedPlan>> plans_of(const LoadedModel& loaded, const ModelArguments& arguments);
+
+/// "w4a8 mix": mode and activation scales, the latter only where they have a meaning.
+std::string mode_text(const std::string& mode, const ModelArguments& arguments);
+
+/// Names of the kernels that `model` has run and that `plan` can have run: the receipt of one mode,
+/// when the model ran several.
+std::vector<std::string> kernels_of(const Model& model, const ModelPlan& plan);
+
+uint64_t peak_memory_bytes();  // of this process so far
+nlohmann::json memory_json(const MemoryEstimate& memory);
+
+/// The whole file, or standard input for "-".
+Result<std::string> read_text_file(const std::string& path);
+
+}  // namespace nibble::cli

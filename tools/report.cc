@@ -1,0 +1,111 @@
+// nibble report: one self-contained HTML page from the JSON of other subcommands. The page is made
+// by the Python package python/nibble_report; this finds it and an interpreter, and becomes that.
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <memory>
+
+#include "cli.h"
+
+namespace nibble::cli {
+namespace {
+
+namespace fs = std::filesystem;
+
+struct Options {
+  std::vector<std::string> runs;
+  std::string output = "report.html", title;
+};
+
+constexpr const char* kPackage = "nibble_report";
+/// Takes the directory of the package from the arguments, in place of the working directory: what
+/// happens to lie there must not be imported.
+constexpr const char* kStart =
+    "import sys\n"
+    "sys.path[0] = sys.argv.pop(1)\n"
+    "sys.dont_write_bytecode = True\n"
+    "from nibble_report.__main__ import main\n"
+    "sys.exit(main())\n";
+
+bool is_there(const fs::path& path) {
+  std::error_code ignored;
+  return fs::exists(path, ignored);
+}
+
+/// Where the package may lie: the installed tree of this program, then the source tree.
+std::vector<fs::path> package_places() {
+  std::vector<fs::path> places;
+  std::error_code error;
+  const fs::path self = fs::read_symlink("/proc/self/exe", error);
+  if (!error) places.push_back(self.parent_path().parent_path() / "share" / "nibble");
+  places.push_back(fs::path(NIBBLE_SOURCE_DIR) / "python");
+  return places;
+}
+
+/// $NIBBLE_PYTHON, else the virtual environment of the source tree, else the system's.
+std::string interpreter() {
+  const char* chosen = std::getenv("NIBBLE_PYTHON");
+  if (chosen != nullptr && *chosen != '\0') return chosen;
+  const fs::path venv = fs::path(NIBBLE_SOURCE_DIR) / "build" / "venv" / "bin" / "python";
+  return is_there(venv) ? venv.string() : "python3";
+}
+
+/// Returns only if Python cannot be started.
+int run_report(const Options& options) {
+  const std::vector<fs::path> places = package_places();
+  std::string directory, looked_in;
+  for (const fs::path& place : places) {
+    if (directory.empty() && is_there(place / kPackage / "__main__.py")) directory = place.string();
+    looked_in += fmt::format("\n  {}", (place / kPackage).string());
+  }
+  if (directory.empty()) {
+    return fail(Status(
+        Code::unsupported,
+        fmt::format("the Python package {} is not there; looked for{}", kPackage, looked_in)));
+  }
+  const std::string python = interpreter();
+  // "--output=NAME", so that no name is taken for an option.
+  std::vector<std::string> words = {python, "-c", kStart, directory, "--output=" + options.output};
+  if (!options.title.empty()) words.push_back("--title=" + options.title);
+  words.push_back("--");
+  words.insert(words.end(), options.runs.begin(), options.runs.end());
+  std::vector<char*> argv;
+  for (std::string& word : words) argv.push_back(word.data());
+  argv.push_back(nullptr);
+  ::execvp(argv[0], argv.data());
+  return fail(Status(
+      Code::unsupported,
+      fmt::format("cannot start {}: {}. The report needs Python 3.11 or newer with the packages of "
+                  "{}: install python3 and python3-venv, or set NIBBLE_PYTHON to an interpreter",
+                  python, std::strerror(errno), directory + "/requirements-report.txt")));
+}
+
+}  // namespace
+
+void add_report_command(CLI::App& app, int& exit_code) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command =
+      app.add_subcommand("report", "Make one HTML page from the JSON of other subcommands");
+  command
+      ->add_option("RUN.json", options->runs,
+                   "output of verify, perplexity, bench, plan, doctor, inspect (--json or --output "
+                   "json, jsonl), or the config.json of a model with a plan")
+      ->required();
+  command->add_option("-o,--output", options->output, "the page")
+      ->type_name("FILE")
+      ->capture_default_str();
+  command->add_option("--title", options->title, "title instead of the models' names");
+  command->footer(
+      "The page needs no network. It is made by Python with matplotlib: $NIBBLE_PYTHON, else\n"
+      "build/venv/bin/python of the source tree, else python3.\n"
+      "Exit codes: 0 ok, 3 Python or a package is missing, 4 a file is no output of nibble.\n"
+      "\nExample:\n  nibble verify DIR --json > verify.json\n"
+      "  nibble report verify.json -o report.html");
+  command->callback([options, &exit_code] { exit_code = run_report(*options); });
+}
+
+}  // namespace nibble::cli
