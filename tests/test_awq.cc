@@ -403,7 +403,9 @@ TEST_P(AwqFolding, LeavesTheModelAsItIs) {
       }
       const Floats effective = fold_scales(*config, *block, slot, scales, 2);
       for (size_t i = 0; i < scales.size(); ++i) {
-        if (effective[i] != 1.0f) EXPECT_NEAR(effective[i] / scales[i], 1, 0.02);
+        if (effective[i] != 1.0f) {
+          EXPECT_NEAR(effective[i] / scales[i], 1, 0.02);
+        }
       }
     }
     for (const BlockLinear& linear : block->linears) {
@@ -548,7 +550,9 @@ TEST(AwqText, SequencesAreSpreadOverTheTextAndBeginAsTheTokenizerSays) {
     ASSERT_EQ(sequences->size(), 6u);
     for (const auto& sequence : *sequences) {
       EXPECT_LE(sequence.size(), 64u);
-      if (bos) EXPECT_EQ(sequence.front(), tokenizer->encode("a", true).front());
+      if (bos) {
+        EXPECT_EQ(sequence.front(), tokenizer->encode("a", true).front());
+      }
     }
     EXPECT_NE((*sequences)[0], (*sequences)[1]);
     const auto few = make_sequences(*tokenizer, {{std::string("word")}}, {6, 64});

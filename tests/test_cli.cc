@@ -81,7 +81,8 @@ TEST(Cli, HelpAndVersionGoToStdout) {
   EXPECT_HAS(version.out, "nibble ");
   EXPECT_HAS(version.out, "commit");
   EXPECT_EQ(version.err, "");
-  for (const char* command : {"bench", "doctor", "inspect", "quantize", "verify"}) {
+  for (const char* command :
+       {"bench", "doctor", "generate", "inspect", "perplexity", "quantize", "verify"}) {
     const Outcome help = run_tool({command, "--help"});
     EXPECT_EQ(help.code, 0) << command;
     EXPECT_HAS(help.out, "Usage: nibble " + std::string(command));

@@ -1,5 +1,5 @@
-// Concurrency: OpenMP threads inside a call, callers' threads around it. These tests also run under
-// ThreadSanitizer (clang, libomp and its Archer tool), so they are small and start few threads.
+// Concurrency: the pool's threads inside a call, callers' threads around it. These tests also run
+// under ThreadSanitizer, so they are small and start few threads.
 #include <barrier>
 #include <cmath>
 #include <cstring>

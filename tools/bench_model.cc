@@ -20,6 +20,8 @@ namespace {
 using nlohmann::json;
 
 constexpr int64_t kForwardTokens = 512;  // of a prompt that go through the layers at once
+constexpr size_t kProbeBytes = size_t{1} << 30, kProbeSliceBytes = size_t{16} << 20;
+constexpr int kProbeSlices = 4;  // timed after every run; short ones, to fit between interruptions
 
 struct Options {
   ModelArguments model;
@@ -299,19 +301,21 @@ Status measure(const Options& options, std::vector<Row>& rows, Run& run) {
   // Only decoding is compared with the memory; the probe takes a second and 1 GiB.
   std::unique_ptr<ReadBandwidthProbe> probe;
   if (std::any_of(rows.begin(), rows.end(), [](const Row& row) { return row.test.n_gen > 0; })) {
-    probe = std::make_unique<ReadBandwidthProbe>(run.threads);
+    probe = std::make_unique<ReadBandwidthProbe>(run.threads, kProbeBytes, kProbeSliceBytes);
   }
   Samples reads;
   for (int repetition = 0; repetition < options.repetitions; ++repetition) {
     for (Row& row : rows) {
       NIBBLE_TRY(run_row(row, &us));
       row.samples.microseconds.push_back(us);
+      if (probe == nullptr || !probe->ok()) continue;
+      probe->read_slice();  // untimed: caches are full of dirty lines that must be written first
+      for (int i = 0; i < kProbeSlices; ++i) {
+        const double start = now_seconds();
+        probe->read_slice();
+        reads.microseconds.push_back((now_seconds() - start) * 1e6);
+      }
     }
-    if (probe == nullptr || !probe->ok()) continue;
-    probe->read_slice();  // untimed: caches are full of dirty lines that must be written first
-    const double start = now_seconds();
-    probe->read_slice();
-    reads.microseconds.push_back((now_seconds() - start) * 1e6);
   }
   const double read_us = reads.median();
   if (read_us > 0) run.read_gb_per_s = static_cast<double>(probe->slice_bytes()) / read_us * 1e-3;

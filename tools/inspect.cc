@@ -4,12 +4,14 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <map>
 #include <memory>
 #include <new>
 
 #include "base/cpu_features.h"
+#include "base/thread_pool.h"
 #include "cli.h"
 #include "format/linear_format.h"
 #include "text.h"
@@ -97,18 +99,17 @@ uint64_t bytes_of_layer(const TensorMap& tensors, const std::string& name) {
 void read_values(Report& report, bool digest) {
   constexpr int kMostAtOnce = 4;
   const int threads = std::min(available_cpus(), kMostAtOnce);
-  bool out_of_memory = false;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (size_t i = 0; i < report.linears.size(); ++i) {
-    if (!report.linears[i].status.ok() || interrupted()) continue;
+  std::atomic<bool> out_of_memory = false;
+  parallel_for(threads, static_cast<int64_t>(report.linears.size()), [&](int64_t index) {
+    const auto i = static_cast<size_t>(index);
+    if (!report.linears[i].status.ok() || interrupted()) return;
     try {
       report.layers[i].values = inspect_values(report.linears[i].matrix);
       if (digest) report.layers[i].digest = layer_digest(report.linears[i].matrix);
-    } catch (const std::bad_alloc&) {  // must not leave the parallel region
-#pragma omp atomic write
+    } catch (const std::bad_alloc&) {  // must not leave the task
       out_of_memory = true;
     }
-  }
+  });
   if (out_of_memory) throw std::bad_alloc();
 }
 

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "base/cpu_features.h"
+#include "base/thread_pool.h"
 #include "baseline.h"
 #include "gemm/cpu/packed_weights.h"
 #include "gemm/ref.h"
@@ -30,8 +31,7 @@ std::vector<double> multiply_dense(const std::vector<float>& weight, int64_t n, 
                                    const std::vector<float>& x, int64_t rows,
                                    const std::vector<float>& bias) {
   std::vector<double> y(static_cast<size_t>(rows * n));
-#pragma omp parallel for schedule(static)
-  for (int64_t column = 0; column < n; ++column) {
+  parallel_for(available_cpus(), n, [&](int64_t column) {
     for (int64_t row = 0; row < rows; ++row) {
       double sum[4] = {};  // four chains, in a fixed order
       const float* w = &weight[column * k];
@@ -43,28 +43,32 @@ std::vector<double> multiply_dense(const std::vector<float>& weight, int64_t n, 
       for (; i < k; ++i) sum[0] += static_cast<double>(w[i]) * v[i];
       y[row * n + column] = sum[0] + sum[1] + sum[2] + sum[3] + (bias.empty() ? 0.0 : bias[column]);
     }
-  }
+  });
   return y;
 }
 
 /// Dequantized weights (n, k), exact.
 std::vector<float> dequantize_rows(const ref::Weights& w) {
   std::vector<float> full(static_cast<size_t>(w.n * w.k));
-#pragma omp parallel for schedule(static)
-  for (int64_t n = 0; n < w.n; ++n) {
+  parallel_for(available_cpus(), w.n, [&](int64_t n) {
     for (int64_t k = 0; k < w.k; ++k) {
       const int64_t at = n * w.groups + k / w.group_size;
       full[n * w.k + k] = static_cast<float>(w.codes[n * w.k + k] - w.zeros[at]) * w.scales[at];
     }
-  }
+  });
   return full;
 }
 
 std::vector<float> dense_values(const TensorView& tensor) {
   const Dtype dtype = *float_dtype(tensor.dtype);
   std::vector<float> values(static_cast<size_t>(tensor.elements()));
-#pragma omp parallel for schedule(static)
-  for (int64_t i = 0; i < tensor.elements(); ++i) values[i] = load_as_float(tensor.data, i, dtype);
+  constexpr int64_t kRun = 1 << 16;
+  const int64_t count = tensor.elements();
+  parallel_for(available_cpus(), (count + kRun - 1) / kRun, [&](int64_t run) {
+    for (int64_t i = run * kRun; i < std::min(count, (run + 1) * kRun); ++i) {
+      values[i] = load_as_float(tensor.data, i, dtype);
+    }
+  });
   return values;
 }
 

@@ -29,9 +29,9 @@ using nlohmann::json;
 // Part of the work directory's key: raise it when the same inputs give another result.
 constexpr const char* kVersion = "nibble awq 1";
 
-/// `path` is OUT as the user wrote it, perhaps with a slash at its end.
+/// Beside OUT, which may have a slash at its end.
 std::string work_path(const std::string& out) {
-  std::string path = std::filesystem::path(out).lexically_normal().string();
+  std::string path = std::filesystem::absolute(out).lexically_normal().string();
   while (path.size() > 1 && path.back() == '/') path.pop_back();
   return path + ".nibble-partial";
 }

@@ -5,6 +5,9 @@
 #include <functional>
 #include <random>
 
+#include "base/cpu_features.h"
+#include "base/thread_pool.h"
+
 namespace nibble {
 namespace {
 
@@ -42,8 +45,7 @@ AwqTensors make_synthetic_weight(const SyntheticWeight& spec, uint64_t seed) {
   std::vector<uint8_t> codes(static_cast<size_t>(spec.k * spec.n));
   std::vector<uint8_t> zeros(static_cast<size_t>(groups * spec.n));
   std::vector<uint16_t> scales(static_cast<size_t>(groups * spec.n));
-#pragma omp parallel for schedule(static)
-  for (int64_t n = 0; n < spec.n; ++n) {
+  parallel_for(available_cpus(), spec.n, [&](int64_t n) {
     Random random(mix(seed, spec.name, static_cast<uint64_t>(n)));
     for (int64_t g = 0; g < groups; ++g) {
       const bool negate = spec.negative_scales && (n + g) % 3 == 0;
@@ -59,7 +61,7 @@ AwqTensors make_synthetic_weight(const SyntheticWeight& spec, uint64_t seed) {
         codes[(g * size + i) * spec.n + n] = static_cast<uint8_t>(std::clamp(q, 0, 15));
       }
     }
-  }
+  });
   return pack_awq_gemm(spec.k, spec.n, size, codes.data(), zeros.data(), scales.data(),
                        spec.scale_dtype);
 }

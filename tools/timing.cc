@@ -1,15 +1,17 @@
 #include "timing.h"
 
-#include <omp.h>
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstring>
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
+
+#include "base/thread_pool.h"
 
 namespace nibble {
 
@@ -47,10 +49,15 @@ double Samples::max() const {
 namespace {
 
 /// Flushing runs on one thread; this wakes the others, so that a sample does not start with theirs
-/// asleep.
+/// asleep. Each waits for all, or a millisecond.
 void wake_threads(int threads) {
-#pragma omp parallel num_threads(threads)
-  __asm__ volatile("" ::: "memory");
+  std::atomic<int> awake = 0;
+  const double end = now_seconds() + 1e-3;
+  parallel_for(threads, threads, [&](int64_t) {
+    ++awake;
+    while (awake < threads && now_seconds() < end) {
+    }
+  });
 }
 
 }  // namespace
@@ -93,11 +100,10 @@ void ReadBandwidthProbe::read_slice() {
   const unsigned char* slice = buffer_ + next_;
   next_ = next_ + 2 * slice_bytes_ > buffer_bytes_ ? 0 : next_ + slice_bytes_;
   const size_t per_stream = slice_bytes_ / (kStreams * static_cast<size_t>(threads_)) / 64 * 64;
-  unsigned total = 0;
-#pragma omp parallel num_threads(threads_) reduction(+ : total)
-  {
-    const unsigned char* from =
-        slice + static_cast<size_t>(omp_get_thread_num()) * kStreams * per_stream;
+  std::atomic<unsigned> all = 0;
+  parallel_for(threads_, threads_, [&](int64_t thread) {
+    unsigned total = 0;
+    const unsigned char* from = slice + static_cast<size_t>(thread) * kStreams * per_stream;
 #if defined(__SSE2__)
     __m128i sum[kStreams] = {};
     for (size_t i = 0; i < per_stream; i += 64) {
@@ -113,8 +119,9 @@ void ReadBandwidthProbe::read_slice() {
       for (size_t s = 0; s < kStreams; ++s) total += from[s * per_stream + i];
     }
 #endif
-  }
-  checksum_ += total;  // keeps the reads alive
+    all += total;
+  });
+  checksum_ += all;  // keeps the reads alive
 }
 
 }  // namespace nibble

@@ -47,6 +47,9 @@ Result<CalibrationRun> CalibrationRun::create(const Checkpoint& checkpoint, cons
   run.config_ = config;
   run.threads_ = threads;
   const auto scale = static_cast<float>(config.embedding_scale);
+  size_t tokens = 0;
+  for (const std::vector<int32_t>& sequence : sequences) tokens += sequence.size();
+  run.hidden_.reserve(tokens * static_cast<size_t>(config.hidden));
   for (const std::vector<int32_t>& sequence : sequences) {
     run.lengths_.push_back(static_cast<int64_t>(sequence.size()));
     for (const int32_t token : sequence) {

@@ -52,7 +52,7 @@ struct PackedWeights {
   int64_t bytes() const { return blocks * block_bytes(); }
 };
 
-/// Packs `matrix`. bias: (n) of bias_dtype, or null. Uses `threads` OpenMP threads (<= 0: all).
+/// Packs `matrix`. bias: (n) of bias_dtype, or null. Uses `threads` threads (<= 0: all).
 Result<PackedWeights> pack_weights(const QuantMatrix& matrix, const void* bias = nullptr,
                                    Dtype bias_dtype = Dtype::f32, int threads = 0);
 
