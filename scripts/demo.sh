@@ -65,8 +65,9 @@ else
 fi
 
 say "inspecting $awq_model"
-build/nibble inspect "$awq_model"
 build/nibble inspect "$awq_model" --json >"$runs/inspect.json"
+build/nibble inspect "$awq_model" >"$runs/inspect.txt"
+awk '/^layer /{exit} {print}' "$runs/inspect.txt"
 
 say "verifying every layer of $awq_model against $source_model"
 build/nibble verify "$awq_model" --reference "$source_model" --json >"$runs/verify.json"

@@ -100,6 +100,10 @@ run_program() {
 suite_plain() {
   build_preset ci all -DNIBBLE_TESTS=ON || return 0
   run_ctest plain build
+  # Tests that draw pages need matplotlib, which scripts/demo.sh installs; the others run anyway.
+  local python=python3
+  [[ ! -x build/venv/bin/python ]] || python=build/venv/bin/python
+  run_program plain report "$python" tests/python/test_report.py
 }
 
 suite_sanitize() {
