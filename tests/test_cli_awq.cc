@@ -89,7 +89,9 @@ class CliAwq : public ::testing::Test {
     const int null = open_or_die("/dev/null", O_RDWR);
     const pid_t child = start_tool(words(name, options), null, null);
     ::close(null);
-    while (!fs::exists(work(name) + "/block-00000.safetensors") && !fs::exists(out(name))) {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(120);
+    while (!fs::exists(work(name) + "/block-00000.safetensors") && !fs::exists(out(name)) &&
+           std::chrono::steady_clock::now() < end) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
     ::kill(child, SIGINT);

@@ -133,6 +133,15 @@ Status prepare(const Options& options, Setup& setup) {
   if (!options.compare.empty()) {
     Result<ModelPlan> plan = model.plan(options.compare, options.model.granularity());
     if (!plan.ok()) return plan.status();
+    const auto by_batch = [](const LinearSpec& spec) {
+      return spec.mode != Mode::w4a16 && spec.granularity == Granularity::tensor;
+    };
+    if (std::any_of(plan->specs.begin(), plan->specs.end(), by_batch) ||
+        std::any_of(setup.plan.plan.specs.begin(), setup.plan.plan.specs.end(), by_batch)) {
+      return Status(Code::invalid_argument,
+                    "--compare runs the finished text at once, and with one activation scale per "
+                    "tensor that is not what token by token gives");
+    }
     setup.compare = NamedPlan{options.compare, std::move(*plan)};
   }
   Result<Tokenizer> tokenizer = Tokenizer::load(options.model.directory);

@@ -50,8 +50,9 @@ struct Divergence {
 };
 
 /// Runs `other` over a finished sequence. Rows do not depend on how a text is cut into forward
-/// passes, so this is what generating under `other` would have chosen, at the speed of a prompt.
-/// Leaves the model with one of the two plans. nothing: they agree on every token.
+/// passes (no plan here may have Granularity::tensor), so this is what generating under `other`
+/// would have chosen, at the speed of a prompt. Leaves the model with one of the two plans.
+/// nothing: they agree on every token.
 Result<std::optional<Divergence>> first_divergence(Model& model, const ModelPlan& plan,
                                                    const ModelPlan& other, const Sequence& sequence,
                                                    const SamplerOptions& sampler,

@@ -125,11 +125,7 @@ Status LoadedModel::load(const ModelOptions& options) {
   return {};
 }
 
-bool LoadedModel::has_plan() const {
-  const nlohmann::json& config = checkpoint_.config();
-  const auto block = config.find("quantization_config");
-  return block != config.end() && block->is_object() && block->contains("nibble");
-}
+bool LoadedModel::has_plan() const { return nibble::has_plan(checkpoint_.config()); }
 
 std::string LoadedModel::default_mode() const {
   if (!quantized_) return kMode16Bit;

@@ -2,12 +2,14 @@
 // mode costs. Protocol, names and order of the output are those of llama.cpp's perplexity tool; the
 // reference is run here, beside what it is compared with, instead of being read from a file.
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <cstdio>
 #include <memory>
 
 #include "cli.h"
+#include "format/output_file.h"
 #include "model_options.h"
 #include "text.h"
 #include "text_eval.h"
@@ -24,6 +26,7 @@ struct Options {
   EvalOptions eval;
   std::optional<double> max_ppl_ratio, max_kld;
   bool as_json = false;
+  std::string json_file;
   ProgressMode progress = ProgressMode::automatic;
 };
 
@@ -277,8 +280,8 @@ std::vector<std::string> failed_gates(const Options& options, const std::vector<
   return failures;
 }
 
-void print_json(const Options& options, const Setup& setup, const std::vector<Row>& rows,
-                const std::vector<std::string>& failures) {
+std::string json_text(const Options& options, const Setup& setup, const std::vector<Row>& rows,
+                      const std::vector<std::string>& failures) {
   json document = report_header();
   // The pooled figures of the first mode also stand at the top, for scripts that ask for one mode.
   for (const Row& row : rows) {
@@ -297,7 +300,20 @@ void print_json(const Options& options, const Setup& setup, const std::vector<Ro
   for (const Row& row : rows) {
     document[row.pooled ? "pooled" : "results"].push_back(to_json(options, setup, row));
   }
-  fmt::print("{}\n", document.dump(1, ' ', false, json::error_handler_t::replace));
+  return document.dump(1, ' ', false, json::error_handler_t::replace) + '\n';
+}
+
+/// Replaces `path` when all of it is on disk.
+Status write_text(const std::string& path, const std::string& text) {
+  const std::string partial = fmt::format("{}.partial-{}", path, ::getpid());
+  Result<OutputFile> file = OutputFile::create(partial);
+  if (!file.ok()) return file.status();
+  NIBBLE_TRY(file->write(text.data(), text.size()));
+  NIBBLE_TRY(file->finish());
+  if (std::rename(partial.c_str(), path.c_str()) == 0) return {};
+  const Status status = system_error("rename to", path);
+  ::unlink(partial.c_str());
+  return status;
 }
 
 int run_perplexity(Options options) {
@@ -314,12 +330,17 @@ int run_perplexity(Options options) {
   if (!rows.ok()) return fail(rows.status());
 
   const std::vector<std::string> failures = failed_gates(options, *rows);
+  const std::string document = json_text(options, setup, *rows, failures);
   if (options.as_json) {
-    print_json(options, setup, *rows, failures);
+    fmt::print("{}", document);
   } else {
     for (const Row& row : *rows) {
       if (!row.pooled || options.files.size() > 1) print_row(options, setup, row);
     }
+  }
+  if (!options.json_file.empty()) {  // after the tables: a full disk must not cost them
+    const Status written = write_text(options.json_file, document);
+    if (!written.ok()) return fail(written);
   }
   if (rows->front().result.tokens < 100) {
     fmt::print(stderr,
@@ -370,6 +391,8 @@ void add_perplexity_command(CLI::App& app, int& exit_code) {
       ->type_name("KLD")
       ->group("Comparison");
   command->add_flag("--json", options->as_json, "print one JSON document")->group("Output");
+  command->add_option("--json-file", options->json_file, "also write that document to a file")
+      ->group("Output");
   add_progress_option(*command, options->progress);
   command->footer(
       "As llama.cpp does it: the text is cut into chunks, each run from an empty cache, its "

@@ -7,6 +7,7 @@
 //   3. the shortest prefix of them that passes on some chunks of the rest of the text, made longer
 //      until it passes on all of them
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -17,6 +18,7 @@
 #include "base/sha256.h"
 #include "calibration_run.h"
 #include "cli.h"
+#include "format/output_file.h"
 #include "model/plan_config.h"
 #include "model_options.h"
 #include "plan_measure.h"
@@ -255,11 +257,14 @@ Result<PlanReport> make_plan(const Options& options) {
                               "makes a 4-bit checkpoint)",
                               printable(options.directory)));
   }
-  if (!options.dry_run && loaded.checkpoint().quant_config().source != "config.json") {
+  if (!options.dry_run && !can_hold_plan(loaded.checkpoint().config())) {
     return Status(Code::unsupported,
                   fmt::format("{}: config.json has no quantization_config to put a plan in; "
                               "--dry-run prints one",
                               printable(options.directory)));
+  }
+  if (!options.dry_run && ::access(options.directory.c_str(), W_OK) != 0) {
+    return system_error("write to", options.directory);
   }
   const Result<Texts> texts = read_texts(options, report);
   if (!texts.ok()) return texts.status();
@@ -384,8 +389,8 @@ void add_plan_command(CLI::App& app, int& exit_code) {
   command->footer(
       "A slot (the input of q,k,v; of o; of gate,up; of down) climbs: 4-bit activations per\n"
       "K-group, some groups in 8 bits, 8 bits per token, 8 bits per group, 16 bits. The plan is\n"
-      "the shortest list of promotions, best first, that passes the gates; without one the exit\n"
-      "code is 1 and nothing is written. Otherwise config.json gets the key\n"
+      "a short list of promotions, best first, that passes the gates (means, not their errors);\n"
+      "without one the exit code is 1 and nothing is written. Otherwise config.json gets the key\n"
       "quantization_config.nibble and keeps all others; other readers ignore it.\n"
       "\nExample:\n"
       "  nibble plan build/models/SmolLM2-135M-Instruct-AWQ -f TEXT --mode w4a4 --dry-run");

@@ -232,7 +232,9 @@ Result<AwqJob> AwqJob::prepare(const Checkpoint& checkpoint, const QuantizeArgum
   s.options.threads = arguments.threads > 0 ? arguments.threads : available_cpus();
   s.key = s.make_key(arguments);
   plan.memory_bytes = s.memory_bytes();
-  plan.work_bytes = plan.quantized_bytes;
+  // What an interrupted run kept takes no new room.
+  const uint64_t kept = awq::kept_bytes(work_path(arguments.out), s.key);
+  plan.work_bytes = plan.quantized_bytes - std::min(plan.quantized_bytes, kept);
   return AwqJob(std::move(state));
 }
 
@@ -333,17 +335,21 @@ Result<std::vector<LayerResult>> AwqJob::run(const QuantizePlan& plan,
       const Status removed = work->remove();  // a failure to tidy up is not worth a second error
       return Status(status.code(), status.message() + "; nothing was written");
     }
+    const bool passes = status.code() == Code::interrupted || status.code() == Code::io_error ||
+                        status.code() == Code::out_of_memory;
     return Status(status.code(),
-                  fmt::format("{}; {} of {} layers are kept in {}: run the same command to go on",
-                              status.message(), work->finished(), state_->config.layers,
-                              printable(work->path())));
+                  fmt::format("{}; {} of {} layers are kept in {}{}", status.message(),
+                              work->finished(), state_->config.layers, printable(work->path()),
+                              passes ? ": run the same command to go on" : ""));
   };
   if (const Status status = state_->quantize_blocks(arguments, *work); !status.ok()) {
     return early(status);
   }
   auto results = state_->assemble(plan, arguments, *work);
   if (!results.ok()) return early(results.status());
-  NIBBLE_TRY(work->remove());
+  if (const Status status = work->remove(); !status.ok()) {
+    fmt::print(stderr, "nibble: note: the checkpoint is complete, but {}\n", status.message());
+  }
   return results;
 }
 

@@ -156,7 +156,7 @@ void install_signal_handlers() {
   action.sa_handler = note_signal;
   // SA_RESETHAND: a second Ctrl-C ends the process at once.
   action.sa_flags = SA_RESTART | SA_RESETHAND;
-  for (const int signal_number : {SIGINT, SIGTERM}) {
+  for (const int signal_number : {SIGINT, SIGTERM, SIGHUP}) {
     struct sigaction before {};
     ::sigaction(signal_number, nullptr, &before);
     if (before.sa_handler != SIG_IGN) ::sigaction(signal_number, &action, nullptr);  // nohup, `&`

@@ -22,7 +22,6 @@ Result<Sequences> make_sequences(const Tokenizer& tokenizer, std::span<const std
   const std::vector<int32_t> prefix = beginning(tokenizer);
   const auto piece = std::max<int64_t>(1, options.length - static_cast<int64_t>(prefix.size()));
   Sequences all;
-  int64_t tokens = 0;
   for (const std::string& text : texts) {
     const std::vector<int32_t> ids = tokenizer.encode(text, false);
     const auto count = static_cast<int64_t>(ids.size());
@@ -31,20 +30,21 @@ Result<Sequences> make_sequences(const Tokenizer& tokenizer, std::span<const std
       const int64_t end = std::min(count, at + piece);
       std::vector<int32_t> sequence = prefix;
       sequence.insert(sequence.end(), ids.begin() + at, ids.begin() + end);
-      tokens += static_cast<int64_t>(sequence.size());
       if (end > at) all.push_back(std::move(sequence));
     }
   }
-  if (tokens < kFewestTokens) {
-    return Status(
-        Code::invalid_argument,
-        fmt::format("the calibration text has {} tokens, {} are needed", tokens, kFewestTokens));
-  }
   const auto found = static_cast<int64_t>(all.size());
-  if (found <= options.sequences) return all;
+  const int64_t taken = std::min(found, options.sequences);
   Sequences chosen;
-  for (int64_t i = 0; i < options.sequences; ++i) {
-    chosen.push_back(std::move(all[static_cast<size_t>(i * found / options.sequences)]));
+  int64_t tokens = 0;
+  for (int64_t i = 0; i < taken; ++i) {
+    chosen.push_back(std::move(all[static_cast<size_t>(i * found / taken)]));
+    tokens += static_cast<int64_t>(chosen.back().size() - prefix.size());
+  }
+  if (tokens < kFewestTokens) {
+    return Status(Code::invalid_argument,
+                  fmt::format("calibration would use {} tokens of the text, {} are needed", tokens,
+                              kFewestTokens));
   }
   return chosen;
 }

@@ -29,8 +29,9 @@ bool is_block(const std::string& name) {
 
 /// A write that was cut short leaves a file of a temporary name beside its goal.
 bool is_ours(const std::string& name) {
-  return name == kLock || name.find(kKey) != std::string::npos ||
-         name.find("block-") != std::string::npos;
+  const bool torn =
+      name.find("block-") != std::string::npos && name.find(".safetensors") != std::string::npos;
+  return name == kLock || name == kKey || is_block(name) || torn;
 }
 
 Result<std::vector<std::string>> list(const std::string& directory) {
@@ -69,6 +70,19 @@ Status write_key(const std::string& path, const std::string& key) {
 }
 
 }  // namespace
+
+uint64_t kept_bytes(const std::string& path, const std::string& key) {
+  if (read_key(path + "/" + kKey) != key) return 0;
+  const auto names = list(path);
+  uint64_t bytes = 0;
+  if (!names.ok()) return bytes;
+  for (const std::string& name : *names) {
+    std::error_code error;
+    const auto size = is_block(name) ? fs::file_size(path + "/" + name, error) : 0;
+    if (!error) bytes += size;
+  }
+  return bytes;
+}
 
 Result<WorkDirectory> WorkDirectory::open(const std::string& path, const std::string& key) {
   WorkDirectory work;

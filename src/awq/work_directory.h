@@ -46,4 +46,7 @@ class WorkDirectory {
   int64_t finished_ = 0;
 };
 
+/// Bytes of the blocks that a run with this key left at `path`; 0 if there are none.
+uint64_t kept_bytes(const std::string& path, const std::string& key);
+
 }  // namespace nibble::awq

@@ -30,22 +30,42 @@ std::optional<uint64_t> number_in(const char* path) {
   return {};
 }
 
-std::optional<uint64_t> left_in_group(const char* limit_path, const char* used_path) {
+/// The value of `key` in a file of "key value" lines; 0 if it is not there.
+uint64_t value_in(const char* path, const std::string& key) {
+  std::ifstream file(path);
+  std::string name;
+  uint64_t value = 0;
+  while (file >> name >> value) {
+    if (name == key) return value;
+  }
+  return 0;
+}
+
+/// What a control group may still use. Cached pages of files count as used there, but give way.
+std::optional<uint64_t> left_in_group(const char* limit_path, const char* used_path,
+                                      uint64_t cached) {
   const auto limit = number_in(limit_path), used = number_in(used_path);
   if (!limit || !used) return {};
-  return *limit > *used ? *limit - *used : 0;
+  const uint64_t held = *used > cached ? *used - cached : 0;
+  return *limit > held ? *limit - held : 1;  // 0 would mean that nothing is known
 }
 
 }  // namespace
 
 uint64_t available_memory_bytes() {
   constexpr uint64_t kNone = std::numeric_limits<uint64_t>::max();
-  const uint64_t least = std::min(
-      {mem_available().value_or(kNone),
-       left_in_group("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current").value_or(kNone),
-       left_in_group("/sys/fs/cgroup/memory/memory.limit_in_bytes",
-                     "/sys/fs/cgroup/memory/memory.usage_in_bytes")
-           .value_or(kNone)});
+  constexpr const char* kStat = "/sys/fs/cgroup/memory.stat";
+  constexpr const char* kStat1 = "/sys/fs/cgroup/memory/memory.stat";
+  const uint64_t cached = value_in(kStat, "inactive_file") + value_in(kStat, "active_file");
+  const uint64_t cached1 =
+      value_in(kStat1, "total_inactive_file") + value_in(kStat1, "total_active_file");
+  const uint64_t least =
+      std::min({mem_available().value_or(kNone),
+                left_in_group("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", cached)
+                    .value_or(kNone),
+                left_in_group("/sys/fs/cgroup/memory/memory.limit_in_bytes",
+                              "/sys/fs/cgroup/memory/memory.usage_in_bytes", cached1)
+                    .value_or(kNone)});
   return least == kNone ? 0 : least;
 }
 

@@ -1,11 +1,12 @@
 #include "base/thread_pool.h"
 
 #include <pthread.h>
+#include <signal.h>
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 #include "base/check.h"
@@ -38,7 +39,7 @@ class Pool {
 
   void grow(int helpers);
   void help(int index);
-  bool claim_and_run(int helper);
+  bool claim_and_run(int helper) noexcept;
 
   std::mutex caller_;     // held for the length of a loop
   int helpers_ = 0;       // started
@@ -60,7 +61,7 @@ thread_local bool inside_task = false;
 
 /// Takes one task of the loop that is running and runs it; false if none is left for this helper
 /// (-1: the caller).
-bool Pool::claim_and_run(int helper) {
+bool Pool::claim_and_run(int helper) noexcept {
   uint64_t ticket = ticket_.load(std::memory_order_acquire);
   for (;;) {
     if (left_of(ticket) == 0) return false;
@@ -103,16 +104,22 @@ void Pool::help(int index) {
 }
 
 void Pool::grow(int helpers) {
+  // Signals are for the threads of the program, but for those that say what this thread did wrong.
+  sigset_t all, before;
+  sigfillset(&all);
+  for (const int own : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigdelset(&all, own);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
   while (helpers_ < helpers && !no_more_) {
     try {
       // Detached: they live as long as the process, and touch nothing but this pool, which is never
       // destroyed.
       std::thread([this, index = helpers_] { help(index); }).detach();
       ++helpers_;
-    } catch (const std::system_error&) {
-      no_more_ = true;  // fewer threads, the same result
+    } catch (const std::exception&) {  // no thread or no memory for one
+      no_more_ = true;                 // fewer threads, the same result
     }
   }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
 void Pool::run(int threads, int64_t count, void (*task)(void*, int64_t), void* context) {

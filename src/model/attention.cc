@@ -52,6 +52,8 @@ class Attention {
       if (in_.q_norm != nullptr) ops_.rms_norm(q + g * d, in_.q_norm, d, eps, q + g * d);
       ops_.rope(q + g * d, cosine, sine, half);
     }
+    bool finite = true;
+    for (int64_t i = 0; i < groups * d; ++i) finite = finite && std::isfinite(q[i]);
     if (in_.k_norm != nullptr) ops_.rms_norm(k, in_.k_norm, d, eps, k);
     ops_.rope(k, cosine, sine, half);
     const int64_t chunk = position / kChunkPositions, slot = position % kChunkPositions;
@@ -63,18 +65,20 @@ class Attention {
                           (s * kChunkPositions + slot) * 64 * dtype_bytes(dtype);
       fits = store_panel(v + s * 64, std::min<int64_t>(64, d - s * 64), dtype, values, 1) && fits;
     }
-    return fits;
+    return fits && finite;
   }
 
-  /// Queries [first, first + count) of a span against everything they may see.
-  void run(const BatchSpan& span, int64_t kv_head, int64_t first, int64_t count) const {
+  /// Queries [first, first + count) of a span against everything they may see. False if a score was
+  /// NaN or infinite, or if there is no memory for the scratch.
+  bool run(const BatchSpan& span, int64_t kv_head, int64_t first, int64_t count) const {
     KvCache& cache = *span.cache;
     const int64_t d = c_.head_dim, groups = c_.groups(), rows = count * groups;
     const int64_t width = slices_ * 64;
-    float* q = scratch(static_cast<size_t>(rows * (d + 64 + width)));
+    float* q = scratch(static_cast<size_t>(rows * (d + 64 + width + 2)));
+    if (q == nullptr) return false;
     float* scores = q + rows * d;
     float* sums = scores + rows * 64;
-    SoftmaxState states[kTaskRowsMost];
+    auto* states = reinterpret_cast<SoftmaxState*>(sums + rows * width);
     for (int64_t r = 0; r < rows; ++r) {
       const float* from = in_.qkv + (span.row + first + r / groups) * in_.qkv_stride +
                           (kv_head * groups + r % groups) * d;
@@ -103,23 +107,29 @@ class Attention {
                             width, false});
       }
     }
+    bool finite = true;
     for (int64_t r = 0; r < rows; ++r) {
+      finite = finite && std::isfinite(states[r].max) && states[r].sum > 0;
       float* to = in_.out + (span.row + first + r / groups) * c_.heads * d +
                   (kv_head * groups + r % groups) * d;
       ops_.scale(sums + r * width, d, 1.0f / states[r].sum);
       std::copy_n(sums + r * width, d, to);
     }
+    return finite;
   }
 
   int64_t queries_per_task() const { return std::max<int64_t>(1, kTaskRows / c_.groups()); }
 
  private:
-  static constexpr int64_t kTaskRowsMost = 1024;
-
+  /// Of this thread, kept between calls; null if there is no memory.
   static float* scratch(size_t floats) {
-    thread_local std::vector<float> buffer;
-    if (buffer.size() < floats) buffer.resize(floats);
-    return buffer.data();
+    thread_local AlignedBuffer buffer;
+    if (buffer.bytes() < floats * sizeof(float)) {
+      Result<AlignedBuffer> larger = AlignedBuffer::zeroed(floats * sizeof(float));
+      if (!larger.ok()) return nullptr;
+      buffer = std::move(*larger);
+    }
+    return buffer.as<float>();
   }
 
   const AttentionInput& in_;
@@ -151,7 +161,7 @@ Status attend(const AttentionInput& in) {
     }
     for (int64_t i = 0; !single && i < span.count; ++i) rows.push_back({&span, 0, i, 1});
   }
-  std::atomic<bool> fits = true;
+  std::atomic<bool> fits = true, scored = true;
   const auto prepare = [&](const Task& task, int64_t head) {
     KvCache& cache = *task.span->cache;
     if (!attention.prepare(cache, task.span->row + task.first, cache.length() + task.first, head)) {
@@ -165,13 +175,18 @@ Status attend(const AttentionInput& in) {
   parallel_for(in.threads, static_cast<int64_t>(tasks.size()), [&](int64_t index) {
     const Task& task = tasks[tasks.size() - 1 - static_cast<size_t>(index)];
     if (single) prepare(task, task.kv_head);
-    attention.run(*task.span, task.kv_head, task.first, task.count);
+    if (!attention.run(*task.span, task.kv_head, task.first, task.count)) scored = false;
   });
+  if (!scored) {
+    return Status(Code::non_finite,
+                  "an attention score is NaN or infinite, or there is no memory for the scores");
+  }
   if (fits) return {};
-  return Status(Code::non_finite,
-                fmt::format("a key or value is NaN, infinite or beyond the range of a KV cache in "
-                            "{}",
-                            dtype_name(in.batch.front().cache->dtype())));
+  return Status(
+      Code::non_finite,
+      fmt::format("a query, key or value is NaN, infinite or beyond the range of a KV cache in "
+                  "{}",
+                  dtype_name(in.batch.front().cache->dtype())));
 }
 
 }  // namespace nibble

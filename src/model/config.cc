@@ -310,6 +310,17 @@ Result<ModelConfig> parse_model_config(const json& document) {
   if (config.head_dim % 2 != 0) {
     reader.fail(fmt::format("config.json: head_dim {} is odd", config.head_dim));
   }
+  // Bounds far above every real model, so that sizes made of them cannot overflow.
+  constexpr int64_t kMaxGroups = 256, kMaxHeadDim = 4096, kMaxWidth = int64_t{1} << 20;
+  if (config.groups() > kMaxGroups || config.head_dim > kMaxHeadDim ||
+      config.heads * config.head_dim > kMaxWidth) {
+    reader.fail(
+        fmt::format("config.json: {} heads for {} KV heads of {} channels: at most {} heads "
+                    "a KV head, {} channels a head and {} in all are run here",
+                    config.heads, config.kv_heads, config.head_dim, kMaxGroups, kMaxHeadDim,
+                    kMaxWidth),
+        Code::unsupported);
+  }
   config.unit_offset_norm = config.post_norms = gemma;
   config.qk_norm = gemma || config.architecture == Architecture::qwen3;
   const bool attention_bias = reader.boolean("attention_bias", false);

@@ -1,7 +1,7 @@
 // What a decoder-only model is made of, read from config.json: shapes, norms, rope, attention
 // kinds. Architectures: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM,
 // Gemma3ForCausalLM and the text part of Gemma3ForConditionalGeneration.
-// Not here: weights (model/layer.h) and the forward pass (model/forward.h).
+// Not here: weights (model/layer.h) and the forward pass (model/layer.h).
 #pragma once
 
 #include <cstdint>
@@ -40,7 +40,7 @@ struct ModelConfig {
   bool qk_norm = false;           // RMSNorm over head_dim of q and k, before rope
   bool post_norms = false;        // norms after attention and MLP, before the residual add
   bool qkv_bias = false, o_bias = false, mlp_bias = false;  // the file must have them
-  bool tied_head = false;  // lm_head is the embedding if the file has no lm_head
+  bool tied_head = false;  // lm_head is the embedding, whatever else the file holds
   Activation activation = Activation::silu;
   double attention_scale = 0;   // of q . k
   double embedding_scale = 1;   // rounded to the embedding's dtype before it is applied

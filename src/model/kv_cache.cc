@@ -51,9 +51,13 @@ std::byte* KvCache::values(int64_t chunk, int64_t layer, int64_t kv_head) {
 }
 
 uint64_t KvCache::bytes_for(const ModelConfig& config, Dtype dtype, int64_t positions) {
-  const int64_t chunks = (positions + kChunkPositions - 1) / kChunkPositions;
-  return static_cast<uint64_t>(chunks * config.layers * config.kv_heads *
-                               head_bytes(config.head_dim, dtype));
+  // parse_model_config bounds the product of all but the positions well below 2^40
+  const auto chunks = static_cast<uint64_t>((positions + kChunkPositions - 1) / kChunkPositions);
+  uint64_t bytes = 0;
+  const auto chunk =
+      static_cast<uint64_t>(config.layers * config.kv_heads * head_bytes(config.head_dim, dtype));
+  if (__builtin_mul_overflow(chunks, chunk, &bytes)) return UINT64_MAX / 4;
+  return bytes;
 }
 
 }  // namespace nibble

@@ -110,17 +110,18 @@ struct LayerRunner::State {
       }
     }
     if (now == positions) return;
-    positions = std::move(now);
+    positions.clear();
     const int64_t half = config.head_dim / 2;
     for (int kind = 0; kind < 2; ++kind) {
       cosine[kind].resize(static_cast<size_t>(rows * half));
       sine[kind].resize(static_cast<size_t>(rows * half));
       parallel_for(threads, rows, [&](int64_t row) {
-        rope_angles(frequencies[kind], positions[static_cast<size_t>(row)],
+        rope_angles(frequencies[kind], now[static_cast<size_t>(row)],
                     &cosine[kind][static_cast<size_t>(row * half)],
                     &sine[kind][static_cast<size_t>(row * half)]);
       });
     }
+    positions = std::move(now);  // last: an allocation above may fail
   }
 
   Status reserve(int64_t rows) {

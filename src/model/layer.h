@@ -1,7 +1,8 @@
 // One decoder layer: its weights, and running it on a batch of rows. A batch is a list of spans,
 // each some consecutive tokens of one sequence; all their rows go through the linears together
 // (BatchSpan, model/attention.h). Every row's result is the same bits whatever else is in the
-// batch, however a prompt is cut into spans and however many threads run. Not here: embedding, head
+// batch, however a prompt is cut into spans and however many threads run, unless a spec has
+// Granularity::tensor, whose scale is the batch's. Not here: embedding, head
 // and the loop over layers (model/model.h).
 #pragma once
 
@@ -60,7 +61,7 @@ void drop_pages(const TensorView& tensor);
 /// Called with the input of each slot's linears, before any of them is run: x (rows, k) row-major.
 using SlotObserver = std::function<void(Slot slot, const float* x, int64_t rows, int64_t k)>;
 
-/// Scratch memory of a forward pass, kept between calls so that decode allocates nothing.
+/// Scratch memory of a forward pass, kept between calls.
 class LayerRunner {
  public:
   LayerRunner(const ModelConfig& config, int threads);

@@ -88,11 +88,18 @@ Result<MemoryEstimate> Model::estimate(const Checkpoint& checkpoint, const Model
     add(prefix + "mlp.up_proj", c.hidden, c.intermediate);
     add(prefix + "mlp.down_proj", c.intermediate, c.hidden);
   }
-  const uint64_t head_values = static_cast<uint64_t>(c.vocab) * static_cast<uint64_t>(c.hidden);
-  estimate.head = options.int8_head ? head_values : 2 * head_values;
+  estimate.head =
+      options.int8_head
+          ? static_cast<uint64_t>(c.vocab) * static_cast<uint64_t>(c.hidden)
+          : packed_bytes(checkpoint,
+                         names->lm_head.empty() ? names->decoder + "embed_tokens" : names->lm_head,
+                         c.hidden, c.vocab);
   const int64_t context = context_of(c, options);
-  estimate.kv_cache =
-      static_cast<uint64_t>(options.sequences) * KvCache::bytes_for(c, options.kv_dtype, context);
+  if (__builtin_mul_overflow(static_cast<uint64_t>(options.sequences),
+                             KvCache::bytes_for(c, options.kv_dtype, context),
+                             &estimate.kv_cache)) {
+    estimate.kv_cache = UINT64_MAX / 4;
+  }
   const int64_t rows = std::min<int64_t>(kPassRows, std::max(context, options.sequences));
   estimate.workspace =
       static_cast<uint64_t>(rows * (2 * q + 2 * kv + 3 * c.hidden + 3 * c.intermediate)) * 4 +

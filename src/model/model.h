@@ -41,7 +41,8 @@ class Model {
   const ModelConfig& config() const;
   bool quantized() const;  // at least one 4-bit linear; otherwise plans are ignored
   const LayerWeights& layer(int64_t index) const;
-  /// Takes effect with the next forward. invalid_argument if sizes do not fit the model.
+  /// Takes effect with the next forward. invalid_argument if it is for another number of layers; a
+  /// spec that does not fit its linears is an error of that forward, which names them.
   Status set_plan(ModelPlan plan);
   const ModelPlan& plan() const;
   KvCache make_cache() const;

@@ -233,6 +233,13 @@ int64_t slot_channels(const ModelConfig& config, Slot slot) {
   return 0;
 }
 
+bool can_hold_plan(const json& document) { return find_owner(document) != nullptr; }
+
+bool has_plan(const json& document) {
+  const json* owner = find_owner(document);
+  return owner != nullptr && (*owner)[kBlockKey].contains(kPlanKey);
+}
+
 Result<ModelPlan> plan_from_config(const json& document, const ModelConfig& config) {
   const json* owner = find_owner(document);
   if (owner == nullptr || !(*owner)[kBlockKey].contains(kPlanKey)) {

@@ -30,6 +30,11 @@ inline constexpr int kPlanSchemaVersion = 1;
 /// known.
 Result<ModelPlan> plan_from_config(const nlohmann::json& document, const ModelConfig& config);
 
+/// Whether `document` has a plan, and whether it has a quantization_config where one could be put: at
+/// the top or in the text part.
+bool has_plan(const nlohmann::json& document);
+bool can_hold_plan(const nlohmann::json& document);
+
 /// The value of "nibble": schema_version and the spec of every layer and slot. What else belongs
 /// there (gates met, calibration digest) the caller adds.
 nlohmann::json plan_to_json(const ModelPlan& plan);

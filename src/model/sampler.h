@@ -15,7 +15,7 @@ struct SamplerOptions {
   uint64_t seed = 0;
 };
 
-/// Deterministic for its seed on every machine. Ties go to the lower token id.
+/// Deterministic for its seed. Ties go to the lower token id.
 class Sampler {
  public:
   explicit Sampler(const SamplerOptions& options);

@@ -45,6 +45,11 @@ std::span<const Int8Kernel> int8_kernels() { return kTable; }
 const char* int8_kernel_name() { return int8_kernel().name; }
 
 Result<Int8Weights> pack_int8(int64_t n, int64_t k, const void* weight, Dtype dtype, int threads) {
+  constexpr int64_t kMostK = 1 << 16;  // 255 * 127 * K must stay below 2^31
+  if (k > kMostK) {
+    return Status(Code::unsupported,
+                  fmt::format("an 8-bit lm_head has at most {} inputs, found {}", kMostK, k));
+  }
   Int8Weights w;
   w.k = k;
   w.n = n;
@@ -61,7 +66,7 @@ Result<Int8Weights> pack_int8(int64_t n, int64_t k, const void* weight, Dtype dt
   parallel_for(threads > 0 ? threads : available_cpus(), w.blocks, [&](int64_t block) {
     uint8_t* lines = w.storage.as<uint8_t>() + block * w.quads * 64;
     std::fill_n(lines, w.quads * 64, uint8_t{128});
-    std::vector<int8_t> codes(static_cast<size_t>((k + 63) / 64 * 64));
+    int8_t codes[kMostK];
     for (int64_t c = 0; c < std::min(kColumns, n - block * kColumns); ++c) {
       const std::byte* row = bytes + (block * kColumns + c) * k * dtype_bytes(dtype);
       const ElementRange range = ops.range(row, dtype, k);
@@ -72,10 +77,9 @@ Result<Int8Weights> pack_int8(int64_t n, int64_t k, const void* weight, Dtype dt
       Problem problem;  // symmetric int8
       const Scaling scaling = dynamic_scaling(range, problem, 1.0f);
       w.scales[static_cast<size_t>(block * kColumns + c)] = scaling.scale;
-      ops.encode(row, dtype, k, scaling.encoding, codes.data(), 64);
+      ops.encode(row, dtype, k, scaling.encoding, codes, 64);
       for (int64_t i = 0; i < k; ++i) {
-        lines[i / 4 * 64 + 4 * c + i % 4] =
-            static_cast<uint8_t>(codes[static_cast<size_t>(i)] + 128);
+        lines[i / 4 * 64 + 4 * c + i % 4] = static_cast<uint8_t>(codes[i] + 128);
       }
     }
   });
