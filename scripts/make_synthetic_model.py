@@ -8,6 +8,7 @@ and loading: what it generates means nothing. Needs numpy only.
 import argparse
 import json
 import pathlib
+import shutil
 import struct
 import sys
 
@@ -139,6 +140,8 @@ def main():
     )
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--tokenizer", type=pathlib.Path, metavar="DIR",
+                        help="copy tokenizer.json from DIR, so that `nibble generate` runs")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     if args.out.exists() and any(args.out.iterdir()):
@@ -158,6 +161,8 @@ def main():
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (args.out / "model.safetensors.index.json").write_text(json.dumps(index))
     (args.out / "config.json").write_text(json.dumps(config_of(args.shape), indent=2) + "\n")
+    if args.tokenizer:
+        shutil.copyfile(args.tokenizer / "tokenizer.json", args.out / "tokenizer.json")
     print(f"{args.out}: {total / 1e9:.2f} GB", file=sys.stderr)
 
 
