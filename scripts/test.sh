@@ -13,7 +13,8 @@ errors, and runs the test suite and the examples. The last line is `N passed, N 
 
   --sanitize     also run the suite under AddressSanitizer and UndefinedBehaviorSanitizer, and its
                  thread tests (named *Thread*) under ThreadSanitizer
-  --fuzz [RUNS]  also run every fuzz target for RUNS inputs (default 20000)
+  --fuzz [RUNS]  also run every fuzz target for RUNS inputs (default 20000; the tokenizer's for a
+                 twentieth of them)
   --with-torch   also compare with compressed-tensors' AutoAWQ converter, the logits of random models
                  with transformers', and token ids with the tokenizers package; installs torch from
                  PyPI into build/venv-torch (3 GB to download, 5.6 GB installed)
@@ -120,7 +121,7 @@ suite_thread() {
 }
 
 suite_fuzz() {
-  local program name found=no corpus
+  local program name found=no corpus runs
   build_preset fuzz fuzz_targets || return 0
   for program in build/fuzz/fuzz_*; do
     name=${program##*/}
@@ -130,7 +131,10 @@ suite_fuzz() {
     mkdir -p "${corpus[0]}"
     # inputs kept in the repository: read, never written
     [[ ! -d tests/corpus/$name ]] || corpus+=(tests/corpus/"$name")
-    run_program fuzz "$name" "$program" -runs="$fuzz_runs" -timeout=20 -seed=1 \
+    # A tokenizer is built and used for each input: some tens of them a second.
+    runs=$fuzz_runs
+    [[ $name != fuzz_tokenizer ]] || runs=$(((fuzz_runs + 19) / 20))
+    run_program fuzz "$name" "$program" -runs="$runs" -timeout=20 -seed=1 \
       -artifact_prefix="$LOGS/$name-" "${corpus[@]}"
   done
   [[ $found == yes ]] || record failed fuzz "targets" "no build/fuzz/fuzz_*"
