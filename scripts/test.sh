@@ -6,13 +6,14 @@ source scripts/lib.sh
 
 usage() {
   cat <<'END'
-usage: scripts/test.sh [--sanitize] [--fuzz [RUNS]] [--with-torch] [--help]
+usage: scripts/test.sh [--sanitize | --sanitize-tool] [--fuzz [RUNS]] [--with-torch] [--help]
 
 Installs the Debian packages that are missing (as root or through sudo), builds with warnings as
 errors, and runs the test suite and the examples. The last line is `N passed, N failed, N skipped`.
 
-  --sanitize     also run the suite under AddressSanitizer and UndefinedBehaviorSanitizer, and its
-                 thread tests (named *Thread*) under ThreadSanitizer
+  --sanitize     also run the library's tests under AddressSanitizer and
+                 UndefinedBehaviorSanitizer, and its thread tests (named *Thread*) under
+                 ThreadSanitizer; --sanitize-tool adds the tests of the command-line tool
   --fuzz [RUNS]  also run every fuzz target for RUNS inputs (default 20000; the tokenizer's for a
                  twentieth of them)
   --with-torch   also compare with compressed-tensors' AutoAWQ converter, the logits of random models
@@ -27,6 +28,7 @@ sanitize=no torch=no fuzz_runs=0
 while (($# > 0)); do
   case $1 in
     --sanitize) sanitize=yes ;;
+    --sanitize-tool) sanitize=all ;;
     --with-torch) torch=yes ;;
     --fuzz)
       fuzz_runs=20000
@@ -110,9 +112,13 @@ suite_plain() {
   fi
 }
 
+# The library's tests; those of the command-line tool as well with --sanitize-tool, which takes as
+# long again to compile.
 suite_sanitize() {
-  build_preset sanitize all -DNIBBLE_TESTS=ON || return 0
-  UBSAN_OPTIONS=print_stacktrace=1 run_ctest sanitize build/sanitize
+  local target=library_tests exclude=(-E _NOT_BUILT)
+  [[ $sanitize != all ]] || target=all exclude=()
+  build_preset sanitize "$target" -DNIBBLE_TESTS=ON || return 0
+  UBSAN_OPTIONS=print_stacktrace=1 run_ctest sanitize build/sanitize "${exclude[@]}"
 }
 
 suite_thread() {
@@ -164,12 +170,12 @@ suite_torch() {
 }
 
 need_packages "${BUILD_PACKAGES[@]}" "${TEST_PACKAGES[@]}"
-if [[ $sanitize == yes || $fuzz_runs != 0 ]]; then
+if [[ $sanitize != no || $fuzz_runs != 0 ]]; then
   need_packages "${CLANG_PACKAGES[@]}"
 fi
 
 suite_plain
-if [[ $sanitize == yes ]]; then
+if [[ $sanitize != no ]]; then
   suite_sanitize
   suite_thread
 fi
