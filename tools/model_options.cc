@@ -2,7 +2,6 @@
 #include "model_options.h"
 
 #include <fmt/format.h>
-#include <sys/resource.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -194,12 +193,6 @@ std::vector<std::string> kernels_of(const Model& model, const ModelPlan& plan) {
     }
   }
   return names;
-}
-
-uint64_t peak_memory_bytes() {
-  rusage usage{};
-  ::getrusage(RUSAGE_SELF, &usage);
-  return static_cast<uint64_t>(usage.ru_maxrss) * 1024;
 }
 
 nlohmann::json memory_json(const MemoryEstimate& memory) {

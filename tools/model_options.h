@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "base/memory.h"
 #include "cli.h"
 #include "format/checkpoint.h"
 #include "model/model.h"
@@ -80,7 +81,6 @@ std::string mode_text(const std::string& mode, const ModelArguments& arguments);
 /// when the model ran several.
 std::vector<std::string> kernels_of(const Model& model, const ModelPlan& plan);
 
-uint64_t peak_memory_bytes();  // of this process so far
 nlohmann::json memory_json(const MemoryEstimate& memory);
 
 /// The whole file, or standard input for "-".

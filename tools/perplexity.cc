@@ -2,7 +2,6 @@
 // mode costs. Protocol, names and order of the output are those of llama.cpp's perplexity tool; the
 // reference is run here, beside what it is compared with, instead of being read from a file.
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <cmath>
 #include <cstdio>
@@ -303,19 +302,6 @@ std::string json_text(const Options& options, const Setup& setup, const std::vec
   return document.dump(1, ' ', false, json::error_handler_t::replace) + '\n';
 }
 
-/// Replaces `path` when all of it is on disk.
-Status write_text(const std::string& path, const std::string& text) {
-  const std::string partial = fmt::format("{}.partial-{}", path, ::getpid());
-  Result<OutputFile> file = OutputFile::create(partial);
-  if (!file.ok()) return file.status();
-  NIBBLE_TRY(file->write(text.data(), text.size()));
-  NIBBLE_TRY(file->finish());
-  if (std::rename(partial.c_str(), path.c_str()) == 0) return {};
-  const Status status = system_error("rename to", path);
-  ::unlink(partial.c_str());
-  return status;
-}
-
 int run_perplexity(Options options) {
   if ((options.max_ppl_ratio || options.max_kld) && options.reference.empty()) {
     return fail(Status(Code::invalid_argument,
@@ -339,7 +325,9 @@ int run_perplexity(Options options) {
     }
   }
   if (!options.json_file.empty()) {  // after the tables: a full disk must not cost them
-    const Status written = write_text(options.json_file, document);
+    const Status written = replace_file(options.json_file, [&](OutputFile& file) {
+      return file.write(document.data(), document.size());
+    });
     if (!written.ok()) return fail(written);
   }
   if (rows->front().result.tokens < 100) {

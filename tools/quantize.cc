@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "base/memory.h"
 #include "cli.h"
 #include "format/checkpoint.h"
 #include "format/linear_format.h"
@@ -41,7 +42,7 @@ std::string method_text(const QuantizeArguments& options, const AwqJob* job) {
 void print_plan(const Checkpoint& checkpoint, const QuantizePlan& plan,
                 const QuantizeArguments& options, const AwqJob* job) {
   const auto disk = free_disk(options.out);
-  const auto memory = available_memory();
+  const uint64_t memory = available_memory_bytes();  // 0: unknown
   std::vector<std::string> left;
   for (const DenseLinear& linear : plan.left) left.push_back(linear.name);
   Table table("<<");
@@ -61,7 +62,7 @@ void print_plan(const Checkpoint& checkpoint, const QuantizePlan& plan,
                                  disk ? bytes_text(*disk) : "unknown")});
   table.add({"memory",
              fmt::format("{} beside the mapped input, {} available", bytes_text(plan.memory_bytes),
-                         memory ? bytes_text(*memory) : "unknown")});
+                         memory > 0 ? bytes_text(memory) : "unknown")});
   table.print(stdout);
   for (const std::string& note : notes_on(plan)) fmt::print("note: {}\n", note);
   fmt::print("\n");

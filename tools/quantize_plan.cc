@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
-#include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <regex>
@@ -18,6 +17,7 @@
 #include <tuple>
 
 #include "base/cpu_features.h"
+#include "base/memory.h"
 #include "text.h"
 
 namespace nibble::cli {
@@ -280,15 +280,6 @@ std::optional<uint64_t> free_disk(const std::string& out) {
   return static_cast<uint64_t>(info.f_bavail) * info.f_frsize;
 }
 
-std::optional<uint64_t> available_memory() {
-  std::ifstream file("/proc/meminfo");
-  for (std::string line; std::getline(file, line);) {
-    unsigned long long kib = 0;
-    if (std::sscanf(line.c_str(), "MemAvailable: %llu kB", &kib) == 1) return kib * 1024;
-  }
-  return std::nullopt;
-}
-
 uint64_t peak_disk(const QuantizePlan& plan) {
   return plan.output_bytes + std::min(plan.output_bytes, kShardBytes) + plan.work_bytes;
 }
@@ -300,11 +291,11 @@ Status check_room(const QuantizePlan& plan, const std::string& out) {
                   fmt::format("not enough room for {}: {} needed while writing, {} free",
                               quote_name(out), bytes_text(peak_disk(plan)), bytes_text(*disk)));
   }
-  const auto memory = available_memory();
-  if (memory && *memory < plan.memory_bytes) {
+  const uint64_t memory = available_memory_bytes();  // 0: unknown
+  if (memory > 0 && memory < plan.memory_bytes) {
     return Status(Code::out_of_memory,
                   fmt::format("not enough memory: {} needed, {} available",
-                              bytes_text(plan.memory_bytes), bytes_text(*memory)));
+                              bytes_text(plan.memory_bytes), bytes_text(memory)));
   }
   return {};
 }

@@ -46,7 +46,6 @@ Status check_room(const QuantizePlan& plan, const std::string& out);
 
 /// Bytes this user may write where `out` will be; nothing if the system does not say.
 std::optional<uint64_t> free_disk(const std::string& out);
-std::optional<uint64_t> available_memory();
 
 /// Disk taken while writing: the writer keeps one shard twice while it gives it its header.
 uint64_t peak_disk(const QuantizePlan& plan);

@@ -1,6 +1,6 @@
 // A file being written: created exclusively, removed again unless finish() succeeds. Every failure
-// is an io_error that names the path and the system's reason. Not here: temporary names and
-// renaming, which belong to whoever decides what is replaced (safetensors, checkpoint_writer).
+// is an io_error that names the path and the system's reason. replace_file puts a whole file in the
+// place of another. Not here: directories that are replaced as a whole (checkpoint_writer).
 #pragma once
 
 #include <fcntl.h>
@@ -9,7 +9,9 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <string>
 #include <utility>
 
@@ -91,5 +93,23 @@ class OutputFile {
   int fd_ = -1;
   std::string path_;
 };
+
+/// Makes the file at `path` anew: fill(OutputFile&) writes it under a temporary name beside it,
+/// which then takes its place, synced. After a failure, what was at `path` is there still.
+template <class Fill>
+Status replace_file(const std::string& path, const Fill& fill) {
+  const std::string partial = fmt::format("{}.partial-{}", path, ::getpid());
+  auto file = OutputFile::create(partial);
+  if (!file.ok()) return file.status();
+  NIBBLE_TRY(fill(*file));
+  NIBBLE_TRY(file->finish());
+  if (std::rename(partial.c_str(), path.c_str()) != 0) {
+    Status status = system_error("rename to", path);
+    ::unlink(partial.c_str());
+    return status;
+  }
+  const auto parent = std::filesystem::path(path).parent_path();
+  return sync_directory(parent.empty() ? "." : parent.string());
+}
 
 }  // namespace nibble

@@ -434,22 +434,14 @@ Status write_safetensors(const std::string& path, const TensorMap& tensors,
                                                       header_bytes, kMaxHeaderBytes));
   }
 
-  const std::string partial = fmt::format("{}.partial-{}", path, ::getpid());
-  auto file = OutputFile::create(partial);
-  if (!file.ok()) return file.status();
-  NIBBLE_TRY(file->write(&header_bytes, sizeof header_bytes));
-  NIBBLE_TRY(file->write(header->data(), header->size()));
-  for (const NamedTensor* item : order) {
-    NIBBLE_TRY(file->write(item->second.data, item->second.bytes));
-  }
-  NIBBLE_TRY(file->finish());
-  if (std::rename(partial.c_str(), path.c_str()) != 0) {
-    Status status = system_error("rename to", path);
-    ::unlink(partial.c_str());
-    return status;
-  }
-  const auto parent = std::filesystem::path(path).parent_path();
-  return sync_directory(parent.empty() ? "." : parent.string());
+  return replace_file(path, [&](OutputFile& file) -> Status {
+    NIBBLE_TRY(file.write(&header_bytes, sizeof header_bytes));
+    NIBBLE_TRY(file.write(header->data(), header->size()));
+    for (const NamedTensor* item : order) {
+      NIBBLE_TRY(file.write(item->second.data, item->second.bytes));
+    }
+    return {};
+  });
 }
 
 }  // namespace nibble

@@ -19,18 +19,22 @@ Status missing(const std::string& name) {
                 fmt::format("the checkpoint has no tensor {}", quote_name(name)));
 }
 
+/// The element type of `tensor`, which must be a vector of `size` floats of any width.
+Result<Dtype> check_vector(const std::string& name, const TensorView& tensor, int64_t size) {
+  const auto dtype = float_dtype(tensor.dtype);
+  if (dtype && tensor.shape == std::vector<int64_t>{size}) return *dtype;
+  return Status(Code::corrupt_file,
+                fmt::format("{}: expected [{}] of F32, F16 or BF16, found {} {}", quote_name(name),
+                            size, tensor_dtype_name(tensor.dtype), tensor.shape_text()));
+}
+
 /// A vector of `size` floats; `offset` is added to each value.
 Result<std::vector<float>> load_vector(const Checkpoint& checkpoint, const std::string& name,
                                        int64_t size, float offset) {
   const TensorView* tensor = checkpoint.find(name);
   if (tensor == nullptr) return missing(name);
-  const auto dtype = float_dtype(tensor->dtype);
-  if (!dtype || tensor->shape != std::vector<int64_t>{size}) {
-    return Status(
-        Code::corrupt_file,
-        fmt::format("{}: expected [{}] of F32, F16 or BF16, found {} {}", quote_name(name), size,
-                    tensor_dtype_name(tensor->dtype), tensor->shape_text()));
-  }
+  const Result<Dtype> dtype = check_vector(name, *tensor, size);
+  if (!dtype.ok()) return dtype.status();
   std::vector<float> values(static_cast<size_t>(size));
   for (int64_t i = 0; i < size; ++i) {
     values[static_cast<size_t>(i)] = load_as_float(tensor->data, i, *dtype) + offset;
@@ -61,15 +65,26 @@ Result<Bias> find_bias(const Checkpoint& checkpoint, const std::string& linear, 
     if (required) return missing(name);
     return bias;
   }
-  const auto dtype = float_dtype(bias.tensor->dtype);
-  if (!dtype || bias.tensor->shape != std::vector<int64_t>{n}) {
-    return Status(
-        Code::corrupt_file,
-        fmt::format("{}: expected [{}] of F32, F16 or BF16, found {} {}", quote_name(name), n,
-                    tensor_dtype_name(bias.tensor->dtype), bias.tensor->shape_text()));
-  }
+  const Result<Dtype> dtype = check_vector(name, *bias.tensor, n);
+  if (!dtype.ok()) return dtype.status();
   bias.dtype = *dtype;
   return bias;
+}
+
+/// Packed weights as a field of a Linear, or why there are none, with the name in front.
+template <class Weights>
+Result<Linear> make_linear(const std::string& name, int64_t k, int64_t n, Result<Weights> packed,
+                           std::unique_ptr<Weights> Linear::*field) {
+  if (!packed.ok()) {
+    return Status(packed.status().code(),
+                  fmt::format("{}: {}", quote_name(name), packed.status().message()));
+  }
+  Linear linear;
+  linear.name = name;
+  linear.k = k;
+  linear.n = n;
+  linear.*field = std::make_unique<Weights>(std::move(*packed));
+  return linear;
 }
 
 Result<Linear> load_quantized(const Checkpoint& checkpoint, const std::string& name,
@@ -81,18 +96,9 @@ Result<Linear> load_quantized(const Checkpoint& checkpoint, const std::string& n
   NIBBLE_TRY(check_shape(name, found.matrix.k, found.matrix.n, k, n));
   const Result<Bias> bias = find_bias(checkpoint, name, n, bias_required);
   if (!bias.ok()) return bias.status();
-  Result<PackedWeights> packed =
-      pack_weights(found.matrix, bias->data(), bias->dtype, options.threads);
-  if (!packed.ok()) {
-    return Status(packed.status().code(),
-                  fmt::format("{}: {}", quote_name(name), packed.status().message()));
-  }
-  Linear linear;
-  linear.name = name;
-  linear.k = k;
-  linear.n = n;
-  linear.quantized = std::make_unique<PackedWeights>(std::move(*packed));
-  return linear;
+  return make_linear(name, k, n,
+                     pack_weights(found.matrix, bias->data(), bias->dtype, options.threads),
+                     &Linear::quantized);
 }
 
 Result<Linear> load_dense(const Checkpoint& checkpoint, const std::string& name, int64_t k,
@@ -109,18 +115,10 @@ Result<Linear> load_dense(const Checkpoint& checkpoint, const std::string& name,
   NIBBLE_TRY(check_shape(name, weight->shape[1], weight->shape[0], k, n));
   const Result<Bias> bias = find_bias(checkpoint, name, n, bias_required);
   if (!bias.ok()) return bias.status();
-  Result<DenseWeights> packed =
-      pack_dense(n, k, weight->data, *dtype, bias->data(), bias->dtype, options.threads);
-  if (!packed.ok()) {
-    return Status(packed.status().code(),
-                  fmt::format("{}: {}", quote_name(name), packed.status().message()));
-  }
-  Linear linear;
-  linear.name = name;
-  linear.k = k;
-  linear.n = n;
-  linear.dense = std::make_unique<DenseWeights>(std::move(*packed));
-  return linear;
+  return make_linear(
+      name, k, n,
+      pack_dense(n, k, weight->data, *dtype, bias->data(), bias->dtype, options.threads),
+      &Linear::dense);
 }
 
 struct LinearShape {

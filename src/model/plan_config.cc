@@ -312,17 +312,7 @@ Status store_plan(const std::string& directory, const json& block) {
   const std::string output =
       document.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n";
 
-  const std::string partial = fmt::format("{}.partial-{}", path, ::getpid());
-  auto out = OutputFile::create(partial);
-  if (!out.ok()) return out.status();
-  NIBBLE_TRY(out->write(output.data(), output.size()));
-  NIBBLE_TRY(out->finish());
-  if (std::rename(partial.c_str(), path.c_str()) != 0) {
-    Status status = system_error("rename to", path);
-    ::unlink(partial.c_str());
-    return status;
-  }
-  return sync_directory(directory);
+  return replace_file(path, [&](OutputFile& to) { return to.write(output.data(), output.size()); });
 }
 
 }  // namespace nibble
