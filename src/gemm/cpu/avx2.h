@@ -73,6 +73,16 @@ inline void store_floats(void* y, int64_t index, Dtype dtype, int64_t count, __m
   std::memcpy(to, lanes, static_cast<size_t>(count) * 2);
 }
 
+/// pairs += u8 codes * s8 x, neighbouring products summed, in int16: the caller sees to the range.
+/// Inline assembly, because g++ knows that integer addition is associative: it turns a chain of
+/// sums into a tree whose leaves it spills (docs/notes.md).
+inline void add_pairs_u8s8(__m256i& pairs, __m256i codes, __m256i x) {
+  __m256i products;
+  __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+          : "+x"(pairs), "=&x"(products)
+          : "x"(codes), "x"(x));
+}
+
 /// z * sum exactly. When |sum| < 2^15 (group_size <= 255) one VPMADDWD does it: z has a zero high
 /// half, so only the low halves meet.
 inline __m256i zero_correction(__m256i zeros, int32_t sum, bool small_sums) {

@@ -3,11 +3,14 @@
 // after avx2.h.
 //
 // A 64-byte weight line is two half lines. Half line h = 2 * block + i holds columns 8i..8i+7 of
-// its block in the low nibbles and 16+8i..16+8i+7 in the high ones. A register tile is kRows rows x
-// kHalves consecutive half lines, two 8-column vectors each.
+// its block in the low nibbles and 16+8i..16+8i+7 in the high ones: two vectors of 8 columns. A
+// register tile is kRows rows x kHalves half lines of one group. Neighbouring half lines form a
+// strip, which goes through K group by group with its float accumulators in L1, so that the weights
+// arrive from memory at an even pace. Up to 4 rows expand the nibbles in registers; more share
+// codes that are expanded once into L1 (ymm_panel).
 //
 // Policy Dot: kChunkQuads, quads that one accumulator may take before it is drained;
-// multiply(accumulator, u4 codes, s8 quad); drain(int32 sums, accumulator).
+// start(u4 codes, s8 quad) and multiply(accumulator, codes, quad); drain(int32 sums, accumulator).
 #pragma once
 
 #include <cstring>
@@ -21,6 +24,11 @@ namespace {
 
 constexpr int64_t kHalfLineBytes = kLineBytes / 2;
 constexpr int64_t kPrefetchBytes = 3072;
+constexpr int64_t kStepQuads = 8;    // unrolled
+constexpr int64_t kPanelQuads = 64;  // of the largest group that is expanded: 8 KiB
+constexpr int64_t kPassRows = 96;    // accumulators of a block: 12 KiB
+constexpr int64_t kPanelTileRows = 6;
+constexpr int kStripHalves = 4;
 
 /// First column, within its block, of vector v (0: low nibbles, 1: high) of half line h.
 inline int64_t half_line_column(int64_t h, int v) { return h % 2 * 8 + v * 16; }
@@ -37,50 +45,89 @@ template <int kMaxAbs>
 struct DotInt16 {
   static constexpr int64_t kChunkQuads = 32767 / (2 * 15 * kMaxAbs);
 
+  static __m256i start(__m256i codes, __m256i x) { return _mm256_maddubs_epi16(codes, x); }
   static void multiply(__m256i& pairs, __m256i codes, __m256i x) {
-    pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(codes, x));
+    add_pairs_u8s8(pairs, codes, x);
   }
   static __m256i drain(__m256i sums, __m256i pairs) {
     return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
 };
 
-template <class Dot, int kRows, int kHalves>
-struct YmmTile {
-  __m256i sums[kRows][kHalves][2];
-  __m256 acc[kRows][kHalves][2];
+struct CodePair {
+  __m256i low, high;
+};
 
-  /// sums += codes * activations over quads [quad0, quad1) of one group.
-  [[gnu::always_inline]] void multiply_chunk(const GemmBlock& b, int64_t half_line, int64_t row,
-                                             int64_t group, int64_t quad0, int64_t quad1) {
-    const PackedWeights& w = *b.weights;
-    const int64_t a_row_stride = w.groups * w.quads * 4;
-    const int8_t* a = b.activations.codes + ((row * w.groups + group) * w.quads + quad0) * 4;
-    const uint8_t* line[kHalves];
+inline CodePair expand_half_line(const uint8_t* from) {
+  const __m256i low_nibble = _mm256_set1_epi8(15);
+  const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return {_mm256_and_si256(codes, low_nibble),
+          _mm256_and_si256(_mm256_srli_epi16(codes, 4), low_nibble)};
+}
+
+/// One group of kHalves half lines as they lie in memory.
+template <int kHalves>
+struct PackedCodes {
+  const uint8_t* line[kHalves];
+
+  PackedCodes(const PackedWeights& w, int64_t half_line, int64_t group) {
     for (int j = 0; j < kHalves; ++j) {
       line[j] = w.codes((half_line + j) / 2) + (half_line + j) % 2 * kHalfLineBytes +
-                (group * w.quads + quad0) * kLineBytes;
+                group * w.quads * kLineBytes;
     }
-    const __m256i low_nibble = _mm256_set1_epi8(15);
-    __m256i part[kRows][kHalves][2];
-    unroll<kRows>([&](auto r) NIBBLE_INLINE {
-      unroll<kHalves>(
-          [&](auto j) NIBBLE_INLINE { part[r][j][0] = part[r][j][1] = _mm256_setzero_si256(); });
-    });
-    for (int64_t quad = quad0; quad < quad1; ++quad, a += 4) {
+  }
+  CodePair load(int j, int quad) const {
+    const uint8_t* from = line[j] + quad * kLineBytes;
+    _mm_prefetch(reinterpret_cast<const char*>(from) + kPrefetchBytes, _MM_HINT_T0);
+    return expand_half_line(from);
+  }
+  void advance(int64_t quads) {
+    for (int j = 0; j < kHalves; ++j) line[j] += quads * kLineBytes;
+  }
+};
+
+/// One group of one half line, expanded: two vectors a quad.
+struct ExpandedCodes {
+  const __m256i* pair;
+
+  CodePair load(int, int quad) const {
+    return {_mm256_load_si256(pair + 2 * quad), _mm256_load_si256(pair + 2 * quad + 1)};
+  }
+  void advance(int64_t quads) { pair += 2 * quads; }
+};
+
+/// sums += codes * activations over one group.
+template <class Dot, int kRows, int kHalves, class Codes>
+struct GroupProduct {
+  static constexpr int64_t kChunkSteps = Dot::kChunkQuads / kStepQuads;
+
+  __m256i sums[kRows][kHalves][2];
+  __m256i part[kRows][kHalves][2];
+  Codes codes;
+  const int8_t* a[kRows];
+
+  template <int kQuads, bool kStart>
+  [[gnu::always_inline]] void step() {
+    unroll<kQuads>([&](auto quad) NIBBLE_INLINE {
       unroll<kHalves>([&](auto j) NIBBLE_INLINE {
-        const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line[j]));
-        _mm_prefetch(reinterpret_cast<const char*>(line[j]) + kPrefetchBytes, _MM_HINT_T0);
-        line[j] += kLineBytes;
-        const __m256i low = _mm256_and_si256(codes, low_nibble);
-        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(codes, 4), low_nibble);
+        const CodePair pair = codes.load(j, quad);
         unroll<kRows>([&](auto r) NIBBLE_INLINE {
-          const __m256i x = broadcast_quad(a + r * a_row_stride);
-          Dot::multiply(part[r][j][0], low, x);
-          Dot::multiply(part[r][j][1], high, x);
+          const __m256i x = broadcast_quad(a[r] + 4 * quad);
+          if constexpr (kStart && quad == 0) {
+            part[r][j][0] = Dot::start(pair.low, x);
+            part[r][j][1] = Dot::start(pair.high, x);
+          } else {
+            Dot::multiply(part[r][j][0], pair.low, x);
+            Dot::multiply(part[r][j][1], pair.high, x);
+          }
         });
       });
-    }
+    });
+    codes.advance(kQuads);
+    unroll<kRows>([&](auto r) NIBBLE_INLINE { a[r] += 4 * kQuads; });
+  }
+
+  [[gnu::always_inline]] void drain() {
     unroll<kRows>([&](auto r) NIBBLE_INLINE {
       unroll<kHalves>([&](auto j) NIBBLE_INLINE {
         sums[r][j][0] = Dot::drain(sums[r][j][0], part[r][j][0]);
@@ -89,34 +136,84 @@ struct YmmTile {
     });
   }
 
-  /// The float epilogue of one group: see gemm.h.
-  template <bool kGroupScales>
-  void accumulate_group(const GemmBlock& b, int64_t half_line, int64_t row, int64_t group) {
-    const PackedWeights& w = *b.weights;
-    const bool small_sums = w.group_size <= 255;
-    for (int j = 0; j < kHalves; ++j) {
-      const int64_t block = (half_line + j) / 2;
-      for (int v = 0; v < 2; ++v) {
-        const int64_t in_block = half_line_column(half_line + j, v);
-        const __m256 s =
-            load_scales(w.scales(block) + group * kBlockColumns + in_block, w.scale_dtype);
-        const __m256i z = load_zeros(w.zeros(block) + group * kBlockColumns + in_block);
-        for (int r = 0; r < kRows; ++r) {
-          const int64_t at = (row + r) * w.groups + group;
-          const __m256i sum = _mm256_sub_epi32(
-              sums[r][j][v], zero_correction(z, b.activations.sums[at], small_sums));
-          if (b.partials != nullptr) store_partial(b, block, in_block, at, sum);
-          __m256 value = _mm256_cvtepi32_ps(sum);
-          if (kGroupScales) value = _mm256_mul_ps(value, _mm256_set1_ps(b.activations.scales[at]));
-          acc[r][j][v] = _mm256_fmadd_ps(value, s, acc[r][j][v]);
+  [[gnu::always_inline]] void run(int64_t quads) {
+    while (quads >= kStepQuads) {
+      step<kStepQuads, true>();
+      quads -= kStepQuads;
+      if constexpr (kChunkSteps > 1) {
+        for (int64_t i = 1; i < kChunkSteps && quads >= kStepQuads; ++i, quads -= kStepQuads) {
+          step<kStepQuads, false>();
         }
       }
+      drain();
+    }
+    for (; quads > 0; --quads) {
+      step<1, true>();
+      drain();
+    }
+  }
+};
+
+/// kHalves half lines and up to kPassRows rows (4 if more than a block).
+struct YmmStrip {
+  const GemmBlock& b;
+  int64_t half_line;  // first
+  int halves;
+  int64_t row, rows;
+  bool small_sums;
+  // of the group at hand, by vector: half line j has 2j and 2j + 1
+  __m256 scales[2 * kStripHalves];
+  __m256i zeros[2 * kStripHalves];
+  __m256 acc[kPassRows * 4];  // (rows, vectors)
+
+  YmmStrip(const GemmBlock& block, int64_t first_half_line, int num_halves, int64_t first_row,
+           int64_t num_rows)
+      : b(block), half_line(first_half_line), halves(num_halves), row(first_row), rows(num_rows) {
+    small_sums = b.weights->group_size <= 255;
+    for (int64_t i = 0; i < rows * 2 * halves; ++i) acc[i] = _mm256_setzero_ps();
+  }
+
+  void load_group(int64_t group) {
+    const PackedWeights& w = *b.weights;
+    for (int i = 0; i < 2 * halves; ++i) {
+      const int64_t block = (half_line + i / 2) / 2;
+      const int64_t at = group * kBlockColumns + half_line_column(half_line + i / 2, i % 2);
+      scales[i] = load_scales(w.scales(block) + at, w.scale_dtype);
+      zeros[i] = load_zeros(w.zeros(block) + at);
     }
   }
 
-  static void store_partial(const GemmBlock& b, int64_t block, int64_t in_block, int64_t at,
-                            __m256i sum) {
-    const int64_t n0 = block * kBlockColumns + in_block;
+  /// Rows first_row.. of the strip and half lines first.., one group: integer product, then the
+  /// float epilogue (gemm.h). The sums start at -z * sum(a).
+  template <class Dot, int kRows, int kHalves, bool kGroupScales, class Codes>
+  void multiply(const Codes& codes, int64_t group, int first, int64_t first_row) {
+    const PackedWeights& w = *b.weights;
+    const int64_t a_row_stride = w.groups * w.quads * 4;
+    const int8_t* a = b.activations.codes + (row + first_row) * a_row_stride + group * w.quads * 4;
+    GroupProduct<Dot, kRows, kHalves, Codes> product{{}, {}, codes, {}};
+    unroll<kRows>([&](auto r) NIBBLE_INLINE {
+      product.a[r] = a + r * a_row_stride;
+      const int32_t a_sum = b.activations.sums[(row + first_row + r) * w.groups + group];
+      unroll<2 * kHalves>([&](auto v) NIBBLE_INLINE {
+        product.sums[r][v / 2][v % 2] = zero_correction(zeros[2 * first + v], -a_sum, small_sums);
+      });
+    });
+    product.run(w.quads);
+    unroll<kRows>([&](auto r) NIBBLE_INLINE {
+      const int64_t at = (row + first_row + r) * w.groups + group;
+      __m256* row_acc = acc + (first_row + r) * 2 * halves + 2 * first;
+      unroll<2 * kHalves>([&](auto v) NIBBLE_INLINE {
+        const __m256i sum = product.sums[r][v / 2][v % 2];
+        if (b.partials != nullptr) store_partial(half_line + first + v / 2, v % 2, at, sum);
+        __m256 value = _mm256_cvtepi32_ps(sum);
+        if (kGroupScales) value = _mm256_mul_ps(value, _mm256_set1_ps(b.activations.scales[at]));
+        row_acc[v] = _mm256_fmadd_ps(value, scales[2 * first + v], row_acc[v]);
+      });
+    });
+  }
+
+  [[gnu::noinline]] void store_partial(int64_t h, int v, int64_t at, __m256i sum) const {
+    const int64_t n0 = h / 2 * kBlockColumns + half_line_column(h, v);
     const int64_t count = b.weights->n - n0;
     if (count <= 0) return;
     alignas(32) int32_t lanes[8];
@@ -126,70 +223,106 @@ struct YmmTile {
   }
 
   template <bool kGroupScales>
-  void store(const GemmBlock& b, int64_t half_line, int64_t row) const {
+  void store() const {
     const PackedWeights& w = *b.weights;
-    for (int j = 0; j < kHalves; ++j) {
-      for (int v = 0; v < 2; ++v) {
-        const int64_t n0 = (half_line + j) / 2 * kBlockColumns + half_line_column(half_line + j, v);
-        if (n0 >= w.n) continue;
-        const bool has_bias = !w.bias.empty();
-        const __m256 bias = has_bias ? _mm256_loadu_ps(&w.bias[n0]) : _mm256_setzero_ps();
-        for (int r = 0; r < kRows; ++r) {
-          __m256 y = acc[r][j][v];
-          if (!kGroupScales) {
-            const __m256 t = _mm256_set1_ps(b.activations.scales[row + r]);
-            y = has_bias ? _mm256_fmadd_ps(y, t, bias) : _mm256_mul_ps(y, t);
-          } else if (has_bias) {
-            y = _mm256_add_ps(y, bias);
-          }
-          store_floats(b.y, (row + r) * b.y_stride + n0, b.y_dtype, w.n - n0, y);
+    const bool has_bias = !w.bias.empty();
+    for (int i = 0; i < 2 * halves; ++i) {
+      const int64_t h = half_line + i / 2;
+      const int64_t n0 = h / 2 * kBlockColumns + half_line_column(h, i % 2);
+      if (n0 >= w.n) continue;
+      const __m256 bias = has_bias ? _mm256_loadu_ps(&w.bias[n0]) : _mm256_setzero_ps();
+      for (int64_t r = 0; r < rows; ++r) {
+        __m256 y = acc[r * 2 * halves + i];
+        if (!kGroupScales) {
+          const __m256 t = _mm256_set1_ps(b.activations.scales[row + r]);
+          y = has_bias ? _mm256_fmadd_ps(y, t, bias) : _mm256_mul_ps(y, t);
+        } else if (has_bias) {
+          y = _mm256_add_ps(y, bias);
         }
+        store_floats(b.y, (row + r) * b.y_stride + n0, b.y_dtype, w.n - n0, y);
       }
     }
   }
 };
 
+/// kRows rows, kHalves half lines at a time, nibbles expanded in registers.
 template <class Dot, int kRows, int kHalves, bool kGroupScales>
-void run_ymm_tile(const GemmBlock& b, int64_t half_line, int64_t row) {
-  YmmTile<Dot, kRows, kHalves> tile;
-  std::memset(&tile.acc, 0, sizeof tile.acc);
-  const int64_t quads = b.weights->quads;
-  for (int64_t group = 0; group < b.weights->groups; ++group) {
-    std::memset(&tile.sums, 0, sizeof tile.sums);
-    for (int64_t quad = 0; quad < quads; quad += Dot::kChunkQuads) {
-      const int64_t end = quad + Dot::kChunkQuads < quads ? quad + Dot::kChunkQuads : quads;
-      tile.multiply_chunk(b, half_line, row, group, quad, end);
+void run_ymm_rows(const GemmBlock& b, int64_t row) {
+  for (int64_t h = 2 * b.block0; h < 2 * b.block1; h += kStripHalves) {
+    const int halves = 2 * b.block1 - h < kStripHalves ? 2 : kStripHalves;
+    YmmStrip strip(b, h, halves, row, kRows);
+    for (int64_t group = 0; group < b.weights->groups; ++group) {
+      strip.load_group(group);
+      int j = 0;
+      for (; halves - j >= kHalves; j += kHalves) {
+        const PackedCodes<kHalves> codes(*b.weights, h + j, group);
+        strip.multiply<Dot, kRows, kHalves, kGroupScales>(codes, group, j, 0);
+      }
+      if constexpr (kHalves > 2) {
+        if (j < halves) {
+          const PackedCodes<2> codes(*b.weights, h + j, group);
+          strip.multiply<Dot, kRows, 2, kGroupScales>(codes, group, j, 0);
+        }
+      }
     }
-    tile.template accumulate_group<kGroupScales>(b, half_line, row, group);
+    strip.store<kGroupScales>();
   }
-  tile.template store<kGroupScales>(b, half_line, row);
 }
 
-/// All half lines of the block range for kRows rows from `row`, kHalves at a time.
-template <class Dot, int kRows, int kHalves, bool kGroupScales>
-int64_t run_ymm_half_lines(const GemmBlock& b, int64_t half_line, int64_t row) {
-  for (; 2 * b.block1 - half_line >= kHalves; half_line += kHalves) {
-    run_ymm_tile<Dot, kRows, kHalves, kGroupScales>(b, half_line, row);
+/// Rows of a block of columns whose codes are expanded once per group.
+template <class Dot, bool kGroupScales>
+void run_ymm_panel(const GemmBlock& b, int64_t block, int64_t row, int64_t rows) {
+  const PackedWeights& w = *b.weights;
+  alignas(32) __m256i panel[2][2 * kPanelQuads];
+  YmmStrip strip(b, 2 * block, 2, row, rows);
+  const int64_t tiles = (rows + kPanelTileRows - 1) / kPanelTileRows;
+  for (int64_t group = 0; group < w.groups; ++group) {
+    strip.load_group(group);
+    PackedCodes<2> packed(w, 2 * block, group);
+    for (int64_t quad = 0; quad < w.quads; ++quad, packed.advance(1)) {
+      for (int j = 0; j < 2; ++j) {
+        const CodePair pair = packed.load(j, 0);
+        panel[j][2 * quad] = pair.low;
+        panel[j][2 * quad + 1] = pair.high;
+      }
+    }
+    int64_t first = 0;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t count = rows / tiles + (tile < rows % tiles ? 1 : 0);
+      for (int j = 0; j < 2; ++j) {
+        const ExpandedCodes codes{panel[j]};
+        switch (count) {
+          case 3: strip.multiply<Dot, 3, 1, kGroupScales>(codes, group, j, first); break;
+          case 4: strip.multiply<Dot, 4, 1, kGroupScales>(codes, group, j, first); break;
+          case 5: strip.multiply<Dot, 5, 1, kGroupScales>(codes, group, j, first); break;
+          default: strip.multiply<Dot, 6, 1, kGroupScales>(codes, group, j, first); break;
+        }
+      }
+      first += count;
+    }
   }
-  return half_line;
+  strip.store<kGroupScales>();
 }
 
 template <class Dot, bool kGroupScales>
 void run_ymm_blocks(const GemmBlock& b) {
-  for (int64_t half_line = 2 * b.block0; half_line < 2 * b.block1; ++half_line) {
-    for (int64_t row = 0; b.rows - row >= 4; row += 4) {
-      run_ymm_tile<Dot, 4, 1, kGroupScales>(b, half_line, row);
+  if (b.rows > 4 && b.weights->quads <= kPanelQuads) {
+    const int64_t passes = (b.rows + kPassRows - 1) / kPassRows;
+    for (int64_t block = b.block0; block < b.block1; ++block) {
+      int64_t row = 0;
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        const int64_t count = b.rows / passes + (pass < b.rows % passes ? 1 : 0);
+        run_ymm_panel<Dot, kGroupScales>(b, block, row, count);
+        row += count;
+      }
     }
+    return;
   }
-  int64_t row = b.rows / 4 * 4;
-  if (b.rows - row >= 2) {
-    run_ymm_half_lines<Dot, 2, 2, kGroupScales>(b, 2 * b.block0, row);
-    row += 2;
-  }
-  if (row < b.rows) {
-    const int64_t rest = run_ymm_half_lines<Dot, 1, 4, kGroupScales>(b, 2 * b.block0, row);
-    run_ymm_half_lines<Dot, 1, 2, kGroupScales>(b, rest, row);
-  }
+  int64_t row = 0;
+  for (; b.rows - row >= 4; row += 4) run_ymm_rows<Dot, 4, 1, kGroupScales>(b, row);
+  if (b.rows - row == 3) run_ymm_rows<Dot, 3, 2, kGroupScales>(b, row);
+  if (b.rows - row == 2) run_ymm_rows<Dot, 2, 2, kGroupScales>(b, row);
+  if (b.rows - row == 1) run_ymm_rows<Dot, 1, 4, kGroupScales>(b, row);
 }
 
 template <class Dot>
