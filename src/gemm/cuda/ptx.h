@@ -116,7 +116,9 @@ __device__ __forceinline__ void copy16_async(uint32_t to, const void* from, int 
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
                : "memory");
 }
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copy_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 /// Until all but the last `kept` groups of this thread have arrived.
 template <int kept>
 __device__ __forceinline__ void copy_wait() {
