@@ -1,0 +1,152 @@
+// The door to the CUDA kernels: y = x * W (+ bias) on one device. Plain C++; no CUDA header is
+// needed to use it, and none of src/gemm/cpu is seen by it. Problem, modes and granularities are
+// those of gemm/gemm.h.
+//
+// Rules
+//   - Streams, workspaces and all operands belong to the caller. Nothing here allocates or waits
+//     except where a function says so; launches may be captured into a CUDA graph. A null stream is
+//     the default stream of the plan's device.
+//   - Integer sums are exact: the S of gemm/gemm.h, except that a group longer than 128 is summed
+//     to float every 128 k. The order of the float operations is fixed by the plan, so the same
+//     plan gives the same bits; a kernel that does not split K gives those of the CPU.
+//   - A row of x with a NaN or infinity becomes a row of NaN in y: nothing is reported, because
+//     that would need a wait.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/dtype.h"
+#include "base/status.h"
+#include "format/quant_matrix.h"
+#include "gemm/cuda/packed.h"
+#include "gemm/gemm.h"
+
+namespace nibble::cuda {
+
+using Stream = void*;  // a cudaStream_t
+
+/// What plans need to know of a GPU; filled by device_info(), or made up by a test.
+struct DeviceInfo {
+  int ordinal = 0;
+  std::string name;            // "NVIDIA H200"
+  int capability = 90;         // 10 * major + minor
+  int multiprocessors = 132;
+  int64_t l2_bytes = 0;
+  int64_t memory_bytes = 0;
+  int64_t shared_bytes = 0;    // largest dynamic shared memory of a block
+};
+
+/// Number of CUDA devices; unsupported, with the driver's words, if there is no driver or this
+/// build has no CUDA.
+Result<int> device_count();
+Result<DeviceInfo> device_info(int ordinal);
+
+/// One weight in device memory, packed as packed.h draws it. Moves, is freed on destruction.
+class DeviceWeights {
+ public:
+  /// Copies the tensors of `matrix` (host memory) to `device` and packs them there. bias: (n) of
+  /// bias_dtype in host memory, or null. Allocates; waits until done. Refuses group sizes other
+  /// than 32, 64, multiples of 128 and K.
+  static Result<DeviceWeights> create(const DeviceInfo& device, const QuantMatrix& matrix,
+                                      const void* bias = nullptr, Dtype bias_dtype = Dtype::f32);
+
+  DeviceWeights() = default;
+  DeviceWeights(DeviceWeights&& other) noexcept { *this = static_cast<DeviceWeights&&>(other); }
+  DeviceWeights& operator=(DeviceWeights&& other) noexcept;
+  ~DeviceWeights();
+
+  const PackedLayout& layout() const { return layout_; }
+  const uint8_t* slabs() const { return slabs_; }
+  const float* bias() const { return bias_; }  // (n) in device memory, or null
+  bool bf16_scales() const { return bf16_scales_; }
+  int device() const { return device_; }
+  /// Bytes of device memory, bias included.
+  int64_t bytes() const;
+
+ private:
+  PackedLayout layout_;
+  uint8_t* slabs_ = nullptr;
+  float* bias_ = nullptr;
+  bool bf16_scales_ = false;
+  int device_ = 0;
+};
+
+/// Order of the int8 activations in memory. `natural`: as they are. `wgmma`: of each 32 k, the eight
+/// 4-byte words 0 1 2 3 4 5 6 7 are stored as 0 2 4 6 1 3 5 7, the order in which wgmma meets the k
+/// of the weights in packed.h.
+enum class OperandOrder : int { natural = 0, wgmma = 1 };
+
+enum class KernelFamily : int {
+  slab,  // M <= 16: mma.sync over slabs streamed by bulk copies, K split over the warps of a block
+  rs,    // wgmma, weights expanded in registers, tokens as the N side
+  mma,   // mma.sync, any device from sm_80 on
+};
+
+/// Everything decided before a launch. A plain value, valid for its problem and device.
+struct Plan {
+  Problem problem;
+  int device = 0;  // ordinal
+  KernelFamily family = KernelFamily::rs;
+  OperandOrder order = OperandOrder::natural;
+  int token_tile = 0;     // rs: 32, 64, 128 or 160 rows of x
+  bool split_tail = false;  // rs: the last tiles are shared out by k (stream-K)
+  int slab_stages = 0;    // slab: depth of the ring of a warp
+  int slab_slices = 0;    // slab: slices of 512 k of a warp; 0: activations stay in registers
+  int blocks = 0, warps = 0;
+  int k_warps = 0;        // slab: warps that share one column tile
+  bool programmatic = false;  // launched with programmatic stream serialization
+  int64_t padded_k = 0;
+  size_t workspace_bytes = 0;  // of run_gemm; codes, scales and sums of x come first
+
+  const char* kernel_name() const;  // "w4a8_slab_sm90", "w4a8_rs_sm90", ...
+  std::string describe() const;     // one line
+};
+
+/// Pure: no device is touched. `force`: a kernel_name(), or null. Refuses what no kernel handles,
+/// naming it.
+Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device,
+                       const char* force = nullptr);
+
+/// Names of all kernels of this build, with their mode and least capability.
+struct KernelRow {
+  const char* name;
+  Mode mode;
+  int capability;
+};
+std::vector<KernelRow> kernel_table();
+
+/// Quantized activations in device memory, as a kernel reads them.
+struct Operand {
+  int8_t* codes = nullptr;    // (m, padded_k) in the plan's order; k beyond K is 0
+  float* scales = nullptr;    // (m) or (m, groups)
+  int32_t* sums = nullptr;    // (m, padded_k / promoted): sums of the codes; null if not wanted
+  uint32_t* range = nullptr;  // Granularity::tensor: scratch of 4 words
+};
+
+/// x and how it is scaled; the fields of GemmInput that exist on a device.
+struct DeviceInput {
+  const void* x = nullptr;  // (m, k) of problem.x_dtype
+  int64_t x_stride = 0;     // elements
+  float clip = 1.0f;
+  const float* static_scales = nullptr;  // device memory; static_tensor: (1), static_group: (G)
+};
+
+/// Quantize + GEMM + dequantize. workspace: plan.workspace_bytes, 256-byte aligned, zeroed once
+/// before its first use (the kernels leave its counters at zero).
+Status run_gemm(const Plan& plan, const DeviceInput& input, const DeviceWeights& weights, void* y,
+                int64_t y_stride, void* workspace, Stream stream);
+
+/// The two halves of run_gemm.
+Status quantize_activations(const Plan& plan, const DeviceInput& input, const Operand& to,
+                            Stream stream);
+Status run_gemm_quantized(const Plan& plan, const Operand& operand, const DeviceWeights& weights,
+                          void* y, int64_t y_stride, void* workspace, Stream stream);
+
+/// Where an Operand lies inside a plan's workspace.
+Operand workspace_operand(const Plan& plan, void* workspace);
+
+}  // namespace nibble::cuda

@@ -1,0 +1,79 @@
+// What the host side of the CUDA path and the .cu files share: plain argument structs and launch
+// functions. No kernel chooses, allocates or waits. Included by .cu files and by driver.cc only.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "gemm/cuda/configs.h"
+#include "gemm/cuda/packed.h"
+
+namespace nibble::cuda {
+
+enum class Element : int { f32 = 0, f16 = 1, bf16 = 2 };  // equals Dtype
+
+/// Where y goes and what the epilogue needs: y[m][n] = round(acc * t[m] + bias[n]).
+struct Output {
+  void* y = nullptr;
+  int64_t stride = 0;  // elements
+  Element type = Element::bf16;
+  const float* bias = nullptr;  // (n) or null
+};
+
+/// int8 activations times packed weights.
+struct GemmArgs {
+  const uint8_t* slabs = nullptr;
+  PackedLayout layout;
+  bool bf16_scales = false;
+  const int8_t* codes = nullptr;  // (m, layout.padded_k()), natural order or wgmma order
+  const float* scales = nullptr;  // (m), or (m, groups) if group_scales
+  const int32_t* sums = nullptr;  // (m, padded_k / promoted) or null
+  bool group_scales = false;
+  int64_t m = 0;
+  Output out;
+};
+
+/// w4a8_slab_sm90.cu: M <= 16. codes in natural order.
+cudaError_t launch_w4a8_slab_sm90(const GemmArgs& args, const SlabConfig& config,
+                                  cudaStream_t stream);
+
+/// w4a8_rs_sm90.cu: any M. codes in wgmma order.
+cudaError_t launch_w4a8_rs_sm90(const GemmArgs& args, const RsConfig& config, void* scratch,
+                                cudaStream_t stream);
+
+/// w4a8_mma_sm80.cu: any M, any device from sm_80 on. codes in natural order.
+cudaError_t launch_w4a8_mma_sm80(const GemmArgs& args, cudaStream_t stream);
+
+/// pack.cu: AWQ tensors in device memory to slabs. q, zeros, scales as in format/quant_matrix.h,
+/// awq_gemm layout, all of it in device memory; zeros may be null (8 everywhere).
+struct PackArgs {
+  const uint32_t* q = nullptr;      // (k, n / 8)
+  const uint32_t* zeros = nullptr;  // (groups, n / 8)
+  const uint16_t* scales = nullptr; // (groups, n)
+  PackedLayout layout;
+  uint8_t* slabs = nullptr;
+};
+cudaError_t launch_pack(const PackArgs& args, cudaStream_t stream);
+
+/// quantize.cu: the activation quantizers of gemm/cpu/quantize.h, bit for bit.
+enum class Scaling : int { tensor, token, group, static_tensor, static_group };
+struct QuantizeArgs {
+  const void* x = nullptr;
+  int64_t x_stride = 0;
+  Element type = Element::bf16;
+  int64_t m = 0, k = 0, padded_k = 0;
+  int64_t group_size = 0;   // of scales
+  int promoted = 128;       // of sums
+  Scaling scaling = Scaling::token;
+  int limit = 127;          // 127 or 7
+  bool symmetric = true;    // false: limit 15, zero point taken off
+  float clip = 1.0f;
+  const float* static_scales = nullptr;
+  bool wgmma_order = false;
+  int8_t* codes = nullptr;
+  float* scales = nullptr;
+  int32_t* sums = nullptr;  // or null
+  uint32_t* tensor_range = nullptr;  // Scaling::tensor: scratch of 4 words
+};
+cudaError_t launch_quantize(const QuantizeArgs& args, cudaStream_t stream);
+
+}  // namespace nibble::cuda
