@@ -69,6 +69,24 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
       : "memory");
 }
 
+/// mbarrier_wait and mbarrier_arrive without a branch that the compiler sees: between the start of
+/// wgmmas and their end it takes branches for divergent, and then waits after every single one.
+__device__ __forceinline__ void mbarrier_wait_if(bool wanted, uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.eq.s32 p, %2, 0;\n@p bra DONE_%=;\nWAIT_%=:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      "@p bra DONE_%=;\nbra WAIT_%=;\nDONE_%=:\n}" ::"r"(barrier),
+      "r"(parity), "r"(int{wanted})
+      : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive_if(bool wanted, uint32_t barrier) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.s32 p, %1, 0;\n"
+      "@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(barrier),
+      "r"(int{wanted})
+      : "memory");
+}
+
 // ---- copies ------------------------------------------------------------------------------------
 
 /// Bulk copy to shared memory; all three 16-byte aligned. Completes on `barrier`. sm_90.
@@ -116,6 +134,11 @@ __device__ __forceinline__ void copy16_async(uint32_t to, const void* from, int 
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
                : "memory");
 }
+/// cp.async of 4 bytes; `bytes` 0 stores a zero. sm_80.
+__device__ __forceinline__ void copy4_async(uint32_t to, const void* from, int bytes = 4) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
 __device__ __forceinline__ void copy_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -135,6 +158,11 @@ __device__ __forceinline__ uint4 load16(const void* p) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p)
                : "memory");
+  return v;
+}
+__device__ __forceinline__ uint2 load8(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
   return v;
 }
 __device__ __forceinline__ float load_float(const float* p) {
@@ -220,6 +248,16 @@ __device__ __forceinline__ void mma_u8s8(int (&d)[4], uint4 a, uint32_t b0, uint
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
+/// d = c + A * B with signed A, operands as in mma_u8s8.
+__device__ __forceinline__ void mma_s8s8(int (&d)[4], const uint32_t (&a)[4], uint2 b,
+                                         const int (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "r"(c[0]), "r"(c[1]),
+        "r"(c[2]), "r"(c[3]));
+}
+
 // ---- synchronization between warps and between kernels -----------------------------------------
 
 /// Barrier `id` (1..15; 0 is __syncthreads) of `threads` threads of a block.
@@ -231,13 +269,17 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
 }
 
 /// Programmatic launch: until the kernels in front are complete and their writes visible. No-op if
-/// launched plainly. sm_90.
+/// launched plainly, and below sm_90, where there is no such launch.
 __device__ __forceinline__ void grid_wait() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
-/// Programmatic launch: the next kernel may start as soon as every block has come here. sm_90.
+/// Programmatic launch: the next kernel may start as soon as every block has come here.
 __device__ __forceinline__ void grid_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 /// Moves registers between the warpgroups of a block. sm_90a.
@@ -248,6 +290,70 @@ __device__ __forceinline__ void register_increase() {
 template <int registers>
 __device__ __forceinline__ void register_decrease() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+// ---- clusters and tensor copies (sm_90) --------------------------------------------------------
+
+/// The same shared memory address in block `rank` of the cluster.
+__device__ __forceinline__ uint32_t cluster_address(uint32_t address, int rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+/// Without .release: what it orders here are reads by wgmma, which have been waited for, and the
+/// release would cost a device-wide fence an arrival.
+__device__ __forceinline__ void mbarrier_arrive_cluster_if(bool wanted, uint32_t barrier) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.s32 p, %1, 0;\n"
+      "@p mbarrier.arrive.shared::cluster.b64 _, [%0];\n}" ::"r"(barrier),
+      "r"(int{wanted})
+      : "memory");
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+/// A box of the tensor, its corner at (x, y), to the same place in every block of `blocks`, where
+/// it completes on the same barrier.
+__device__ __forceinline__ void tensor_load_multicast(uint32_t to, const void* map, int x, int y,
+                                                      uint32_t barrier, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+__device__ __forceinline__ void tensor_store(const void* map, int x, int y, uint32_t from) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
+      "r"(x), "r"(y), "r"(from)
+      : "memory");
+}
+/// Until all stores of this thread's groups are complete.
+__device__ __forceinline__ void bulk_wait_all() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+__device__ __forceinline__ void store_matrices_transposed(uint32_t row_address, uint4 v) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   row_address),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ uint32_t load1_shared(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+}
+
+/// Flags between blocks of a grid.
+__device__ __forceinline__ void store_release(uint32_t* p, uint32_t v) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
 }
 
 }  // namespace nibble::cuda::ptx

@@ -1,0 +1,310 @@
+// What the kernels that quantize rows share. A thread works on chunks of eight neighbours: their
+// values, their range, their codes. Device code only; the arithmetic is that of
+// gemm/cpu/quantize.h, operation by operation.
+//
+// Lane l of a warp always has a chunk whose number is l modulo 32: the chunks of a group of up to
+// 128 elements are neighbouring lanes.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "gemm/cuda/kernels.h"
+
+namespace nibble::cuda {
+
+inline constexpr int kChunk = 8;
+inline constexpr uint32_t kAllLanes = 0xffffffffu;
+inline constexpr uint32_t kInfinityBits = 0x7f800000u;
+inline constexpr float kSmallestRange = 0x1p-100f;
+
+struct Chunk {
+  float v[kChunk];
+};
+
+constexpr int element_bytes(Element type) { return type == Element::f32 ? 4 : 2; }
+
+/// How far a scale reaches: over the block's part of a row, or over 4, 8 or 16 lanes.
+enum class Reach { block, lanes };
+
+/// What a kernel would otherwise divide for. Part p of a row (blockIdx.y) begins at chunk
+/// p * part_chunks; the last part has the padding as well.
+struct Dealing {
+  int part_chunks = 0;
+  int groups = 0;       // Reach::lanes: scales of a row
+  int group_shift = 0;  // and chunks of a group, as a power of 2
+  int sums = 0;         // sums of a row
+  int sum_shift = 0;    // chunks of a sum, as a power of 2
+};
+
+// ---- values ------------------------------------------------------------------------------------
+
+template <Element type>
+__device__ __forceinline__ float float_of(uint32_t bits16) {
+  if constexpr (type == Element::f16) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(bits16)));
+  } else {
+    return __uint_as_float(bits16 << 16);
+  }
+}
+
+template <Element type>
+__device__ __forceinline__ float load_element(const void* row, int64_t index) {
+  if constexpr (type == Element::f32) {
+    return static_cast<const float*>(row)[index];
+  } else {
+    return float_of<type>(static_cast<const unsigned short*>(row)[index]);
+  }
+}
+
+/// A chunk as it lies in memory, so that all loads of a thread can be under way before the first
+/// is looked at.
+template <Element type>
+struct Raw {
+  uint4 words[type == Element::f32 ? 2 : 1];
+};
+
+/// Elements 8 chunk .. 8 chunk + 7 of a row that is 16-byte aligned; zeros if not `inside`.
+template <Element type>
+__device__ __forceinline__ Raw<type> load_raw(const void* row, int chunk, bool inside) {
+  const auto* from = static_cast<const uint4*>(row) + chunk * (type == Element::f32 ? 2 : 1);
+  Raw<type> raw = {};
+  if (inside) {
+    raw.words[0] = from[0];
+    if constexpr (type == Element::f32) raw.words[1] = from[1];
+  }
+  return raw;
+}
+
+template <Element type>
+__device__ __forceinline__ Chunk values_of(const Raw<type>& raw) {
+  Chunk c;
+  const uint4 a = raw.words[0];
+  if constexpr (type == Element::f32) {
+    const uint4 b = raw.words[1];
+    const uint32_t words[kChunk] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) c.v[i] = __uint_as_float(words[i]);
+  } else {
+    const uint32_t words[kChunk / 2] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+    for (int i = 0; i < kChunk / 2; ++i) {
+      c.v[2 * i] = float_of<type>(words[i] & 0xffffu);
+      c.v[2 * i + 1] = float_of<type>(words[i] >> 16);
+    }
+  }
+  return c;
+}
+
+/// The same for rows of any alignment and length k: element by element.
+template <Element type>
+__device__ __forceinline__ Chunk load_elements(const void* row, int chunk, int k, bool inside) {
+  Chunk c;
+  const int first = chunk * kChunk;
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    c.v[i] = inside && first + i < k ? load_element<type>(row, first + i) : 0.0f;
+  }
+  return c;
+}
+
+// ---- ranges ------------------------------------------------------------------------------------
+
+/// Largest |x|, largest x and largest -x, the last two not below 0. As bits, because non-negative
+/// floats are ordered like integers; amax is a NaN, so above infinity, if there is one.
+struct Range {
+  uint32_t amax = 0, high = 0, low = 0;
+};
+
+/// Maximum that keeps a NaN, unlike fmaxf.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float d;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+
+/// high and low are left at 0 where nobody wants them (symmetric codes).
+__device__ __forceinline__ Range widen(Range r, const Chunk& c, bool symmetric) {
+  float amax = __uint_as_float(r.amax);
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) amax = max_or_nan(amax, fabsf(c.v[i]));
+  r.amax = __float_as_uint(amax);
+  if (!symmetric) {
+    float high = __uint_as_float(r.high), low = __uint_as_float(r.low);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      high = fmaxf(high, c.v[i]);
+      low = fmaxf(low, -c.v[i]);
+    }
+    r.high = __float_as_uint(high);
+    r.low = __float_as_uint(low);
+  }
+  return r;
+}
+
+/// Over `width` (4, 8 or 16) neighbouring lanes.
+__device__ __forceinline__ uint32_t lanes_max(uint32_t v, int width) {
+#pragma unroll
+  for (int d = 8; d > 0; d /= 2) {
+    if (d < width) v = max(v, __shfl_xor_sync(kAllLanes, v, d));
+  }
+  return v;
+}
+
+__device__ __forceinline__ Range lanes_range(Range r, int width, bool symmetric) {
+  r.amax = lanes_max(r.amax, width);
+  if (!symmetric) {
+    r.high = lanes_max(r.high, width);
+    r.low = lanes_max(r.low, width);
+  }
+  return r;
+}
+
+/// Over the block, in every thread. One barrier; not to be called twice by a kernel.
+__device__ __forceinline__ Range block_range(Range r, bool symmetric) {
+  __shared__ uint32_t of_warp[3][32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  r.amax = __reduce_max_sync(kAllLanes, r.amax);
+  if (!symmetric) {
+    r.high = __reduce_max_sync(kAllLanes, r.high);
+    r.low = __reduce_max_sync(kAllLanes, r.low);
+  }
+  if (lane == 0) {
+    of_warp[0][warp] = r.amax;
+    of_warp[1][warp] = r.high;
+    of_warp[2][warp] = r.low;
+  }
+  __syncthreads();
+  r.amax = __reduce_max_sync(kAllLanes, lane < warps ? of_warp[0][lane] : 0);
+  if (!symmetric) {
+    r.high = __reduce_max_sync(kAllLanes, lane < warps ? of_warp[1][lane] : 0);
+    r.low = __reduce_max_sync(kAllLanes, lane < warps ? of_warp[2][lane] : 0);
+  }
+  return r;
+}
+
+// ---- scales ------------------------------------------------------------------------------------
+
+/// code = round(clamp(x * inverse, low, high)). As it stands, what gives only zeros.
+struct Encoding {
+  float scale = 0;
+  float inverse = 0, low = 0, high = 0;
+};
+
+__device__ __forceinline__ Encoding dynamic_encoding(const Range& range, const QuantizeArgs& a) {
+  Encoding e;
+  if (a.symmetric) {
+    const float limit = static_cast<float>(a.limit);
+    const float amax = __fmul_rn(__uint_as_float(range.amax), a.clip);
+    if (amax < kSmallestRange) return e;
+    return {__fdiv_rn(amax, limit), __fdiv_rn(limit, amax), -limit, limit};
+  }
+  const float low = __fmul_rn(-__uint_as_float(range.low), a.clip);
+  const float high = __fmul_rn(__uint_as_float(range.high), a.clip);
+  const float scale = __fsub_rn(__fdiv_rn(high, 15.0f), __fdiv_rn(low, 15.0f));
+  if (scale < kSmallestRange) return e;
+  const float inverse = __fdiv_rn(1.0f, scale);
+  const float zero = fminf(fmaxf(rintf(__fmul_rn(-low, inverse)), 0.0f), 15.0f);
+  return {scale, inverse, -zero, 15.0f - zero};
+}
+
+/// own: range of the elements that share the scale, or (tensor, static) of a part of them, where
+/// all it says is whether they are finite. index: of the static scale.
+__device__ __forceinline__ Encoding choose_encoding(const Range& own, const QuantizeArgs& a,
+                                                    int64_t index) {
+  Encoding e;
+  if (own.amax >= kInfinityBits) {  // y becomes NaN through the scale; the codes are zeros
+    e.scale = __uint_as_float(0x7fc00000u);
+    return e;
+  }
+  switch (a.scaling) {
+    case Scaling::token:
+    case Scaling::group: return dynamic_encoding(own, a);
+    case Scaling::tensor:
+      return dynamic_encoding({a.tensor_range[0], a.tensor_range[1], a.tensor_range[2]}, a);
+    case Scaling::static_tensor:
+    case Scaling::static_group: break;
+  }
+  const float limit = static_cast<float>(a.limit), scale = a.static_scales[index];
+  return {scale, __fdiv_rn(1.0f, scale), -limit, limit};
+}
+
+// ---- codes -------------------------------------------------------------------------------------
+
+/// Eight codes. Adding 1.5 * 2^23 rounds to an integer, half to even, and leaves it in the lowest
+/// byte: a quarter of what a conversion costs. NaN becomes low, which is 0 then.
+__device__ __forceinline__ uint2 encode(const Chunk& c, const Encoding& e) {
+  uint32_t b[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    const float clamped = fminf(fmaxf(__fmul_rn(c.v[i], e.inverse), e.low), e.high);
+    b[i] = __float_as_uint(__fadd_rn(clamped, 12582912.0f));
+  }
+  const auto pack = [](uint32_t b0, uint32_t b1, uint32_t b2, uint32_t b3) {
+    return __byte_perm(__byte_perm(b0, b1, 0x0040), __byte_perm(b2, b3, 0x0040), 0x5410);
+  };
+  return {pack(b[0], b[1], b[2], b[3]), pack(b[4], b[5], b[6], b[7])};
+}
+
+/// Stores the codes of a chunk and, by one lane of each promoted run, their sum. For all lanes of a
+/// warp; `inside` is false for lanes that have no chunk.
+///
+/// Order wgmma: chunk c of 32 k holds words 2 c + h, which belong at 4 h + c. Lanes c and c + 1 (c
+/// even) swap a word each, so that one has both of h = 0, the other both of h = 1: again eight
+/// bytes a lane, and the warp still writes 256 bytes in a row.
+__device__ __forceinline__ void store_codes(uint2 codes, const QuantizeArgs& a, const Dealing& d,
+                                            int64_t row, int chunk, bool inside) {
+  int place = chunk;
+  uint2 words = codes;
+  if (a.wgmma_order) {
+    const int c = chunk % 4;
+    const bool odd = c % 2 != 0;
+    const uint32_t other = __shfl_xor_sync(kAllLanes, odd ? codes.x : codes.y, 1);
+    words = odd ? make_uint2(other, codes.y) : make_uint2(codes.x, other);
+    place = chunk - c + 2 * (c % 2) + c / 2;
+  }
+  if (inside) {
+    *reinterpret_cast<uint2*>(a.codes + row * a.padded_k + int64_t{place} * kChunk) = words;
+  }
+  if (a.sums == nullptr) return;
+  const int width = 1 << d.sum_shift;
+  int sum = __dp4a(static_cast<int>(codes.x), 0x01010101,
+                   __dp4a(static_cast<int>(codes.y), 0x01010101, 0));
+#pragma unroll
+  for (int i = 8; i > 0; i /= 2) {
+    if (i < width) sum += __shfl_xor_sync(kAllLanes, sum, i);
+  }
+  if (inside && chunk % width == 0) a.sums[row * d.sums + (chunk >> d.sum_shift)] = sum;
+}
+
+/// Quantizes kChunks chunks a thread that are in registers, chunk i being first + i * blockDim.x +
+/// threadIdx.x if that is below end. The block's part of its row is number blockIdx.y of gridDim.y.
+template <int kChunks, Reach reach>
+__device__ __forceinline__ void quantize_part(const Chunk (&x)[kChunks], const QuantizeArgs& a,
+                                              const Dealing& d, int64_t row, int first, int end) {
+  Encoding e;
+  if constexpr (reach == Reach::block) {
+    Range range;
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) range = widen(range, x[i], a.symmetric);
+    e = choose_encoding(block_range(range, a.symmetric), a, blockIdx.y);
+    if (threadIdx.x == 0) a.scales[row * gridDim.y + blockIdx.y] = e.scale;
+  }
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    const int chunk = first + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+    const bool inside = chunk < end;
+    if constexpr (reach == Reach::lanes) {
+      const int group = chunk >> d.group_shift, width = 1 << d.group_shift;
+      const Range range = lanes_range(widen({}, x[i], a.symmetric), width, a.symmetric);
+      e = choose_encoding(range, a, min(group, d.groups - 1));
+      if (inside && chunk % width == 0 && group < d.groups) {
+        a.scales[row * d.groups + group] = e.scale;
+      }
+    }
+    store_codes(encode(x[i], e), a, d, row, chunk, inside);
+  }
+}
+
+}  // namespace nibble::cuda
