@@ -205,6 +205,64 @@ NIBBLE_API const char* nibble_kernel_name(int32_t index);
  * too. Static. */
 NIBBLE_API const char* nibble_kernel_missing(int32_t index);
 
+/* ---- CUDA ------------------------------------------------------------------------------------ */
+
+/* The same product on a GPU. Only these functions touch one; a library built without CUDA, or a
+ * machine without a driver, answers NIBBLE_UNSUPPORTED with the reason. Rules, besides those above:
+ *   - x, y, static_scales and the workspace lie in memory of the plan's device; x and y, and all
+ *     their rows, begin at multiples of 16 bytes, the workspace at one of 256.
+ *   - stream is a cudaStream_t; null: the default stream. nibble_cuda_gemm allocates nothing and
+ *     waits for nothing; it may be captured into a CUDA graph. Errors of a kernel while it runs are
+ *     those of the stream.
+ *   - A workspace is zeroed once before its first use with a plan, and then again only before it is
+ *     used with another plan. Products that run at the same time need workspaces of their own.
+ *   - Integer sums are exact. The order of the float operations is the plan's: the same plan gives
+ *     the same bits. NaN or infinity in a row of x makes that row of y NaN; nothing is reported.
+ *   - No function leaves another device current than it found. */
+
+typedef struct nibble_cuda_info {
+  char name[256];          /* zero-terminated */
+  int32_t capability;      /* 10 * major + minor: 90 for an H100 or H200 */
+  int32_t multiprocessors;
+  int64_t memory_bytes;
+  int64_t l2_bytes;
+} nibble_cuda_info;
+
+NIBBLE_API nibble_status nibble_cuda_device_count(int32_t* out);
+NIBBLE_API nibble_status nibble_cuda_device_info(nibble_cuda_info* out, int32_t device);
+
+/* One weight in device memory: 4.16 bits per weight at group size 128. */
+typedef struct nibble_cuda_weight nibble_cuda_weight;
+
+/* Copies and packs a weight that lies in host memory; returns when it is done. Group sizes: 32, 64,
+ * multiples of 128, and K above 128. On failure *out is null; NIBBLE_OUT_OF_MEMORY says how much was
+ * wanted and how much is free. */
+NIBBLE_API nibble_status nibble_cuda_weight_create(nibble_cuda_weight** out,
+                                                   const nibble_weight_desc* desc, int32_t device);
+/* null is fine. No product may still use it. */
+NIBBLE_API void nibble_cuda_weight_destroy(nibble_cuda_weight* weight);
+NIBBLE_API size_t nibble_cuda_weight_bytes(const nibble_cuda_weight* weight);
+
+/* Like nibble_plan. */
+typedef struct nibble_cuda_plan {
+  uint64_t opaque[64];
+} nibble_cuda_plan;
+
+/* kernel: a name that forces that kernel, or null. problem->threads is ignored; problem->n is that
+ * of the one weight. NIBBLE_W4A16 is refused. On failure *out is untouched. */
+NIBBLE_API nibble_status nibble_cuda_gemm_plan(nibble_cuda_plan* out, const nibble_problem* problem,
+                                               int32_t device, const char* kernel);
+/* The kernel that this plan runs. Static. */
+NIBBLE_API const char* nibble_cuda_plan_kernel(const nibble_cuda_plan* plan);
+/* As nibble_plan_describe. */
+NIBBLE_API size_t nibble_cuda_plan_describe(const nibble_cuda_plan* plan, char* text, size_t bytes);
+NIBBLE_API size_t nibble_cuda_workspace_bytes(const nibble_cuda_plan* plan);
+
+/* y = x * W + bias on `stream`. */
+NIBBLE_API nibble_status nibble_cuda_gemm(const nibble_cuda_plan* plan, const nibble_input* input,
+                                          const nibble_cuda_weight* weight, void* y,
+                                          int64_t y_stride, void* workspace, void* stream);
+
 #ifdef __cplusplus
 }
 #endif

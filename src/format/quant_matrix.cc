@@ -291,4 +291,15 @@ AwqTensors pack_awq_gemm(int64_t k, int64_t n, int64_t group_size, const uint8_t
   return out;
 }
 
+AwqTensors to_awq_gemm(const QuantMatrix& matrix) {
+  std::vector<uint8_t> codes(static_cast<size_t>(matrix.k * matrix.n));
+  std::vector<uint8_t> zeros(static_cast<size_t>(matrix.groups() * matrix.n));
+  std::vector<uint16_t> scales(zeros.size());
+  unpack_codes(matrix, 0, matrix.n, codes.data());
+  unpack_zeros(matrix, 0, matrix.n, zeros.data());
+  unpack_scales(matrix, 0, matrix.n, scales.data());
+  return pack_awq_gemm(matrix.k, matrix.n, matrix.group_size, codes.data(), zeros.data(),
+                       scales.data(), matrix.scale_dtype);
+}
+
 }  // namespace nibble

@@ -98,4 +98,7 @@ uint32_t pack_awq_word(const uint8_t columns[8]);
 AwqTensors pack_awq_gemm(int64_t k, int64_t n, int64_t group_size, const uint8_t* codes,
                          const uint8_t* zeros, const uint16_t* scale_bits, Dtype scale_dtype);
 
+/// `matrix` of any layout as awq_gemm; zero points are written out. Requires n % 8 == 0.
+AwqTensors to_awq_gemm(const QuantMatrix& matrix);
+
 }  // namespace nibble

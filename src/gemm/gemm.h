@@ -70,6 +70,10 @@ struct Problem {
   Mode kernel_mode() const { return mixed_groups ? Mode::w4a8 : mode; }
 };
 
+/// Limits shared by all kernels of all devices: ok, or what is refused and why. Per-kernel choice
+/// (which M a kernel is good for) is policy of the plans.
+Status check_problem(const Problem& problem);
+
 enum class Isa : int { scalar, avx2, avx_vnni, avx512, avx512_vnni, amx_int8 };
 const char* isa_name(Isa isa);
 

@@ -92,8 +92,4 @@ std::span<const CpuKernel> cpu_kernels();
 /// Null if this CPU executes `isa`, else why not.
 const char* isa_missing_reason(Isa isa);
 
-/// Shape and option limits shared by all kernels: ok, or what is refused and why.
-/// Per-kernel choice (which M a kernel is good for) is policy: gemm/cpu/plan.h.
-Status check_problem(const Problem& problem);
-
 }  // namespace nibble

@@ -9,6 +9,7 @@
 //   - Integer sums are exact: the S of gemm/gemm.h, except that a group longer than 128 is summed
 //     to float every 128 k. The order of the float operations is fixed by the plan, so the same
 //     plan gives the same bits; a kernel that does not split K gives those of the CPU.
+//   - x and y begin at multiples of 16 bytes, and so do all their rows.
 //   - A row of x with a NaN or infinity becomes a row of NaN in y: nothing is reported, because
 //     that would need a wait.
 #pragma once
@@ -23,6 +24,8 @@
 #include "base/status.h"
 #include "format/quant_matrix.h"
 #include "gemm/cuda/packed.h"
+#include "gemm/cuda/rs_schedule.h"
+#include "gemm/cuda/slab_plan.h"
 #include "gemm/gemm.h"
 
 namespace nibble::cuda {
@@ -32,12 +35,12 @@ using Stream = void*;  // a cudaStream_t
 /// What plans need to know of a GPU; filled by device_info(), or made up by a test.
 struct DeviceInfo {
   int ordinal = 0;
-  std::string name;            // "NVIDIA H200"
-  int capability = 90;         // 10 * major + minor
+  std::string name;     // "NVIDIA H200"
+  int capability = 90;  // 10 * major + minor
   int multiprocessors = 132;
   int64_t l2_bytes = 0;
   int64_t memory_bytes = 0;
-  int64_t shared_bytes = 0;    // largest dynamic shared memory of a block
+  int64_t shared_bytes = 0;  // largest dynamic shared memory of a block
 };
 
 /// Number of CUDA devices; unsupported, with the driver's words, if there is no driver or this
@@ -75,9 +78,9 @@ class DeviceWeights {
   int device_ = 0;
 };
 
-/// Order of the int8 activations in memory. `natural`: as they are. `wgmma`: of each 32 k, the eight
-/// 4-byte words 0 1 2 3 4 5 6 7 are stored as 0 2 4 6 1 3 5 7, the order in which wgmma meets the k
-/// of the weights in packed.h.
+/// Order of the int8 activations in memory. `natural`: as they are. `wgmma`: of each 32 k, the
+/// eight 4-byte words 0 1 2 3 4 5 6 7 are stored as 0 2 4 6 1 3 5 7, the order in which wgmma meets
+/// the k of the weights in packed.h.
 enum class OperandOrder : int { natural = 0, wgmma = 1 };
 
 enum class KernelFamily : int {
@@ -92,13 +95,8 @@ struct Plan {
   int device = 0;  // ordinal
   KernelFamily family = KernelFamily::rs;
   OperandOrder order = OperandOrder::natural;
-  int token_tile = 0;     // rs: 32, 64, 128 or 160 rows of x
-  bool split_tail = false;  // rs: the last tiles are shared out by k (stream-K)
-  int slab_stages = 0;    // slab: depth of the ring of a warp
-  int slab_slices = 0;    // slab: slices of 512 k of a warp; 0: activations stay in registers
-  int blocks = 0, warps = 0;
-  int k_warps = 0;        // slab: warps that share one column tile
-  bool programmatic = false;  // launched with programmatic stream serialization
+  SlabConfig slab;  // of family slab
+  RsConfig rs;      // of family rs
   int64_t padded_k = 0;
   size_t workspace_bytes = 0;  // of run_gemm; codes, scales and sums of x come first
 
@@ -119,7 +117,7 @@ struct KernelRow {
 };
 std::vector<KernelRow> kernel_table();
 
-/// Quantized activations in device memory, as a kernel reads them.
+/// Quantized activations in device memory, as a kernel reads them: codes 16-byte aligned.
 struct Operand {
   int8_t* codes = nullptr;    // (m, padded_k) in the plan's order; k beyond K is 0
   float* scales = nullptr;    // (m) or (m, groups)

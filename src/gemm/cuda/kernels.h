@@ -4,8 +4,9 @@
 
 #include <cuda_runtime_api.h>
 
-#include "gemm/cuda/configs.h"
 #include "gemm/cuda/packed.h"
+#include "gemm/cuda/rs_schedule.h"
+#include "gemm/cuda/slab_plan.h"
 
 namespace nibble::cuda {
 
@@ -36,7 +37,7 @@ struct GemmArgs {
 cudaError_t launch_w4a8_slab_sm90(const GemmArgs& args, const SlabConfig& config,
                                   cudaStream_t stream);
 
-/// w4a8_rs_sm90.cu: any M. codes in wgmma order.
+/// w4a8_rs_sm90.cu: any M. codes in wgmma order. scratch: rs_scratch_bytes().
 cudaError_t launch_w4a8_rs_sm90(const GemmArgs& args, const RsConfig& config, void* scratch,
                                 cudaStream_t stream);
 
@@ -73,6 +74,7 @@ struct QuantizeArgs {
   float* scales = nullptr;
   int32_t* sums = nullptr;  // or null
   uint32_t* tensor_range = nullptr;  // Scaling::tensor: scratch of 4 words
+  bool programmatic = false;
 };
 cudaError_t launch_quantize(const QuantizeArgs& args, cudaStream_t stream);
 

@@ -5,8 +5,9 @@ namespace nibble::cuda {
 namespace {
 
 Status no_cuda() {
-  return Status(Code::unsupported, "this build has no CUDA kernels (it was made with "
-                                   "NIBBLE_CUDA=OFF)");
+  return Status(Code::unsupported,
+                "this build has no CUDA kernels (it was made with "
+                "NIBBLE_CUDA=OFF)");
 }
 
 }  // namespace

@@ -16,7 +16,9 @@ namespace {
 class DeviceBuffer {
  public:
   DeviceBuffer() = default;
-  ~DeviceBuffer() { (void)cudaFree(data_); }
+  ~DeviceBuffer() {
+    if (data_ != nullptr) (void)cudaFree(data_);
+  }
   DeviceBuffer(const DeviceBuffer&) = delete;
   DeviceBuffer& operator=(const DeviceBuffer&) = delete;
 
@@ -113,8 +115,9 @@ DeviceWeights& DeviceWeights::operator=(DeviceWeights&& other) noexcept {
 }
 
 DeviceWeights::~DeviceWeights() {
-  (void)cudaFree(slabs_);  // wherever the current device is: addresses are unique
-  (void)cudaFree(bias_);
+  // whichever device is current: addresses are unique
+  if (slabs_ != nullptr) (void)cudaFree(slabs_);
+  if (bias_ != nullptr) (void)cudaFree(bias_);
 }
 
 int64_t DeviceWeights::bytes() const {

@@ -1,0 +1,198 @@
+#include "gemm/cuda/plan.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <string_view>
+
+#include "gemm/cuda/limits.h"
+
+namespace nibble::cuda {
+namespace {
+
+constexpr int kHopper = 90;  // sm_90a code runs there and nowhere else
+constexpr int kAmpere = 80;
+constexpr int64_t kSlabRows = 16;
+
+/// Policy of one kernel; the order is that of preference.
+struct Candidate {
+  KernelRow row;
+  KernelFamily family;
+  OperandOrder order;
+  bool hopper_only;
+  int64_t most_rows;  // 0: any
+};
+constexpr std::array<Candidate, 3> kCandidates = {{
+    {{"w4a8_slab_sm90", Mode::w4a8, kHopper},
+     KernelFamily::slab,
+     OperandOrder::natural,
+     true,
+     kSlabRows},
+    {{"w4a8_rs_sm90", Mode::w4a8, kHopper}, KernelFamily::rs, OperandOrder::wgmma, true, 0},
+    {{"w4a8_mma_sm80", Mode::w4a8, kAmpere}, KernelFamily::mma, OperandOrder::natural, false, 0},
+}};
+
+/// Empty if the kernel runs the problem on the device, else why not.
+std::string refusal(const Candidate& kernel, const Problem& p, const DeviceInfo& device) {
+  const auto capability = [](int c) { return fmt::format("{}.{}", c / 10, c % 10); };
+  if (kernel.hopper_only && device.capability != kHopper) {
+    return fmt::format("it needs compute capability 9.0, {} has {}", device.name,
+                       capability(device.capability));
+  }
+  if (device.capability < kernel.row.capability) {
+    return fmt::format("it needs compute capability {}, {} has {}",
+                       capability(kernel.row.capability), device.name,
+                       capability(device.capability));
+  }
+  if (kernel.most_rows > 0 && p.m > kernel.most_rows) {
+    return fmt::format("it takes at most {} rows, not {}", kernel.most_rows, p.m);
+  }
+  return "";
+}
+
+Result<Candidate> choose(const Problem& problem, const DeviceInfo& device, const char* force) {
+  std::string reasons;
+  bool known = force == nullptr;
+  for (const Candidate& kernel : kCandidates) {
+    if (force != nullptr && kernel.row.name != std::string_view(force)) continue;
+    known = true;
+    const std::string reason = refusal(kernel, problem, device);
+    if (reason.empty()) return kernel;
+    reasons += fmt::format("{}{}: {}", reasons.empty() ? "" : "; ", kernel.row.name, reason);
+  }
+  if (!known) {
+    return Status(Code::invalid_argument,
+                  fmt::format("no CUDA kernel is named '{}' (see nibble doctor)", force));
+  }
+  return Status(Code::unsupported, reasons);
+}
+
+Status check(const Problem& p) {
+  NIBBLE_TRY(check_problem(p));
+  if (p.mode == Mode::w4a16) {
+    return Status(Code::unsupported, "w4a16 has no CUDA kernel yet");
+  }
+  if (p.mixed_groups) {
+    return Status(Code::unsupported, "w4a4 with some groups at 8 bits has no CUDA quantizer yet");
+  }
+  return check_group_size(p.group_size, p.k);
+}
+
+PackedLayout layout_of(const Problem& p) { return packed_layout(p.n, p.k, p.group_size); }
+
+size_t aligned(size_t bytes) {
+  return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+}
+
+size_t scratch_bytes(const Plan& plan) {
+  if (plan.family != KernelFamily::rs || plan.problem.m == 0) return 0;
+  return rs_scratch_bytes(layout_of(plan.problem), plan.problem.m, plan.rs);
+}
+
+const Candidate& candidate_of(KernelFamily family) {
+  return *std::find_if(kCandidates.begin(), kCandidates.end(),
+                       [&](const Candidate& kernel) { return kernel.family == family; });
+}
+
+std::string family_text(const Plan& plan) {
+  switch (plan.family) {
+    case KernelFamily::slab: return plan.slab.describe();
+    case KernelFamily::rs:
+      return fmt::format("token_tile={} {}", plan.rs.token_tile,
+                         plan.rs.split_tail ? "split tail" : "whole tiles");
+    case KernelFamily::mma: return "whole tiles";
+  }
+  return "";
+}
+
+/// A weight tile is read from shared memory once for all tokens of a tile, so a wide one costs less
+/// per token: the widest whose padding does not eat that up.
+int token_tile(int64_t m) {
+  for (const int tile : {32, 64, 128}) {
+    if (m <= tile) return tile;
+  }
+  const auto padded = [m](int64_t tile) { return (m + tile - 1) / tile * tile; };
+  return padded(160) * 15 <= padded(128) * 16 ? 160 : 128;
+}
+
+}  // namespace
+
+RsConfig rs_config(const PackedLayout& layout, int64_t m, int multiprocessors) {
+  RsConfig config;
+  config.token_tile = token_tile(m);
+  config.multiprocessors = multiprocessors;
+  config.programmatic = true;
+  // Splitting costs a sum over parts; an almost full last wave is not worth it.
+  const RsSchedule whole = rs_schedule_of(layout, m, config);
+  const int tiles = whole.tiles(), waves = (tiles + whole.workers - 1) / whole.workers;
+  constexpr double kFullEnough = 0.9;
+  config.split_tail = tiles < kFullEnough * waves * whole.workers;
+  return config;
+}
+
+const char* Plan::kernel_name() const { return candidate_of(family).row.name; }
+
+std::string Plan::describe() const {
+  const Problem& p = problem;
+  return fmt::format("{}: M={} N={} K={} g={} {}{} x={} y={} act={}{} device={} {} workspace={} B",
+                     kernel_name(), p.m, p.n, p.k, p.group_size, mode_name(p.mode),
+                     p.mode == Mode::w4a4 ? " (int4 codes in an int8 kernel: as fast as w4a8)" : "",
+                     dtype_name(p.x_dtype), dtype_name(p.y_dtype), granularity_name(p.granularity),
+                     p.symmetric ? "" : " asymmetric", device, family_text(*this), workspace_bytes);
+}
+
+std::vector<KernelRow> kernel_table() {
+  std::vector<KernelRow> rows;
+  for (const Candidate& kernel : kCandidates) rows.push_back(kernel.row);
+  return rows;
+}
+
+WorkspaceLayout workspace_layout(const Plan& plan) {
+  const Problem& p = plan.problem;
+  const auto m = static_cast<size_t>(p.m), depth = static_cast<size_t>(plan.padded_k);
+  const auto groups = static_cast<size_t>(scales_per_group(p.granularity) ? p.k / p.group_size : 1);
+  const auto promoted = static_cast<size_t>(promoted_depth(p.group_size));
+  WorkspaceLayout w;
+  w.scales = w.codes + aligned(m * depth);
+  w.sums = w.scales + aligned(m * groups * sizeof(float));
+  w.range = w.sums + aligned(m * (depth / promoted) * sizeof(int32_t));
+  w.scratch = w.range + aligned(4 * sizeof(uint32_t));
+  w.total = w.scratch + aligned(scratch_bytes(plan));
+  return w;
+}
+
+Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const char* force) {
+  NIBBLE_TRY(check(problem));
+  const Result<Candidate> kernel = choose(problem, device, force);
+  if (!kernel.ok()) return kernel.status();
+  Plan plan;
+  plan.problem = problem;
+  plan.device = device.ordinal;
+  plan.family = kernel->family;
+  plan.order = kernel->order;
+  plan.padded_k = layout_of(problem).padded_k();
+  const PackedLayout layout = layout_of(problem);
+  if (plan.family == KernelFamily::slab && problem.m > 0) {
+    plan.slab = slab_config(layout, problem.m, scales_per_group(problem.granularity),
+                            device.multiprocessors, device.shared_bytes);
+    plan.slab.programmatic = true;
+  } else if (plan.family == KernelFamily::rs && problem.m > 0) {
+    plan.rs = rs_config(layout, problem.m, device.multiprocessors);
+  }
+  plan.workspace_bytes = workspace_layout(plan).total;
+  return plan;
+}
+
+Operand workspace_operand(const Plan& plan, void* workspace) {
+  const WorkspaceLayout w = workspace_layout(plan);
+  auto* base = static_cast<std::byte*>(workspace);
+  return {reinterpret_cast<int8_t*>(base + w.codes), reinterpret_cast<float*>(base + w.scales),
+          reinterpret_cast<int32_t*>(base + w.sums), reinterpret_cast<uint32_t*>(base + w.range)};
+}
+
+void* workspace_scratch(const Plan& plan, void* workspace) {
+  return static_cast<std::byte*>(workspace) + workspace_layout(plan).scratch;
+}
+
+}  // namespace nibble::cuda

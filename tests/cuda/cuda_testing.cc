@@ -1,0 +1,291 @@
+#include "cuda_testing.h"
+
+#include <fmt/format.h>
+
+#include <cmath>
+#include <cstring>
+
+namespace nibble::cuda::testing {
+namespace {
+
+constexpr size_t kGuardBytes = 256;
+constexpr int kGuard = 0x5a;
+
+double unit_roundoff(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::f32: return 0x1p-24;
+    case Dtype::f16: return 0x1p-11;
+    case Dtype::bf16: return 0x1p-9;
+  }
+  return 0;
+}
+
+double smallest_step(Dtype dtype) { return dtype == Dtype::f16 ? 0x1p-24 : 0x1p-149; }
+
+/// Parts that a kernel may sum on its own before it adds them: at most one a slice.
+int64_t parts_of(const Plan& plan) {
+  return keeps_the_order(plan) ? 1 : plan.padded_k / kSlabDepth;
+}
+
+std::string compare_bits(const Plan& plan, const Expected& expected,
+                         const std::vector<std::byte>& y, int64_t stride) {
+  const Problem& p = plan.problem;
+  const int bytes = dtype_bytes(p.y_dtype);
+  for (int64_t i = 0; i < p.m * p.n; ++i) {
+    std::byte rounded[4] = {};
+    store_from_float(rounded, 0, p.y_dtype, expected.y[i]);
+    const int64_t row = i / p.n, column = i % p.n;
+    if (std::memcmp(rounded, &y[(row * stride + column) * bytes], bytes) == 0) continue;
+    return fmt::format("y of row {}, column {} is {}, expected the bits of {}", row, column,
+                       load_as_float(y.data(), row * stride + column, p.y_dtype), expected.y[i]);
+  }
+  return "";
+}
+
+std::string compare_bounded(const Plan& plan, const Expected& expected,
+                            const std::vector<std::byte>& y, int64_t stride) {
+  const Problem& p = plan.problem;
+  // docs/kernels.md, with one more rounding for each part
+  const double steps = static_cast<double>(expected.terms + parts_of(plan) + 3);
+  const double growth = std::expm1(steps * std::log1p(0x1p-24));
+  for (int64_t i = 0; i < p.m * p.n; ++i) {
+    const int64_t row = i / p.n, column = i % p.n;
+    const double found = load_as_float(y.data(), row * stride + column, p.y_dtype);
+    const double bound = growth * expected.magnitude[i] +
+                         unit_roundoff(p.y_dtype) * std::fabs(expected.exact[i]) * 1.01 +
+                         smallest_step(p.y_dtype) + steps * 0x1p-149;
+    if (std::fabs(found - expected.exact[i]) <= bound) continue;
+    return fmt::format("y of row {}, column {} is {}, expected {} within {:.3g}", row, column,
+                       found, expected.exact[i], bound);
+  }
+  return "";
+}
+
+/// Only y's own columns may have been written.
+std::string check_padding(const Problem& p, const std::vector<std::byte>& y, int64_t stride) {
+  const int bytes = dtype_bytes(p.y_dtype);
+  for (int64_t row = 0; row < p.m; ++row) {
+    for (int64_t i = (row * stride + p.n) * bytes; i < (row + 1) * stride * bytes; ++i) {
+      if (y[i] != std::byte{0xcc}) return fmt::format("written behind the end of row {}", row);
+    }
+  }
+  return "";
+}
+
+/// Groups cut into what is promoted at once; k past K has codes equal to the zero point.
+ref::Weights cut_into_blocks(const ref::Weights& w) {
+  const int64_t depth = promoted_depth(w.group_size), blocks = (w.k + depth - 1) / depth;
+  ref::Weights cut{blocks * depth, w.n, depth, blocks, {}, {}, {}};
+  for (int64_t n = 0; n < w.n; ++n) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t group = n * w.groups + b * depth / w.group_size;
+      cut.zeros.push_back(w.zeros[group]);
+      cut.scales.push_back(w.scales[group]);
+      for (int64_t k = b * depth; k < (b + 1) * depth; ++k) {
+        cut.codes.push_back(k < w.k ? w.codes[n * w.k + k] : w.zeros[group]);
+      }
+    }
+  }
+  return cut;
+}
+
+}  // namespace
+
+const Result<DeviceInfo>& gpu() {
+  static const Result<DeviceInfo> info = device_info(0);
+  return info;
+}
+
+void check_cuda(cudaError_t error, const char* what) {
+  ASSERT_EQ(error, cudaSuccess) << what << ": " << cudaGetErrorString(error);
+}
+
+Buffer::Buffer(size_t bytes, int fill_byte) : bytes_(bytes) {
+  NIBBLE_CUDA(cudaMalloc(&data_, bytes + kGuardBytes));
+  NIBBLE_CUDA(cudaMemset(data_, fill_byte, bytes));
+  NIBBLE_CUDA(cudaMemset(as<std::byte>() + bytes, kGuard, kGuardBytes));
+}
+
+Buffer::~Buffer() { (void)cudaFree(data_); }
+
+void Buffer::upload(const void* from) {
+  NIBBLE_CUDA(cudaMemcpy(data_, from, bytes_, cudaMemcpyHostToDevice));
+}
+
+void Buffer::fill(int byte) { NIBBLE_CUDA(cudaMemset(data_, byte, bytes_)); }
+
+void Buffer::copy_to(void* to) const {
+  NIBBLE_CUDA(cudaMemcpy(to, data_, bytes_, cudaMemcpyDeviceToHost));
+}
+
+bool Buffer::guard_is_intact() const {
+  std::vector<std::byte> guard(kGuardBytes);
+  NIBBLE_CUDA(
+      cudaMemcpy(guard.data(), as<std::byte>() + bytes_, kGuardBytes, cudaMemcpyDeviceToHost));
+  for (const std::byte byte : guard) {
+    if (byte != static_cast<std::byte>(kGuard)) return false;
+  }
+  return true;
+}
+
+std::vector<Variant> kernels(const Problem& problem) {
+  std::vector<Variant> found;
+  for (const KernelRow& row : kernel_table()) {
+    const Result<Plan> plan = plan_gemm(problem, *gpu(), row.name);
+    if (plan.ok()) found.push_back({row.name, *plan});
+  }
+  EXPECT_FALSE(found.empty());
+  return found;
+}
+
+std::vector<Variant> variants(const Problem& problem) {
+  std::vector<Variant> found;
+  for (const Variant& kernel : kernels(problem)) {
+    if (kernel.plan.family != KernelFamily::rs) {
+      found.push_back(kernel);
+      continue;
+    }
+    for (const int tile : {32, 64, 128, 160}) {
+      for (const bool split : {false, true}) {
+        Variant variant = kernel;
+        variant.plan.rs.token_tile = tile;
+        variant.plan.rs.split_tail = split;
+        variant.plan.workspace_bytes = workspace_layout(variant.plan).total;
+        variant.name += fmt::format(" tile {}{}", tile, split ? " split" : "");
+        found.push_back(variant);
+      }
+    }
+  }
+  return found;
+}
+
+bool keeps_the_order(const Plan& plan) {
+  switch (plan.family) {
+    case KernelFamily::slab: return plan.padded_k == kSlabDepth;
+    case KernelFamily::rs: return !plan.rs.split_tail;
+    case KernelFamily::mma: return true;
+  }
+  return false;
+}
+
+void refresh(GpuWeight& weight) {
+  weight.host.reference = ref::unpack(weight.host.tensors.view());
+  weight.blocks = cut_into_blocks(weight.host.reference);
+  Result<DeviceWeights> device =
+      DeviceWeights::create(*gpu(), weight.host.tensors.view(), weight.host.bias_or_null());
+  ASSERT_TRUE(device.ok()) << device.status().message();
+  weight.device = std::move(*device);
+}
+
+GpuWeight make_gpu_weight(const WeightSpec& spec, std::mt19937& random) {
+  GpuWeight weight;
+  weight.host = nibble::testing::make_weight(spec, random);
+  refresh(weight);
+  return weight;
+}
+
+Quantized random_quantized(const Problem& problem, std::mt19937& random) {
+  Quantized q;
+  q.codes = nibble::testing::random_codes(problem.mode, problem.m * problem.k, random);
+  const int64_t per_row =
+      scales_per_group(problem.granularity) ? problem.k / problem.group_size : 1;
+  q.scales.resize(static_cast<size_t>(problem.m * per_row));
+  for (float& t : q.scales) t = std::uniform_real_distribution<float>(0.001f, 0.1f)(random);
+  return q;
+}
+
+Expected expected_of(const Problem& problem, const GpuWeight& weight, const Quantized& input) {
+  const ref::Weights& w = weight.blocks;
+  std::vector<int8_t> codes(static_cast<size_t>(problem.m * w.k));
+  for (int64_t i = 0; i < problem.m * problem.k; ++i) {
+    codes[i / problem.k * w.k + i % problem.k] = input.codes[i];
+  }
+  // a scale for each block instead of each group
+  std::vector<float> scales = input.scales;
+  const bool by_group = scales_per_group(problem.granularity);
+  if (by_group) {
+    const int64_t groups = problem.k / problem.group_size;
+    scales.clear();
+    for (int64_t row = 0; row < problem.m; ++row) {
+      for (int64_t b = 0; b < w.groups; ++b) {
+        scales.push_back(input.scales[row * groups + b * w.group_size / problem.group_size]);
+      }
+    }
+  }
+  const float* bias = weight.host.bias_or_null();
+  const std::vector<int32_t> sums = ref::partial_sums(w, codes.data(), problem.m);
+  Expected e;
+  e.terms = w.groups;
+  e.y = ref::epilogue(problem, w, sums, scales.data(), bias);
+  for (int64_t row = 0; row < problem.m; ++row) {
+    for (int64_t n = 0; n < w.n; ++n) {
+      double exact = bias != nullptr ? bias[n] : 0.0, magnitude = std::fabs(exact);
+      for (int64_t b = 0; b < w.groups; ++b) {
+        const double t = scales[by_group ? row * w.groups + b : row];
+        const double term = t * sums[(row * w.groups + b) * w.n + n] * w.scales[n * w.groups + b];
+        exact += term;
+        magnitude += std::fabs(term);
+      }
+      e.exact.push_back(exact);
+      e.magnitude.push_back(magnitude);
+    }
+  }
+  return e;
+}
+
+int64_t natural_index(OperandOrder order, int64_t index) {
+  if (order == OperandOrder::natural) return index;
+  constexpr int64_t kWords[8] = {0, 2, 4, 6, 1, 3, 5, 7};  // of each 32 k, as they are stored
+  return index / 32 * 32 + kWords[index % 32 / 4] * 4 + index % 4;
+}
+
+DeviceOperand upload(const Plan& plan, const Quantized& input) {
+  const Problem& p = plan.problem;
+  const int64_t promoted = promoted_depth(p.group_size), blocks = plan.padded_k / promoted;
+  std::vector<int8_t> codes(static_cast<size_t>(p.m * plan.padded_k));
+  std::vector<int32_t> sums(static_cast<size_t>(p.m * blocks));
+  for (int64_t row = 0; row < p.m; ++row) {
+    for (int64_t i = 0; i < plan.padded_k; ++i) {
+      const int64_t k = natural_index(plan.order, i);
+      if (k >= p.k) continue;
+      codes[row * plan.padded_k + i] = input.codes[row * p.k + k];
+      sums[row * blocks + k / promoted] += input.codes[row * p.k + k];
+    }
+  }
+  return {Buffer(codes), Buffer(input.scales), Buffer(sums), Buffer(16)};
+}
+
+std::string run_and_compare(const Plan& plan, const GpuWeight& weight, const Quantized& input,
+                            const Expected& expected) {
+  const Problem& p = plan.problem;
+  const int64_t stride = p.n + 8;
+  const DeviceOperand operand = upload(plan, input);
+  const Buffer y(static_cast<size_t>(p.m * stride * dtype_bytes(p.y_dtype)));
+  const Buffer workspace(plan.workspace_bytes, 0);
+  const Status status = run_gemm_quantized(plan, operand.operand(), weight.device, y.as<>(), stride,
+                                           workspace.as<>(), nullptr);
+  if (!status.ok()) return status.message();
+  if (const cudaError_t error = cudaDeviceSynchronize(); error != cudaSuccess) {
+    return cudaGetErrorString(error);
+  }
+  const auto found = y.download<std::byte>();
+  if (!y.guard_is_intact()) return "written behind the end of y";
+  if (!workspace.guard_is_intact()) return "written behind the end of the workspace";
+  if (std::string text = check_padding(p, found, stride); !text.empty()) return text;
+  return keeps_the_order(plan) ? compare_bits(plan, expected, found, stride)
+                               : compare_bounded(plan, expected, found, stride);
+}
+
+void expect_all_variants_right(Problem problem, const GpuWeight& weight, std::mt19937& random) {
+  problem.n = weight.host.reference.n;
+  problem.k = weight.host.reference.k;
+  problem.group_size = weight.host.reference.group_size;
+  const Quantized input = random_quantized(problem, random);
+  const Expected expected = expected_of(problem, weight, input);
+  for (const Variant& variant : variants(problem)) {
+    const std::string wrong = run_and_compare(variant.plan, weight, input, expected);
+    ASSERT_EQ(wrong, "") << variant.name << " [" << variant.plan.describe() << "]";
+  }
+}
+
+}  // namespace nibble::cuda::testing

@@ -1,0 +1,230 @@
+// Plans of the CUDA path: which kernel, why not another, and where things lie in the workspace.
+// Pure host functions; no GPU is needed.
+#include <gtest/gtest.h>
+
+#include <set>
+#include <string>
+
+#include "gemm/cuda/plan.h"
+
+namespace nibble::cuda {
+namespace {
+
+DeviceInfo h200() {
+  DeviceInfo device;
+  device.ordinal = 1;
+  device.name = "H200";
+  device.capability = 90;
+  device.multiprocessors = 132;
+  device.l2_bytes = 60 << 20;
+  device.memory_bytes = int64_t{140} << 30;
+  device.shared_bytes = 232448;
+  return device;
+}
+
+DeviceInfo of_capability(int capability) {
+  DeviceInfo device = h200();
+  device.capability = capability;
+  device.shared_bytes = 99 << 10;
+  return device;
+}
+
+Problem problem(int64_t m, int64_t n = 4096, int64_t k = 4096, int64_t group_size = 128) {
+  Problem p;
+  p.m = m;
+  p.n = n;
+  p.k = k;
+  p.group_size = group_size;
+  p.x_dtype = p.y_dtype = Dtype::bf16;
+  return p;
+}
+
+std::string kernel_for(const Problem& p, const DeviceInfo& device, const char* force = nullptr) {
+  const Result<Plan> plan = plan_gemm(p, device, force);
+  return plan.ok() ? plan->kernel_name() : plan.status().message();
+}
+
+void expect_refused(const Problem& p, const DeviceInfo& device, const char* force, Code code,
+                    std::initializer_list<const char*> words) {
+  const Result<Plan> plan = plan_gemm(p, device, force);
+  ASSERT_FALSE(plan.ok()) << plan->describe();
+  EXPECT_EQ(plan.status().code(), code) << plan.status().message();
+  for (const char* word : words) {
+    EXPECT_NE(plan.status().message().find(word), std::string::npos)
+        << word << " is not in: " << plan.status().message();
+  }
+}
+
+TEST(CudaPlan, HopperRunsSlabsForFewRowsAndWgmmaForMore) {
+  for (int64_t m = 0; m <= 16; ++m) EXPECT_EQ(kernel_for(problem(m), h200()), "w4a8_slab_sm90");
+  for (const int64_t m : {17, 32, 100, 4096, 100000}) {
+    EXPECT_EQ(kernel_for(problem(m), h200()), "w4a8_rs_sm90");
+  }
+}
+
+// sm_90a code runs on 9.0 only, not on later devices.
+TEST(CudaPlan, OtherDevicesRunMma) {
+  for (const int capability : {80, 86, 87, 89, 100, 103, 120}) {
+    for (const int64_t m : {1, 16, 17, 1000}) {
+      EXPECT_EQ(kernel_for(problem(m), of_capability(capability)), "w4a8_mma_sm80");
+    }
+  }
+  expect_refused(problem(1), of_capability(75), nullptr, Code::unsupported,
+                 {"w4a8_mma_sm80", "8.0", "7.5"});
+}
+
+TEST(CudaPlan, AKernelCanBeForcedWhereItRuns) {
+  EXPECT_EQ(kernel_for(problem(1), h200(), "w4a8_rs_sm90"), "w4a8_rs_sm90");
+  EXPECT_EQ(kernel_for(problem(1), h200(), "w4a8_mma_sm80"), "w4a8_mma_sm80");
+  EXPECT_EQ(kernel_for(problem(16), h200(), "w4a8_slab_sm90"), "w4a8_slab_sm90");
+  expect_refused(problem(17), h200(), "w4a8_slab_sm90", Code::unsupported, {"at most 16", "17"});
+  expect_refused(problem(1), of_capability(89), "w4a8_rs_sm90", Code::unsupported, {"9.0", "8.9"});
+  expect_refused(problem(1), of_capability(100), "w4a8_slab_sm90", Code::unsupported,
+                 {"9.0", "10.0"});
+  expect_refused(problem(1), h200(), "w4a8_amx", Code::invalid_argument, {"w4a8_amx"});
+}
+
+TEST(CudaPlan, RefusalsNameWhatIsWrong) {
+  Problem p = problem(1);
+  p.mode = Mode::w4a16;
+  expect_refused(p, h200(), nullptr, Code::unsupported, {"w4a16", "no CUDA kernel yet"});
+  expect_refused(problem(1, 12), h200(), nullptr, Code::invalid_argument, {"12", "8"});
+  expect_refused(problem(1, 64, 4096, 96), h200(), nullptr, Code::invalid_argument, {"96", "4096"});
+  expect_refused(problem(1, 64, 960, 96), h200(), nullptr, Code::unsupported, {"96", "32, 64"});
+  expect_refused(problem(1, 64, 96, 96), h200(), nullptr, Code::unsupported, {"96"});
+  expect_refused(problem(1, 64, 1024, 16), h200(), nullptr, Code::unsupported, {"16"});
+  expect_refused(problem(-1), h200(), nullptr, Code::invalid_argument, {"-1"});
+  Problem mixed = problem(1);
+  mixed.mode = Mode::w4a4;
+  mixed.granularity = Granularity::group;
+  mixed.mixed_groups = true;
+  expect_refused(mixed, h200(), nullptr, Code::unsupported, {"8 bits"});
+  Problem asymmetric = problem(1);
+  asymmetric.symmetric = false;
+  expect_refused(asymmetric, h200(), nullptr, Code::invalid_argument, {"asymmetric"});
+}
+
+TEST(CudaPlan, GroupSizesOfTheLayout) {
+  for (const int64_t g : {32, 64, 128, 256, 1152}) {
+    EXPECT_TRUE(plan_gemm(problem(4, 64, 1152 * 2, g), h200()).ok()) << g;
+  }
+  for (const int64_t k : {136, 200, 576, 1152, 4096}) {  // one group, whole blocks or not
+    EXPECT_TRUE(plan_gemm(problem(4, 64, k, k), h200()).ok()) << k;
+  }
+}
+
+// int4 codes run through the int8 kernels: exact, and the plan says that nothing is gained.
+TEST(CudaPlan, Int4RunsThroughInt8AndSaysSo) {
+  Problem p = problem(64);
+  p.mode = Mode::w4a4;
+  p.granularity = Granularity::group;
+  p.symmetric = false;
+  const Result<Plan> plan = plan_gemm(p, h200());
+  ASSERT_TRUE(plan.ok()) << plan.status().message();
+  EXPECT_STREQ(plan->kernel_name(), "w4a8_rs_sm90");
+  EXPECT_NE(plan->describe().find("as fast as w4a8"), std::string::npos) << plan->describe();
+}
+
+TEST(CudaPlan, OperandsAreInTheOrderOfTheKernel) {
+  EXPECT_EQ(plan_gemm(problem(1), h200())->order, OperandOrder::natural);
+  EXPECT_EQ(plan_gemm(problem(64), h200())->order, OperandOrder::wgmma);
+  EXPECT_EQ(plan_gemm(problem(64), of_capability(80))->order, OperandOrder::natural);
+  EXPECT_EQ(plan_gemm(problem(1), h200())->device, 1);
+  EXPECT_EQ(plan_gemm(problem(1, 64, 576, 64), h200())->padded_k, 1024);
+}
+
+TEST(CudaPlan, TokenTilesHoldAllRowsWithLittlePadding) {
+  for (int64_t m = 1; m <= 20000; m += m < 700 ? 1 : 37) {
+    const RsConfig config = rs_config(packed_layout(4096, 4096, 128), m, 132);
+    const int tile = config.token_tile;
+    ASSERT_TRUE(tile == 32 || tile == 64 || tile == 128 || tile == 160) << m;
+    const int64_t padded = (m + tile - 1) / tile * tile;
+    if (m <= 128) {
+      ASSERT_EQ(padded, tile) << m;
+    } else if (m >= 2048) {
+      ASSERT_LT(static_cast<double>(padded), 1.08 * static_cast<double>(m)) << m;
+    }
+  }
+}
+
+TEST(CudaPlan, ALastWaveThatIsAlmostFullIsNotSplit) {
+  // 66 workers (clusters of two blocks) on 256 columns each
+  EXPECT_FALSE(rs_config(packed_layout(256 * 66, 4096, 128), 128, 132).split_tail);
+  EXPECT_TRUE(rs_config(packed_layout(256 * 67, 4096, 128), 128, 132).split_tail);
+  EXPECT_TRUE(rs_config(packed_layout(4096, 4096, 128), 128, 132).split_tail);
+}
+
+// Every slice of every tile is done exactly once, by consecutive workers where a tile is shared.
+TEST(CudaPlan, RsScheduleCoversEverySliceOnce) {
+  for (const int64_t weight_tiles : {1, 3, 16, 40}) {
+    for (const int64_t token_tiles : {1, 2, 9, 33}) {
+      for (const int64_t slices : {1, 2, 8, 29}) {
+        for (const bool split : {false, true}) {
+          const RsSchedule schedule = rs_schedule(weight_tiles, token_tiles, slices, 66, split);
+          std::set<std::tuple<int, int, int>> done;
+          for (int worker = 0; worker < schedule.workers; ++worker) {
+            for (int item = 0; item < schedule.items(worker); ++item) {
+              const RsWork work = schedule.work(worker, item);
+              ASSERT_LT(work.weight_tile, weight_tiles);
+              ASSERT_LT(work.token_tile, token_tiles);
+              ASSERT_LT(work.slice0, work.slice1);
+              for (int slice = work.slice0; slice < work.slice1; ++slice) {
+                ASSERT_TRUE(done.insert({work.weight_tile, work.token_tile, slice}).second);
+              }
+            }
+          }
+          ASSERT_EQ(static_cast<int64_t>(done.size()), weight_tiles * token_tiles * slices)
+              << weight_tiles << " x " << token_tiles << " x " << slices << " split " << split;
+        }
+      }
+    }
+  }
+}
+
+TEST(CudaPlan, WorkspaceHoldsEverythingAligned) {
+  for (const Granularity granularity :
+       {Granularity::tensor, Granularity::token, Granularity::group, Granularity::static_group}) {
+    for (const int64_t m : {1, 16, 17, 161}) {
+      for (const int64_t group_size : {32, 64, 128, 256, 576}) {
+        Problem p = problem(m, 520, group_size == 576 ? 576 : 1280, group_size);
+        p.granularity = granularity;
+        const Result<Plan> plan = plan_gemm(p, h200());
+        ASSERT_TRUE(plan.ok()) << plan.status().message();
+        const WorkspaceLayout w = workspace_layout(*plan);
+        const int64_t groups = scales_per_group(granularity) ? p.k / group_size : 1;
+        const int64_t promoted = promoted_depth(group_size);
+        EXPECT_GE(w.scales - w.codes, static_cast<size_t>(m * plan->padded_k));
+        EXPECT_GE(w.sums - w.scales, static_cast<size_t>(m * groups * 4));
+        EXPECT_GE(w.range - w.sums, static_cast<size_t>(m * plan->padded_k / promoted * 4));
+        EXPECT_GE(w.scratch - w.range, 16u);
+        EXPECT_GE(w.total, w.scratch);
+        for (const size_t offset : {w.scales, w.sums, w.range, w.scratch, w.total}) {
+          EXPECT_EQ(offset % kWorkspaceAlignment, 0u);
+        }
+        EXPECT_EQ(plan->workspace_bytes, w.total);
+      }
+    }
+  }
+}
+
+TEST(CudaPlan, DescribesItselfInOneLine) {
+  for (const int64_t m : {1, 64}) {
+    const std::string text = plan_gemm(problem(m), h200())->describe();
+    EXPECT_EQ(text.find('\n'), std::string::npos);
+    for (const char* word : {"M=", "N=4096", "K=4096", "g=128", "bf16", "token", "workspace="}) {
+      EXPECT_NE(text.find(word), std::string::npos) << word << " is not in: " << text;
+    }
+  }
+}
+
+TEST(CudaPlan, TableNamesEveryKernel) {
+  std::set<std::string> names;
+  for (const KernelRow& row : kernel_table()) {
+    EXPECT_TRUE(names.insert(row.name).second) << row.name;
+    EXPECT_EQ(row.mode, Mode::w4a8);
+  }
+  EXPECT_EQ(names.size(), 3u);
+}
+
+}  // namespace
+}  // namespace nibble::cuda
