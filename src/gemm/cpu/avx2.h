@@ -83,11 +83,16 @@ inline void add_pairs_u8s8(__m256i& pairs, __m256i codes, __m256i x) {
           : "x"(codes), "x"(x));
 }
 
-/// z * sum exactly. When |sum| < 2^15 (group_size <= 255) one VPMADDWD does it: z has a zero high
-/// half, so only the low halves meet.
-inline __m256i zero_correction(__m256i zeros, int32_t sum, bool small_sums) {
-  const __m256i s = _mm256_set1_epi32(sum);
-  return small_sums ? _mm256_madd_epi16(zeros, s) : _mm256_mullo_epi32(zeros, s);
+/// Zero points for zero_correction: -z, of which VPMADDWD is to see the low half only.
+inline __m256i negative_zeros(__m256i zeros, bool small_sums) {
+  const __m256i negative = _mm256_sub_epi32(_mm256_setzero_si256(), zeros);
+  return small_sums ? _mm256_and_si256(negative, _mm256_set1_epi32(0xffff)) : negative;
+}
+
+/// -z * sum exactly. When |sum| < 2^15 (group_size <= 255) one VPMADDWD does it.
+inline __m256i zero_correction(__m256i negative_zeros, __m256i sum, bool small_sums) {
+  return small_sums ? _mm256_madd_epi16(negative_zeros, sum)
+                    : _mm256_mullo_epi32(negative_zeros, sum);
 }
 
 }  // namespace

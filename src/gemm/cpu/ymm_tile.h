@@ -28,7 +28,6 @@ constexpr int64_t kStepQuads = 8;    // unrolled
 constexpr int64_t kPanelQuads = 64;  // of the largest group that is expanded: 8 KiB
 constexpr int64_t kPassRows = 96;    // accumulators of a block: 12 KiB
 constexpr int64_t kPanelTileRows = 6;
-constexpr int kStripHalves = 4;
 
 /// First column, within its block, of vector v (0: low nibbles, 1: high) of half line h.
 inline int64_t half_line_column(int64_t h, int v) { return h % 2 * 8 + v * 16; }
@@ -65,24 +64,34 @@ inline CodePair expand_half_line(const uint8_t* from) {
           _mm256_and_si256(_mm256_srli_epi16(codes, 4), low_nibble)};
 }
 
-/// One group of kHalves half lines as they lie in memory.
+inline void prefetch(const uint8_t* line) {
+  _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T0);
+}
+
+/// One group of kHalves half lines as they lie in memory. Loading them prefetches each line once:
+/// a single half line takes every second line, its neighbour the others.
 template <int kHalves>
 struct PackedCodes {
-  const uint8_t* line[kHalves];
+  const uint8_t* half[kHalves];
+  const uint8_t* ahead[kHalves];
 
   PackedCodes(const PackedWeights& w, int64_t half_line, int64_t group) {
     for (int j = 0; j < kHalves; ++j) {
-      line[j] = w.codes((half_line + j) / 2) + (half_line + j) % 2 * kHalfLineBytes +
-                group * w.quads * kLineBytes;
+      const int64_t odd = (half_line + j) % 2;
+      const uint8_t* line = w.codes((half_line + j) / 2) + group * w.quads * kLineBytes;
+      half[j] = line + odd * kHalfLineBytes;
+      ahead[j] = line + kPrefetchBytes + odd * kLineBytes;
     }
   }
   CodePair load(int j, int quad) const {
-    const uint8_t* from = line[j] + quad * kLineBytes;
-    _mm_prefetch(reinterpret_cast<const char*>(from) + kPrefetchBytes, _MM_HINT_T0);
-    return expand_half_line(from);
+    if ((kHalves == 1 ? quad : j) % 2 == 0) prefetch(ahead[j] + quad * kLineBytes);
+    return expand_half_line(half[j] + quad * kLineBytes);
   }
   void advance(int64_t quads) {
-    for (int j = 0; j < kHalves; ++j) line[j] += quads * kLineBytes;
+    for (int j = 0; j < kHalves; ++j) {
+      half[j] += quads * kLineBytes;
+      ahead[j] += quads * kLineBytes;
+    }
   }
 };
 
@@ -154,85 +163,89 @@ struct GroupProduct {
   }
 };
 
-/// kHalves half lines and up to kPassRows rows (4 if more than a block).
+/// kHalves half lines and kRows rows at most, on their way through K group by group.
+template <int kHalves, int kMaxRows, bool kGroupScales>
 struct YmmStrip {
-  const GemmBlock& b;
-  int64_t half_line;  // first
-  int halves;
-  int64_t row, rows;
-  bool small_sums;
-  // of the group at hand, by vector: half line j has 2j and 2j + 1
-  __m256 scales[2 * kStripHalves];
-  __m256i zeros[2 * kStripHalves];
-  __m256 acc[kPassRows * 4];  // (rows, vectors)
+  static constexpr int kVectors = 2 * kHalves;  // half line j has 2j and 2j + 1
 
-  YmmStrip(const GemmBlock& block, int64_t first_half_line, int num_halves, int64_t first_row,
-           int64_t num_rows)
-      : b(block), half_line(first_half_line), halves(num_halves), row(first_row), rows(num_rows) {
-    small_sums = b.weights->group_size <= 255;
-    for (int64_t i = 0; i < rows * 2 * halves; ++i) acc[i] = _mm256_setzero_ps();
+  const GemmBlock& b;
+  const PackedWeights& w = *b.weights;
+  int64_t half_line;  // first
+  int64_t row, rows;
+  bool small_sums = w.group_size <= 255;
+  __m256 scales[kVectors];  // of the group at hand
+  __m256i zeros[kVectors];  // negated
+  __m256 acc[kMaxRows][kVectors];
+
+  YmmStrip(const GemmBlock& block, int64_t first_half_line, int64_t first_row, int64_t num_rows)
+      : b(block), half_line(first_half_line), row(first_row), rows(num_rows) {
+    std::memset(acc, 0, static_cast<size_t>(rows) * sizeof acc[0]);
   }
 
   void load_group(int64_t group) {
-    const PackedWeights& w = *b.weights;
-    for (int i = 0; i < 2 * halves; ++i) {
+    for (int i = 0; i < kVectors; ++i) {
       const int64_t block = (half_line + i / 2) / 2;
       const int64_t at = group * kBlockColumns + half_line_column(half_line + i / 2, i % 2);
       scales[i] = load_scales(w.scales(block) + at, w.scale_dtype);
-      zeros[i] = load_zeros(w.zeros(block) + at);
+      zeros[i] = negative_zeros(load_zeros(w.zeros(block) + at), small_sums);
     }
   }
 
   /// Rows first_row.. of the strip and half lines first.., one group: integer product, then the
   /// float epilogue (gemm.h). The sums start at -z * sum(a).
-  template <class Dot, int kRows, int kHalves, bool kGroupScales, class Codes>
+  template <class Dot, int kRows, int kTileHalves, class Codes>
   void multiply(const Codes& codes, int64_t group, int first, int64_t first_row) {
-    const PackedWeights& w = *b.weights;
     const int64_t a_row_stride = w.groups * w.quads * 4;
-    const int8_t* a = b.activations.codes + (row + first_row) * a_row_stride + group * w.quads * 4;
-    GroupProduct<Dot, kRows, kHalves, Codes> product{{}, {}, codes, {}};
+    const int64_t at = (row + first_row) * w.groups + group;  // of (rows, groups)
+    const int8_t* a = b.activations.codes + at * w.quads * 4;
+    const int32_t* a_sums = b.activations.sums + at;
+    GroupProduct<Dot, kRows, kTileHalves, Codes> product{{}, {}, codes, {}};
     unroll<kRows>([&](auto r) NIBBLE_INLINE {
       product.a[r] = a + r * a_row_stride;
-      const int32_t a_sum = b.activations.sums[(row + first_row + r) * w.groups + group];
-      unroll<2 * kHalves>([&](auto v) NIBBLE_INLINE {
-        product.sums[r][v / 2][v % 2] = zero_correction(zeros[2 * first + v], -a_sum, small_sums);
+      const __m256i a_sum = _mm256_set1_epi32(a_sums[r * w.groups]);
+      unroll<2 * kTileHalves>([&](auto v) NIBBLE_INLINE {
+        product.sums[r][v / 2][v % 2] = zero_correction(zeros[2 * first + v], a_sum, small_sums);
       });
     });
     product.run(w.quads);
+    if (b.partials != nullptr) {
+      unroll<kRows>([&](auto r) NIBBLE_INLINE {
+        unroll<2 * kTileHalves>([&](auto v) NIBBLE_INLINE {
+          store_partial(half_line + first + v / 2, v % 2, at + r * w.groups,
+                        product.sums[r][v / 2][v % 2]);
+        });
+      });
+    }
+    __m256(*to)[kVectors] = acc + first_row;
     unroll<kRows>([&](auto r) NIBBLE_INLINE {
-      const int64_t at = (row + first_row + r) * w.groups + group;
-      __m256* row_acc = acc + (first_row + r) * 2 * halves + 2 * first;
-      unroll<2 * kHalves>([&](auto v) NIBBLE_INLINE {
-        const __m256i sum = product.sums[r][v / 2][v % 2];
-        if (b.partials != nullptr) store_partial(half_line + first + v / 2, v % 2, at, sum);
-        __m256 value = _mm256_cvtepi32_ps(sum);
-        if (kGroupScales) value = _mm256_mul_ps(value, _mm256_set1_ps(b.activations.scales[at]));
-        row_acc[v] = _mm256_fmadd_ps(value, scales[2 * first + v], row_acc[v]);
+      unroll<2 * kTileHalves>([&](auto v) NIBBLE_INLINE {
+        __m256 value = _mm256_cvtepi32_ps(product.sums[r][v / 2][v % 2]);
+        if (kGroupScales) {
+          value = _mm256_mul_ps(value, _mm256_set1_ps(b.activations.scales[at + r * w.groups]));
+        }
+        to[r][2 * first + v] = _mm256_fmadd_ps(value, scales[2 * first + v], to[r][2 * first + v]);
       });
     });
   }
 
   [[gnu::noinline]] void store_partial(int64_t h, int v, int64_t at, __m256i sum) const {
     const int64_t n0 = h / 2 * kBlockColumns + half_line_column(h, v);
-    const int64_t count = b.weights->n - n0;
+    const int64_t count = w.n - n0;
     if (count <= 0) return;
     alignas(32) int32_t lanes[8];
     _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sum);
-    std::memcpy(b.partials + at * b.weights->n + n0, lanes,
-                static_cast<size_t>(count < 8 ? count : 8) * 4);
+    std::memcpy(b.partials + at * w.n + n0, lanes, static_cast<size_t>(count < 8 ? count : 8) * 4);
   }
 
-  template <bool kGroupScales>
   void store() const {
-    const PackedWeights& w = *b.weights;
     const bool has_bias = !w.bias.empty();
-    for (int i = 0; i < 2 * halves; ++i) {
+    for (int i = 0; i < kVectors; ++i) {
       const int64_t h = half_line + i / 2;
       const int64_t n0 = h / 2 * kBlockColumns + half_line_column(h, i % 2);
       if (n0 >= w.n) continue;
       const __m256 bias = has_bias ? _mm256_loadu_ps(&w.bias[n0]) : _mm256_setzero_ps();
       for (int64_t r = 0; r < rows; ++r) {
-        __m256 y = acc[r * 2 * halves + i];
+        __m256 y = acc[r][i];
         if (!kGroupScales) {
           const __m256 t = _mm256_set1_ps(b.activations.scales[row + r]);
           y = has_bias ? _mm256_fmadd_ps(y, t, bias) : _mm256_mul_ps(y, t);
@@ -245,63 +258,71 @@ struct YmmStrip {
   }
 };
 
-/// kRows rows, kHalves half lines at a time, nibbles expanded in registers.
-template <class Dot, int kRows, int kHalves, bool kGroupScales>
-void run_ymm_rows(const GemmBlock& b, int64_t row) {
-  for (int64_t h = 2 * b.block0; h < 2 * b.block1; h += kStripHalves) {
-    const int halves = 2 * b.block1 - h < kStripHalves ? 2 : kStripHalves;
-    YmmStrip strip(b, h, halves, row, kRows);
-    for (int64_t group = 0; group < b.weights->groups; ++group) {
-      strip.load_group(group);
-      int j = 0;
-      for (; halves - j >= kHalves; j += kHalves) {
-        const PackedCodes<kHalves> codes(*b.weights, h + j, group);
-        strip.multiply<Dot, kRows, kHalves, kGroupScales>(codes, group, j, 0);
-      }
-      if constexpr (kHalves > 2) {
-        if (j < halves) {
-          const PackedCodes<2> codes(*b.weights, h + j, group);
-          strip.multiply<Dot, kRows, 2, kGroupScales>(codes, group, j, 0);
-        }
-      }
+/// kRows rows by a strip of kHalves half lines, kTileHalves at a time, nibbles expanded in
+/// registers.
+template <class Dot, bool kGroupScales, int kRows, int kTileHalves, int kHalves>
+void run_ymm_strip(const GemmBlock& b, int64_t half_line, int64_t row) {
+  YmmStrip<kHalves, kRows, kGroupScales> strip(b, half_line, row, kRows);
+  for (int64_t group = 0; group < b.weights->groups; ++group) {
+    strip.load_group(group);
+    for (int j = 0; j < kHalves; j += kTileHalves) {
+      const PackedCodes<kTileHalves> codes(*b.weights, half_line + j, group);
+      strip.template multiply<Dot, kRows, kTileHalves>(codes, group, j, 0);
     }
-    strip.store<kGroupScales>();
+  }
+  strip.store();
+}
+
+/// All columns of kRows rows: strips of two blocks, and of one where no second is left.
+template <class Dot, bool kGroupScales, int kRows, int kTileHalves>
+void run_ymm_rows(const GemmBlock& b, int64_t row) {
+  int64_t block = b.block0;
+  for (; b.block1 - block >= 2; block += 2) {
+    run_ymm_strip<Dot, kGroupScales, kRows, kTileHalves, 4>(b, 2 * block, row);
+  }
+  if (block < b.block1) {
+    constexpr int kLast = kTileHalves < 2 ? kTileHalves : 2;
+    run_ymm_strip<Dot, kGroupScales, kRows, kLast, 2>(b, 2 * block, row);
   }
 }
 
-/// Rows of a block of columns whose codes are expanded once per group.
+/// Rows of a block of columns whose codes are expanded once per group. The group after the next is
+/// prefetched a few lines a tile: all at once, they hold up the loads of the activations.
 template <class Dot, bool kGroupScales>
 void run_ymm_panel(const GemmBlock& b, int64_t block, int64_t row, int64_t rows) {
   const PackedWeights& w = *b.weights;
   alignas(32) __m256i panel[2][2 * kPanelQuads];
-  YmmStrip strip(b, 2 * block, 2, row, rows);
+  YmmStrip<2, kPassRows, kGroupScales> strip(b, 2 * block, row, rows);
   const int64_t tiles = (rows + kPanelTileRows - 1) / kPanelTileRows;
+  const int64_t lines_per_tile = (w.quads + 2 * tiles - 1) / (2 * tiles);
   for (int64_t group = 0; group < w.groups; ++group) {
     strip.load_group(group);
-    PackedCodes<2> packed(w, 2 * block, group);
-    for (int64_t quad = 0; quad < w.quads; ++quad, packed.advance(1)) {
+    const uint8_t* line = w.codes(block) + group * w.quads * kLineBytes;
+    for (int64_t quad = 0; quad < w.quads; ++quad, line += kLineBytes) {
       for (int j = 0; j < 2; ++j) {
-        const CodePair pair = packed.load(j, 0);
+        const CodePair pair = expand_half_line(line + j * kHalfLineBytes);
         panel[j][2 * quad] = pair.low;
         panel[j][2 * quad + 1] = pair.high;
       }
     }
+    line += w.quads * kLineBytes;
     int64_t first = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t count = rows / tiles + (tile < rows % tiles ? 1 : 0);
       for (int j = 0; j < 2; ++j) {
+        for (int64_t i = 0; i < lines_per_tile; ++i, line += kLineBytes) prefetch(line);
         const ExpandedCodes codes{panel[j]};
         switch (count) {
-          case 3: strip.multiply<Dot, 3, 1, kGroupScales>(codes, group, j, first); break;
-          case 4: strip.multiply<Dot, 4, 1, kGroupScales>(codes, group, j, first); break;
-          case 5: strip.multiply<Dot, 5, 1, kGroupScales>(codes, group, j, first); break;
-          default: strip.multiply<Dot, 6, 1, kGroupScales>(codes, group, j, first); break;
+          case 3: strip.template multiply<Dot, 3, 1>(codes, group, j, first); break;
+          case 4: strip.template multiply<Dot, 4, 1>(codes, group, j, first); break;
+          case 5: strip.template multiply<Dot, 5, 1>(codes, group, j, first); break;
+          default: strip.template multiply<Dot, 6, 1>(codes, group, j, first); break;
         }
       }
       first += count;
     }
   }
-  strip.store<kGroupScales>();
+  strip.store();
 }
 
 template <class Dot, bool kGroupScales>
@@ -319,10 +340,10 @@ void run_ymm_blocks(const GemmBlock& b) {
     return;
   }
   int64_t row = 0;
-  for (; b.rows - row >= 4; row += 4) run_ymm_rows<Dot, 4, 1, kGroupScales>(b, row);
-  if (b.rows - row == 3) run_ymm_rows<Dot, 3, 2, kGroupScales>(b, row);
-  if (b.rows - row == 2) run_ymm_rows<Dot, 2, 2, kGroupScales>(b, row);
-  if (b.rows - row == 1) run_ymm_rows<Dot, 1, 4, kGroupScales>(b, row);
+  for (; b.rows - row >= 4; row += 4) run_ymm_rows<Dot, kGroupScales, 4, 1>(b, row);
+  if (b.rows - row == 3) run_ymm_rows<Dot, kGroupScales, 3, 2>(b, row);
+  if (b.rows - row == 2) run_ymm_rows<Dot, kGroupScales, 2, 2>(b, row);
+  if (b.rows - row == 1) run_ymm_rows<Dot, kGroupScales, 1, 4>(b, row);
 }
 
 template <class Dot>
