@@ -16,15 +16,13 @@
 //               w = 2: q[k0 + 4 + b][r]  (low nibble)             q[k0 + 36 + b][r]   (high nibble)
 //               w = 3: the same for column r + 8
 //           In step j a lane meets the 8 neighbouring activations from 32 j + 8 c on: the B operand.
-//   P       groups of a slab: 512 / promoted, promoted = min(group size, 128)
+//   P       groups of a slab: 512 / promoted, promoted = 32, 64 or 128
 //   scales  [r 0..7][P][2] as in the checkpoint (fp16 or bf16): columns r and r + 8
 //   zeros   [r 0..7][P] bytes: column r in the low nibble, column r + 8 in the high one
 //
 // Rows past K, and columns past N, have codes, zero points and scales 0. A group longer than 128 is
 // stored as blocks of 128 with the same scale and zero point: 4.156 bits a weight at g >= 128.
 #pragma once
-
-#error "The block layout below changed at 08:18 (k now runs 32 by 32 per product step, so that groups of 32 and 64 work). Re-read the comment above and OperandOrder in gemm_cuda.h, adapt your code, then delete this line."
 
 #include <cstdint>
 
@@ -35,8 +33,11 @@ inline constexpr int kSlabDepth = 512;
 inline constexpr int kBlockDepth = 128;
 inline constexpr int kSlabCodeBytes = kSlabColumns * kSlabDepth / 2;
 
-/// Longest run of k whose integer sum is promoted to float at once.
-constexpr int64_t promoted_depth(int64_t group_size) { return group_size < 128 ? group_size : 128; }
+/// Longest run of k whose integer sum is promoted to float at once. 128 also where all of a short K
+/// is one group.
+constexpr int64_t promoted_depth(int64_t group_size) {
+  return group_size == 32 || group_size == 64 ? group_size : kBlockDepth;
+}
 
 struct PackedLayout {
   int64_t n = 0, k = 0, group_size = 0;
@@ -45,9 +46,9 @@ struct PackedLayout {
   int slab_groups = 0;            // 512 / promoted
   int slab_bytes = 0;             // a multiple of 16
 
-  int64_t bytes() const { return tiles * slices * slab_bytes; }
-  int64_t padded_k() const { return slices * kSlabDepth; }
-  int zeros_offset() const { return kSlabCodeBytes + slab_groups * 32; }
+  constexpr int64_t bytes() const { return tiles * slices * slab_bytes; }
+  constexpr int64_t padded_k() const { return slices * kSlabDepth; }
+  constexpr int zeros_offset() const { return kSlabCodeBytes + slab_groups * 32; }
 };
 
 /// group_size: 32, 64, a multiple of 128, or k itself.

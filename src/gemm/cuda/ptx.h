@@ -26,6 +26,13 @@ __device__ __forceinline__ bool elect_one() {
   return elected != 0;
 }
 
+/// Volatile: read anew where it is used, instead of kept in a register from the start.
+__device__ __forceinline__ int lane() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // ---- mbarriers (sm_90 but for init, arrive and wait) -------------------------------------------
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
@@ -238,6 +245,13 @@ __device__ __forceinline__ void store_matrices(uint32_t row_address, uint4 v) {
 
 // ---- arithmetic --------------------------------------------------------------------------------
 
+/// Maximum that keeps a NaN, unlike fmaxf. sm_80.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float d;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+
 /// d += A * B, A (16 x 32) u8, B (32 x 8) s8. With lane = 4 r + c: a.x holds rows r, k 4 c ..;
 /// a.y row r + 8; a.z row r, k 16 + 4 c ..; a.w row r + 8; b0, b1 column r, the same k; d row r,
 /// columns 2 c and 2 c + 1, then row r + 8.
@@ -309,8 +323,9 @@ __device__ __forceinline__ void mbarrier_arrive_cluster_if(bool wanted, uint32_t
       "r"(int{wanted})
       : "memory");
 }
+/// Not the aligned forms: lanes of a warp may come here apart.
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
 }
 
 /// A box of the tensor, its corner at (x, y), to the same place in every block of `blocks`, where

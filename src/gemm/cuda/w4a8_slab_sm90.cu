@@ -1,0 +1,16 @@
+// The door to the slab kernels; see slab_plan.h for what they are.
+#include "gemm/cuda/slab_launch.h"
+
+namespace nibble::cuda {
+
+cudaError_t launch_w4a8_slab_sm90(const GemmArgs& args, const SlabConfig& config,
+                                  cudaStream_t stream) {
+  switch (config.form) {
+    case SlabForm::registers: return slab::launch_registers(args, config, stream);
+    case SlabForm::shared: return slab::launch_shared(args, config, stream);
+    case SlabForm::streamed: return slab::launch_streamed(args, config, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace nibble::cuda

@@ -1,0 +1,104 @@
+// Configurations of the slab kernels: valid for every shape, and the measured winners where they
+// were measured.
+#include <gtest/gtest.h>
+
+#include "gemm/cuda/slab_plan.h"
+
+namespace nibble::cuda {
+namespace {
+
+constexpr int kMultiprocessors = 132;
+constexpr int64_t kSharedBytes = 227 * 1024;
+
+SlabConfig config_of(int64_t n, int64_t k, int64_t group_size, int64_t m,
+                     bool group_scales = false) {
+  return slab_config(packed_layout(n, k, group_size), m, group_scales, kMultiprocessors,
+                     kSharedBytes);
+}
+
+TEST(SlabPlan, EveryConfigurationIsOneThatAKernelTakes) {
+  for (const int64_t k : {96, 512, 1536, 4096, 8192, 8704, 14336, 18944, 27648, 53248, 131072}) {
+    for (const int64_t n : {8, 16, 1000, 4096, 28672, 57344}) {
+      for (const int64_t group_size : {32, 64, 128}) {
+        if (k % group_size != 0) continue;
+        const PackedLayout layout = packed_layout(n, k, group_size);
+        for (int64_t m = 1; m <= kSlabTokens; ++m) {
+          for (const bool group_scales : {false, true}) {
+            const SlabConfig c = slab_config(layout, m, group_scales, kMultiprocessors,
+                                             kSharedBytes);
+            SCOPED_TRACE(c.describe());
+            const int columns = slab_token_columns(m);
+            EXPECT_GE(c.k_warps, 1);
+            EXPECT_LE(c.warps(), c.form == SlabForm::streamed ? slab_streamed_warps(columns)
+                                                              : kSlabWarps);
+            EXPECT_TRUE(c.tile_warps == 1 || c.tile_warps == 2 || c.tile_warps == 4);
+            EXPECT_GE(c.stages, 1);
+            EXPECT_LE(c.stages, kSlabStages);
+            EXPECT_GE(c.held_tiles, 1);
+            EXPECT_GE(c.blocks, 1);
+            EXPECT_LE(slab_shared_bytes(layout, m, group_scales, c), kSharedBytes);
+            if (c.form == SlabForm::registers) {
+              EXPECT_GE(c.k_warps, layout.slices);
+            } else {
+              EXPECT_LE(c.k_warps, layout.slices);
+            }
+            if (c.form == SlabForm::streamed) {
+              EXPECT_EQ(c.tile_warps, 1);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(SlabPlan, UpTo8192KeepsActivationsInRegisters) {
+  const SlabConfig small = config_of(4096, 4096, 128, 1);
+  EXPECT_EQ(small.form, SlabForm::registers);
+  EXPECT_EQ(small.k_warps, 8);
+  EXPECT_EQ(small.stages, 1);
+  EXPECT_EQ(small.blocks, 2 * kMultiprocessors);
+  const SlabConfig large = config_of(57344, 8192, 128, 16);
+  EXPECT_EQ(large.form, SlabForm::registers);
+  EXPECT_EQ(large.k_warps, 16);
+  EXPECT_EQ(large.blocks, kMultiprocessors);
+  EXPECT_EQ(config_of(4096, 1024, 128, 1).tile_warps, 4);
+}
+
+TEST(SlabPlan, DeepKKeepsThemInSharedMemoryWhileTheyFit) {
+  EXPECT_EQ(config_of(4096, 14336, 128, 1).form, SlabForm::shared);
+  EXPECT_EQ(config_of(4096, 14336, 128, 16).form, SlabForm::streamed);
+  EXPECT_EQ(config_of(8192, 28672, 128, 1).form, SlabForm::shared);
+  EXPECT_EQ(config_of(8192, 28672, 128, 8).form, SlabForm::streamed);
+}
+
+TEST(SlabPlan, PartsOfSharedMemoryDoNotOverlap) {
+  const PackedLayout layout = packed_layout(4096, 14336, 32);
+  for (const SlabForm form : {SlabForm::registers, SlabForm::shared, SlabForm::streamed}) {
+    SlabConfig c;
+    c.form = form;
+    c.k_warps = 7;
+    c.tile_warps = form == SlabForm::streamed ? 1 : 2;
+    c.stages = 2;
+    const SlabShared s = slab_shared(layout, 3, true, c);
+    EXPECT_GE(s.partials, kSlabHeaderBytes);
+    const int sets = form == SlabForm::streamed ? 1 : 2;
+    EXPECT_GE(s.tables, s.partials + sets * s.partials_bytes);
+    const int64_t tables = form == SlabForm::shared ? layout.slices : c.warps();
+    EXPECT_GE(s.activations, s.tables + tables * s.table_bytes);
+    const int64_t rows = form == SlabForm::registers ? 0 : form == SlabForm::shared ? 3 : 3 * 7;
+    EXPECT_GE(s.ring, s.activations + rows * s.row_pitch);
+    EXPECT_EQ(s.total, s.ring + int64_t{c.warps()} * c.stages * layout.slab_bytes);
+    for (const int at : {s.partials, s.tables, s.activations, s.row_pitch, s.ring}) {
+      EXPECT_EQ(at % 16, 0);
+    }
+  }
+}
+
+TEST(SlabPlan, DescribesItself) {
+  EXPECT_EQ(config_of(4096, 4096, 128, 1).describe(),
+            "registers, 8x1 warps, ring of 1, 1 held, 264 blocks");
+}
+
+}  // namespace
+}  // namespace nibble::cuda
