@@ -1,5 +1,5 @@
-// w8a8 with AVX2. VPMADDUBSW adds two products in 16 bits, where 255 * 127 * 2 does not fit: the
-// unsigned code goes in as (code >> 1) and its low bit, 2 * high + low put together in 32 bits.
+// w8a8 with AVX2: VPMADDUBSW of |w| (unsigned) and the activation with the sign of w. Both lie in
+// -127..127 (int8.h), so a pair of products is at most 2 * 127 * 127 = 32258, which fits 16 bits.
 #include <immintrin.h>
 
 #include <type_traits>
@@ -14,13 +14,23 @@ NIBBLE_TARGET_BEGIN("avx2,fma,f16c")
 namespace nibble {
 namespace {
 
-/// sums += u8 codes * s8 x, four neighbouring products per int32 lane.
-inline __m256i dot(__m256i sums, __m256i codes, __m256i x) {
-  const __m256i high = _mm256_and_si256(_mm256_srli_epi16(codes, 1), _mm256_set1_epi8(0x7f));
-  const __m256i low = _mm256_and_si256(codes, _mm256_set1_epi8(1));
-  const __m256i twice = _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), _mm256_set1_epi16(2));
-  const __m256i once = _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), _mm256_set1_epi16(1));
-  return _mm256_add_epi32(sums, _mm256_add_epi32(twice, once));
+constexpr int64_t kPrefetchBytes = 3072;
+
+/// 32 weights as sign and magnitude.
+struct SignedCodes {
+  __m256i value, magnitude;
+
+  explicit SignedCodes(const uint8_t* from) {
+    const __m256i codes = _mm256_load_si256(reinterpret_cast<const __m256i*>(from));
+    value = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));  // stored as w + 128
+    magnitude = _mm256_abs_epi8(value);
+  }
+};
+
+/// sums += w * x, four neighbouring products per int32 lane.
+inline __m256i dot(__m256i sums, const SignedCodes& w, __m256i x) {
+  const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.value));
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
 template <int kRows>
@@ -29,12 +39,10 @@ void run_tile(const Int8Block& b, int64_t block, int64_t row) {
   const uint8_t* line = w.block(block);
   const int8_t* x = b.codes + row * b.code_stride;
   __m256i acc[kRows][2];
-  unroll<kRows>([&](auto r) NIBBLE_INLINE {
-    acc[r][0] = acc[r][1] = _mm256_set1_epi32(-128 * b.sums[row + r]);
-  });
+  unroll<kRows>([&](auto r) NIBBLE_INLINE { acc[r][0] = acc[r][1] = _mm256_setzero_si256(); });
   for (int64_t quad = 0; quad < w.quads; ++quad, line += 64, x += 4) {
-    const __m256i first = _mm256_load_si256(reinterpret_cast<const __m256i*>(line));
-    const __m256i second = _mm256_load_si256(reinterpret_cast<const __m256i*>(line + 32));
+    _mm_prefetch(reinterpret_cast<const char*>(line) + kPrefetchBytes, _MM_HINT_T0);
+    const SignedCodes first(line), second(line + 32);
     unroll<kRows>([&](auto r) NIBBLE_INLINE {
       int32_t four;
       __builtin_memcpy(&four, x + r * b.code_stride, 4);
