@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "gemm/cuda/kernels.h"
+#include "gemm/cuda/ptx.h"
 
 namespace nibble::cuda {
 
@@ -117,18 +118,11 @@ struct Range {
   uint32_t amax = 0, high = 0, low = 0;
 };
 
-/// Maximum that keeps a NaN, unlike fmaxf.
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-  float d;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
-  return d;
-}
-
 /// high and low are left at 0 where nobody wants them (symmetric codes).
 __device__ __forceinline__ Range widen(Range r, const Chunk& c, bool symmetric) {
   float amax = __uint_as_float(r.amax);
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) amax = max_or_nan(amax, fabsf(c.v[i]));
+  for (int i = 0; i < kChunk; ++i) amax = ptx::max_or_nan(amax, fabsf(c.v[i]));
   r.amax = __float_as_uint(amax);
   if (!symmetric) {
     float high = __uint_as_float(r.high), low = __uint_as_float(r.low);
@@ -137,8 +131,8 @@ __device__ __forceinline__ Range widen(Range r, const Chunk& c, bool symmetric) 
       high = fmaxf(high, c.v[i]);
       low = fmaxf(low, -c.v[i]);
     }
-    r.high = __float_as_uint(high);
-    r.low = __float_as_uint(low);
+    r.high = __float_as_uint(fabsf(high));  // they may be -0, whose bits are not below all others
+    r.low = __float_as_uint(fabsf(low));
   }
   return r;
 }

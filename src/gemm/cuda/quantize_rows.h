@@ -11,12 +11,11 @@
 #include <algorithm>
 #include <bit>
 
-#include "gemm/cuda/ptx.h"
 #include "gemm/cuda/quantize_device.h"
 
 namespace nibble::cuda {
 
-inline constexpr int kMaxThreads = 1024;
+inline constexpr int kRowThreads = 1024;
 inline constexpr int kMostChunks = 4;      // a thread's, in registers
 inline constexpr int64_t kFewParts = 256;  // blocks that do not fill a GPU: speed is latency then
 inline constexpr int kLaneThreads = 128;
@@ -30,37 +29,56 @@ struct RowGrid {
   Dealing dealing;
 };
 
+/// One block makes `longest` chunks; there are `blocks` such. One chunk a thread where blocks are
+/// few; more where they are many, so that a thread has several loads in flight and few threads wait
+/// for each other.
+inline void deal_block(RowGrid* g, int longest, int64_t blocks, bool vector) {
+  g->chunks = blocks <= kFewParts || longest < 128 ? 1 : longest < 512 ? 2 : kMostChunks;
+  while (g->chunks < kMostChunks && longest > g->chunks * kRowThreads) g->chunks *= 2;
+  g->threads = std::min(((longest + g->chunks - 1) / g->chunks + 31) / 32 * 32, kRowThreads);
+  if (!vector || g->threads * g->chunks < longest) g->chunks = 0;
+}
+
+/// Scales per group of up to 128 elements.
+inline bool lane_groups(const QuantizeArgs& a) {
+  return (a.scaling == Scaling::group || a.scaling == Scaling::static_group) &&
+         a.group_size < a.k && a.group_size <= kBlockDepth;
+}
+
+inline Dealing row_dealing(const QuantizeArgs& a) {
+  Dealing d;
+  d.sums = static_cast<int>(a.padded_k / a.promoted);
+  d.sum_shift = std::countr_zero(static_cast<unsigned>(a.promoted / kChunk));
+  if (lane_groups(a)) {
+    d.groups = static_cast<int>(a.k / a.group_size);
+    d.group_shift = std::countr_zero(static_cast<unsigned>(a.group_size / kChunk));
+  }
+  return d;
+}
+
 /// A block a row, or a row's group if that is longer than 128; or, groups of 32, 64 and 128, as
-/// many chunks as there are. One chunk a thread where blocks are few; more where they are many, so
-/// that a thread has several loads in flight and few threads wait for each other.
+/// many chunks as there are.
 inline RowGrid row_grid(const QuantizeArgs& a, bool vector) {
   RowGrid g;
+  g.dealing = row_dealing(a);
   const int row_chunks = static_cast<int>(a.padded_k / kChunk);
-  g.dealing.sums = static_cast<int>(a.padded_k / a.promoted);
-  g.dealing.sum_shift = std::countr_zero(static_cast<unsigned>(a.promoted / kChunk));
-  const bool by_group =
-      (a.scaling == Scaling::group || a.scaling == Scaling::static_group) && a.group_size < a.k;
-  if (by_group && a.group_size <= kBlockDepth) {
+  if (lane_groups(a)) {
     const bool few = a.m * row_chunks < kFewParts * kLaneThreads * kMostChunks;
     g.reach = Reach::lanes;
     g.threads = kLaneThreads;
     g.chunks = few || !vector ? 1 : kMostChunks;
     g.dealing.part_chunks = g.threads * g.chunks;
-    g.dealing.groups = static_cast<int>(a.k / a.group_size);
-    g.dealing.group_shift = std::countr_zero(static_cast<unsigned>(a.group_size / kChunk));
     g.parts = (row_chunks + g.dealing.part_chunks - 1) / g.dealing.part_chunks;
     return g;
   }
   int longest = row_chunks;
-  if (by_group) {
+  const bool by_group = a.scaling == Scaling::group || a.scaling == Scaling::static_group;
+  if (by_group && a.group_size < a.k) {
     g.parts = static_cast<int>(a.k / a.group_size);
     g.dealing.part_chunks = static_cast<int>(a.group_size / kChunk);
     longest = row_chunks - (g.parts - 1) * g.dealing.part_chunks;
   }
-  g.chunks = a.m * g.parts <= kFewParts || longest < 128 ? 1 : longest < 512 ? 2 : kMostChunks;
-  while (g.chunks < kMostChunks && longest > g.chunks * kMaxThreads) g.chunks *= 2;
-  g.threads = std::min(((longest + g.chunks - 1) / g.chunks + 31) / 32 * 32, kMaxThreads);
-  if (!vector || g.threads * g.chunks < longest) g.chunks = 0;
+  deal_block(&g, longest, a.m * g.parts, vector);
   return g;
 }
 
@@ -81,7 +99,7 @@ __device__ __forceinline__ Part block_part(const QuantizeArgs& a, const Dealing&
 }
 
 template <class Source, int kChunks, Reach reach>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     quantize_rows(const __grid_constant__ Source source, const __grid_constant__ Dealing dealing) {
   ptx::grid_launch_dependents();
   ptx::grid_wait();
@@ -101,7 +119,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 template <class Source>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     quantize_long_rows(const __grid_constant__ Source source,
                        const __grid_constant__ Dealing dealing) {
   ptx::grid_launch_dependents();
