@@ -68,30 +68,24 @@ inline void prefetch(const uint8_t* line) {
   _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T0);
 }
 
-/// One group of kHalves half lines as they lie in memory. Loading them prefetches each line once:
-/// a single half line takes every second line, its neighbour the others.
+/// One group of kHalves half lines as they lie in memory.
 template <int kHalves>
 struct PackedCodes {
   const uint8_t* half[kHalves];
-  const uint8_t* ahead[kHalves];
 
   PackedCodes(const PackedWeights& w, int64_t half_line, int64_t group) {
     for (int j = 0; j < kHalves; ++j) {
-      const int64_t odd = (half_line + j) % 2;
-      const uint8_t* line = w.codes((half_line + j) / 2) + group * w.quads * kLineBytes;
-      half[j] = line + odd * kHalfLineBytes;
-      ahead[j] = line + kPrefetchBytes + odd * kLineBytes;
+      half[j] = w.codes((half_line + j) / 2) + (half_line + j) % 2 * kHalfLineBytes +
+                group * w.quads * kLineBytes;
     }
   }
   CodePair load(int j, int quad) const {
-    if ((kHalves == 1 ? quad : j) % 2 == 0) prefetch(ahead[j] + quad * kLineBytes);
-    return expand_half_line(half[j] + quad * kLineBytes);
+    const uint8_t* from = half[j] + quad * kLineBytes;
+    prefetch(from + kPrefetchBytes);
+    return expand_half_line(from);
   }
   void advance(int64_t quads) {
-    for (int j = 0; j < kHalves; ++j) {
-      half[j] += quads * kLineBytes;
-      ahead[j] += quads * kLineBytes;
-    }
+    for (int j = 0; j < kHalves; ++j) half[j] += quads * kLineBytes;
   }
 };
 
