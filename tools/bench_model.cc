@@ -11,6 +11,7 @@
 #include "base/cpu_features.h"
 #include "cli.h"
 #include "model_options.h"
+#include "probe_memory.h"
 #include "text.h"
 #include "timing.h"
 

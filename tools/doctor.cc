@@ -1,5 +1,5 @@
 // `nibble doctor`: what this machine has, which kernels run on it, and which would be picked. The
-// first thing to ask for when something is slow or refused. Not here: measuring (bench).
+// first thing to ask for when something is slow or refused. Not here: the speed of kernels (bench).
 #include <fmt/format.h>
 #include <omp.h>
 
@@ -10,6 +10,7 @@
 
 #include "base/cpu_features.h"
 #include "cli.h"
+#include "doctor_measure.h"
 #include "gemm/gemm.h"
 #include "text.h"
 
@@ -23,7 +24,7 @@ constexpr int64_t kRows[] = {1, 8, 64, 512};  // from decoding to a long prompt
 constexpr Mode kModes[] = {Mode::w4a16, Mode::w4a8, Mode::w4a4};
 
 struct Options {
-  bool as_json = false;
+  bool as_json = false, measure = false;
   std::string explain;
 };
 
@@ -227,12 +228,14 @@ int run_doctor(const Options& options) {
   if (options.as_json) {
     json document = machine_json();
     if (!forced.ok()) document["problem"] = forced.message();
+    if (options.measure) document["measured"] = measure_machine();
     // An environment variable may hold any byte.
     fmt::print("{}\n", document.dump(2, ' ', false, json::error_handler_t::replace));
   } else {
     print_machine();
     print_kernels();
     print_picks();
+    if (options.measure) print_measured(measure_machine());
   }
   return forced.ok() ? kExitOk : fail(forced);
 }
@@ -245,11 +248,18 @@ void add_doctor_command(CLI::App& app, int& exit_code) {
       "doctor", "Show this machine's CPU features, the kernels, and which would be picked");
   CLI::Option* as_json =
       command->add_flag("--json", options->as_json, "print one JSON document")->group("Output");
+  CLI::Option* measure =
+      command
+          ->add_flag("--measure", options->measure,
+                     "also measure the clock, the memory's read bandwidth and the peak of every "
+                     "instruction set (2 seconds)")
+          ->group("Output");
   command
       ->add_option("--explain", options->explain,
                    "say what every kernel of a mode makes of one product; G = -1 is one group")
       ->type_name("MODE,M,N,K,G")
       ->excludes(as_json)
+      ->excludes(measure)
       ->group("Output");
   command->footer(
       "Exit codes: 0 ok, 2 NIBBLE_KERNEL names no kernel, 3 its kernel cannot run here.\n"

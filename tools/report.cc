@@ -4,17 +4,14 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstdlib>
 #include <cstring>
-#include <filesystem>
 #include <memory>
 
 #include "cli.h"
+#include "python_package.h"
 
 namespace nibble::cli {
 namespace {
-
-namespace fs = std::filesystem;
 
 struct Options {
   std::vector<std::string> runs;
@@ -31,45 +28,13 @@ constexpr const char* kStart =
     "from nibble_report.__main__ import main\n"
     "sys.exit(main())\n";
 
-bool is_there(const fs::path& path) {
-  std::error_code ignored;
-  return fs::exists(path, ignored);
-}
-
-/// Where the package may lie: the installed tree of this program, then the source tree.
-std::vector<fs::path> package_places() {
-  std::vector<fs::path> places;
-  std::error_code error;
-  const fs::path self = fs::read_symlink("/proc/self/exe", error);
-  if (!error) places.push_back(self.parent_path().parent_path() / "share" / "nibble");
-  places.push_back(fs::path(NIBBLE_SOURCE_DIR) / "python");
-  return places;
-}
-
-/// $NIBBLE_PYTHON, else the virtual environment of the source tree, else the system's.
-std::string interpreter() {
-  const char* chosen = std::getenv("NIBBLE_PYTHON");
-  if (chosen != nullptr && *chosen != '\0') return chosen;
-  const fs::path venv = fs::path(NIBBLE_SOURCE_DIR) / "build" / "venv" / "bin" / "python";
-  return is_there(venv) ? venv.string() : "python3";
-}
-
 /// Returns only if Python cannot be started.
 int run_report(const Options& options) {
-  const std::vector<fs::path> places = package_places();
-  std::string directory, looked_in;
-  for (const fs::path& place : places) {
-    if (directory.empty() && is_there(place / kPackage / "__main__.py")) directory = place.string();
-    looked_in += fmt::format("\n  {}", (place / kPackage).string());
-  }
-  if (directory.empty()) {
-    return fail(Status(
-        Code::unsupported,
-        fmt::format("the Python package {} is not there; looked for{}", kPackage, looked_in)));
-  }
-  const std::string python = interpreter();
+  const Result<std::string> directory = find_python_package(kPackage);
+  if (!directory.ok()) return fail(directory.status());
+  const std::string python = python_interpreter();
   // "--output=NAME", so that no name is taken for an option.
-  std::vector<std::string> words = {python, "-c", kStart, directory, "--output=" + options.output};
+  std::vector<std::string> words = {python, "-c", kStart, *directory, "--output=" + options.output};
   if (!options.title.empty()) words.push_back("--title=" + options.title);
   words.push_back("--");
   words.insert(words.end(), options.runs.begin(), options.runs.end());
@@ -81,7 +46,7 @@ int run_report(const Options& options) {
       Code::unsupported,
       fmt::format("cannot start {}: {}. The report needs Python 3.11 or newer with the packages of "
                   "{}: install python3 and python3-venv, or set NIBBLE_PYTHON to an interpreter",
-                  python, std::strerror(errno), directory + "/requirements-report.txt")));
+                  python, std::strerror(errno), *directory + "/requirements-report.txt")));
 }
 
 }  // namespace

@@ -1,10 +1,10 @@
 // Timing that can be defended: contenders take turns in one run, weights are flushed from every
-// cache before each sample, and what is reported is the median with its spread. Also the probe for
-// the read bandwidth that decode is measured against.
+// cache before each sample, and what is reported is the median with its spread.
 #pragma once
 
 #include <cstddef>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -18,9 +18,10 @@ void flush_from_caches(const void* data, size_t bytes);
 struct Samples {
   std::vector<double> microseconds;  // in the order taken
 
-  double median() const;
-  double min() const;
-  double max() const;
+  double median() const { return quantile(0.5); }
+  double quantile(double share) const;  // between neighbours by proportion; 0 if there are none
+  double min() const { return quantile(0); }
+  double max() const { return quantile(1); }
 };
 
 /// One thing that is timed. `prepare` is not timed: it makes the inputs cold.
@@ -29,6 +30,10 @@ struct Contender {
   std::function<void()> prepare;
   std::function<void()> run;
   Samples samples;
+  /// In place of both, if it is set: microseconds by a clock of its own; nothing if it has failed,
+  /// which takes it out of the contest.
+  std::function<std::optional<double>()> run_and_time = {};
+  bool failed = false;
 };
 
 struct TimingBudget {
@@ -36,32 +41,12 @@ struct TimingBudget {
   int min_rounds = 5;
   int max_rounds = 200;
   double seconds = 0.5;  // over all contenders; min_rounds has precedence
+  bool rotate = false;   // each round begins with another contender: A B C, B C A, ...
 };
 
 /// Rounds of all contenders in turn: A B C, A B C, ... One untimed round first. Stops early, with
 /// what it has, when `stop` (may be empty) returns true.
 void time_interleaved(std::vector<Contender>& contenders, const TimingBudget& budget,
                       const std::function<bool()>& stop = {});
-
-/// Reads slices of a large buffer with `threads` threads, several streams each. Each call reads the
-/// next `slice_bytes` of the buffer, so that nothing is found in a cache.
-class ReadBandwidthProbe {
- public:
-  explicit ReadBandwidthProbe(int threads, size_t buffer_bytes = size_t{1} << 30,
-                              size_t slice_bytes = size_t{64} << 20);
-  ~ReadBandwidthProbe();
-  ReadBandwidthProbe(const ReadBandwidthProbe&) = delete;
-  ReadBandwidthProbe& operator=(const ReadBandwidthProbe&) = delete;
-
-  bool ok() const { return buffer_ != nullptr; }  // false: no memory for the buffer
-  void read_slice();
-  size_t slice_bytes() const { return slice_bytes_; }
-
- private:
-  int threads_;
-  size_t buffer_bytes_, slice_bytes_, next_ = 0;
-  unsigned char* buffer_ = nullptr;
-  unsigned checksum_ = 0;
-};
 
 }  // namespace nibble

@@ -1,0 +1,76 @@
+#!/usr/bin/env python3
+"""A worker for the tests of `bench gemm --peers`: W in fp32, and one fault by name of this file.
+
+    dies-in-run, hangs-in-run, garbage-in-run, wrong, refuses, other-protocol; anything else works
+"""
+
+import array
+import json
+import os
+import sys
+import time
+
+FAULT = os.path.basename(sys.argv[0])
+
+
+def floats(path):
+    values = array.array("f")
+    with open(path, "rb") as file:
+        values.frombytes(file.read())
+    return values
+
+
+def multiply(state, x, m):
+    n, k, w = state["n"], state["k"], state["w"]
+    y = array.array("f")
+    for row in range(m):
+        x_row = x[row * k:(row + 1) * k]
+        for column in range(n):
+            y.append(sum(map(float.__mul__, x_row, w[column * k:(column + 1) * k])))
+    if FAULT == "wrong":
+        y[0] += 1000
+    return y
+
+
+def answer(request, state):
+    operation = request["op"]
+    if operation == "hello":
+        return {"protocol": 2 if FAULT == "other-protocol" else 1, "name": "fake", "version": "7",
+                "library": "none", "threads": request["threads"]}
+    if operation == "prepare":
+        state.update(n=request["n"], k=request["k"], w=floats(request["weights"]["values"]))
+        return {"types": [{"type": "f32/plain", "bits_per_weight": 32},
+                          {"type": "f32/again", "bits_per_weight": 32}]}
+    if operation == "dequantize":
+        if FAULT == "refuses":
+            return {"error": "not today"}
+        with open(request["path"], "wb") as file:
+            file.write(state["w"].tobytes())
+        return {}
+    if operation == "check":
+        with open(request["y"], "wb") as file:
+            file.write(multiply(state, floats(request["x"]), request["m"]).tobytes())
+        return {}
+    if operation == "hold":
+        state["held"] = True
+        return {"copies": 2}
+    if FAULT == "dies-in-run" and "held" in state:
+        os.kill(os.getpid(), 9)
+    if FAULT == "hangs-in-run" and "held" in state:
+        time.sleep(1000)
+    if FAULT == "garbage-in-run" and "held" in state:
+        return "segmentation fault, they say"
+    return {"us": [123.0] * request["repetitions"]}
+
+
+def main():
+    state = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["op"] == "bye":
+            return
+        reply = answer(request, state)
+        print(reply if isinstance(reply, str) else json.dumps(reply), flush=True)
+
+
+main()

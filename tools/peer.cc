@@ -1,0 +1,228 @@
+#include "peer.h"
+
+#include <fmt/format.h>
+#include <stdlib.h>
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+
+namespace nibble {
+namespace {
+
+using nlohmann::json;
+namespace fs = std::filesystem;
+
+constexpr int kProtocol = 1;
+constexpr int64_t kCheckedRows = 4, kCheckedColumns = 512;
+
+template <class T>
+Status write_file(const std::string& path, const std::vector<T>& values) {
+  std::ofstream file(path, std::ios::binary);
+  file.write(reinterpret_cast<const char*>(values.data()),
+             static_cast<std::streamsize>(values.size() * sizeof(T)));
+  file.close();
+  if (file) return {};
+  return Status(Code::io_error, fmt::format("cannot write {}", path));
+}
+
+/// `count` floats of a file, from the float `first` on.
+Status read_floats(std::ifstream& file, int64_t first, std::vector<float>& values) {
+  file.seekg(first * static_cast<int64_t>(sizeof(float)));
+  file.read(reinterpret_cast<char*>(values.data()),
+            static_cast<std::streamsize>(values.size() * sizeof(float)));
+  if (file) return {};
+  return Status(Code::io_error, "the file that it wrote is too short");
+}
+
+/// Root mean square of differences over that of what is right.
+struct Error {
+  double difference = 0, right = 0;
+  void add(double found, double expected) {
+    difference += (found - expected) * (found - expected);
+    right += expected * expected;
+  }
+  double relative() const { return right > 0 ? std::sqrt(difference / right) : difference; }
+};
+
+float weight_value(const ref::Weights& w, int64_t n, int64_t k) {
+  const int64_t at = n * w.groups + k / w.group_size;
+  return (static_cast<float>(w.codes[n * w.k + k]) - static_cast<float>(w.zeros[at])) *
+         w.scales[at];
+}
+
+/// About `most` of 0 .. count - 1, the first and the last among them.
+std::vector<int64_t> spread(int64_t count, int64_t most) {
+  std::vector<int64_t> chosen;
+  const int64_t size = std::min(count, most);
+  for (int64_t i = 0; i < size; ++i) chosen.push_back(size == 1 ? 0 : i * (count - 1) / (size - 1));
+  return chosen;
+}
+
+}  // namespace
+
+double peer_tolerance(int64_t k) {
+  const double largest = std::sqrt(2 * std::log(std::max<double>(2, static_cast<double>(k))));
+  return 3 * largest / 127 / std::sqrt(12.0);
+}
+
+Result<std::unique_ptr<PeerFiles>> PeerFiles::write(const ref::Weights& weights) {
+  std::error_code error;
+  std::string name = (fs::temp_directory_path(error) / "nibble-peers-XXXXXX").string();
+  if (error || ::mkdtemp(name.data()) == nullptr) {
+    return Status(Code::io_error, fmt::format("cannot make a directory {}", name));
+  }
+  std::unique_ptr<PeerFiles> files(new PeerFiles(name, weights));
+  std::vector<float> values(weights.codes.size());
+  for (int64_t n = 0; n < weights.n; ++n) {
+    for (int64_t k = 0; k < weights.k; ++k) values[n * weights.k + k] = weight_value(weights, n, k);
+  }
+  NIBBLE_TRY(write_file(files->path("values"), values));
+  NIBBLE_TRY(write_file(files->path("codes"), weights.codes));
+  NIBBLE_TRY(write_file(files->path("zeros"), weights.zeros));
+  NIBBLE_TRY(write_file(files->path("scales"), weights.scales));
+  return files;
+}
+
+PeerFiles::~PeerFiles() {
+  std::error_code ignored;
+  fs::remove_all(directory_, ignored);
+}
+
+Result<std::string> PeerFiles::add_input(const std::vector<float>& x, int64_t m) {
+  const std::string name = path(fmt::format("x-{}", m));
+  if (!fs::exists(name)) NIBBLE_TRY(write_file(name, x));
+  return name;
+}
+
+Result<json> Peer::ask(const json& request) {
+  const std::string operation = request["op"];
+  Result<json> answer = process_->ask(request, timeout_);
+  process_->pause();
+  if (answer.ok()) return answer;
+  const std::string type = request.value("type", "");
+  return Status(answer.status().code(),
+                fmt::format("peer {}, {}{}{}: {}", label_, operation, type.empty() ? "" : " ", type,
+                            answer.status().message()));
+}
+
+Result<std::unique_ptr<Peer>> Peer::start(const std::string& label,
+                                          const std::vector<std::string>& argv, int threads,
+                                          double timeout_seconds) {
+  auto process = PeerProcess::start(argv);
+  if (!process.ok()) {
+    return Status(process.status().code(),
+                  fmt::format("peer {}: {}", label, process.status().message()));
+  }
+  std::unique_ptr<Peer> peer(new Peer(label, std::move(*process), timeout_seconds));
+  Result<json> about = peer->ask({{"op", "hello"}, {"threads", threads}});
+  if (!about.ok()) return about.status();
+  peer->about_ = std::move(*about);
+  if (peer->about_.value("protocol", json()) != kProtocol) {
+    return Status(Code::unsupported,
+                  fmt::format("peer {} does not speak protocol {}", label, kProtocol));
+  }
+  return peer;
+}
+
+Result<std::vector<PeerType>> Peer::prepare(const PeerFiles& files) {
+  const ref::Weights& w = files.weights();
+  Result<json> answer = ask({{"op", "prepare"},
+                             {"n", w.n},
+                             {"k", w.k},
+                             {"group_size", w.group_size},
+                             {"weights",
+                              {{"values", files.path("values")},
+                               {"codes", files.path("codes")},
+                               {"zeros", files.path("zeros")},
+                               {"scales", files.path("scales")}}}});
+  if (!answer.ok()) return answer.status();
+  std::vector<PeerType> types;
+  try {
+    for (const json& type : answer->at("types")) {
+      PeerType& offer = types.emplace_back();
+      offer.name = type.at("type");
+      offer.bits_per_weight = type.at("bits_per_weight");
+    }
+  } catch (const json::exception& error) {
+    return Status(Code::io_error, fmt::format("peer {}, prepare: {}", label_, error.what()));
+  }
+  return types;
+}
+
+Status Peer::read_weight(PeerType& type, const PeerFiles& files) {
+  const ref::Weights& w = files.weights();
+  const std::string path = files.path("held");
+  fs::remove(path);  // what an earlier answer left must not pass for this one's
+  Result<json> done = ask({{"op", "dequantize"}, {"type", type.name}, {"path", path}});
+  if (!done.ok()) return done.status();
+  std::ifstream file(path, std::ios::binary);
+  std::vector<float> column(static_cast<size_t>(w.k));
+  Error error;
+  type.held.clear();
+  for (const int64_t n : spread(w.n, kCheckedColumns)) {
+    if (const Status read = read_floats(file, n * w.k, column); !read.ok()) {
+      return Status(read.code(),
+                    fmt::format("peer {}, dequantize {}: {}", label_, type.name, read.message()));
+    }
+    for (int64_t k = 0; k < w.k; ++k) error.add(column[k], weight_value(w, n, k));
+    type.held.insert(type.held.end(), column.begin(), column.end());
+  }
+  type.weight_error = error.relative();
+  return {};
+}
+
+Status Peer::check(PeerType& type, const std::vector<float>& x, int64_t m, PeerFiles& files) {
+  const ref::Weights& w = files.weights();
+  const Result<std::string> x_path = files.add_input(x, m);
+  if (!x_path.ok()) return x_path.status();
+  const std::string y_path = files.path("y");
+  fs::remove(y_path);
+  Result<json> done =
+      ask({{"op", "check"}, {"type", type.name}, {"m", m}, {"x", *x_path}, {"y", y_path}});
+  if (!done.ok()) return done.status();
+  const std::string what = fmt::format("peer {}, {}, M={}", label_, type.name, m);
+  std::ifstream file(y_path, std::ios::binary);
+  std::vector<float> y(static_cast<size_t>(m * w.n));
+  if (const Status read = read_floats(file, 0, y); !read.ok()) {
+    return Status(read.code(), fmt::format("{}: {}", what, read.message()));
+  }
+  Error error;
+  const float* held = type.held.data();
+  for (const int64_t n : spread(w.n, kCheckedColumns)) {
+    for (const int64_t row : spread(m, kCheckedRows)) {
+      double sum = 0;
+      for (int64_t k = 0; k < w.k; ++k) sum += double{held[k]} * double{x[row * w.k + k]};
+      error.add(y[row * w.n + n], sum);
+    }
+    held += w.k;
+  }
+  const double found = error.relative(), most = peer_tolerance(w.k);
+  type.product_error = std::max(type.product_error, found);
+  if (found <= most) return {};  // false for NaN
+  return Status(Code::non_finite, fmt::format("{} is wrong: relative error {:.4f} against fp64 on "
+                                              "its own weight, tolerance {:.4f}",
+                                              what, found, most));
+}
+
+Status Peer::hold(const PeerType& type, int64_t bytes) {
+  return ask({{"op", "hold"}, {"type", type.name}, {"bytes", bytes}}).status();
+}
+
+Result<std::vector<double>> Peer::run(const PeerType& type, int64_t m, const std::string& x_path,
+                                      int repetitions) {
+  Result<json> answer = ask(
+      {{"op", "run"}, {"type", type.name}, {"m", m}, {"x", x_path}, {"repetitions", repetitions}});
+  if (!answer.ok()) return answer.status();
+  try {
+    std::vector<double> us = answer->at("us");
+    const bool sane = std::all_of(us.begin(), us.end(), [](double t) { return t > 0; });
+    if (static_cast<int>(us.size()) == repetitions && sane) return us;
+  } catch (const json::exception&) {
+  }
+  return Status(Code::io_error,
+                fmt::format("peer {}, run: no times in {}", label_, answer->dump()));
+}
+
+}  // namespace nibble

@@ -1,0 +1,102 @@
+#include "peer_team.h"
+
+#include <algorithm>
+
+namespace nibble::cli {
+namespace {
+
+// As the weights of a model would be: more than what caches keep of them until their next turn.
+constexpr int64_t kColdBytes = 300'000'000;
+
+}  // namespace
+
+PeerTeam::PeerTeam(const std::vector<PeerSpec>& specs, int threads, double timeout_seconds) {
+  for (const PeerSpec& spec : specs) {
+    auto peer = Peer::start(spec.label, spec.argv, threads, timeout_seconds);
+    if (peer.ok()) {
+      peers_.push_back(std::move(*peer));
+    } else {
+      note(peer.status());
+    }
+  }
+}
+
+bool PeerTeam::survives(const Status& status) {
+  if (status.code() == Code::interrupted) return false;
+  note(status);
+  return true;
+}
+
+Status PeerTeam::prepare(const ref::Weights& weights) {
+  offered_.clear();
+  if (peers_.empty()) return {};
+  Result<std::unique_ptr<PeerFiles>> files = PeerFiles::write(weights);
+  if (!files.ok()) return files.status();
+  files_ = std::move(*files);
+  for (const auto& peer : peers_) {
+    if (!peer->alive()) continue;
+    Result<std::vector<PeerType>> types = peer->prepare(*files_);
+    if (!types.ok()) {
+      if (!survives(types.status())) return types.status();
+      continue;
+    }
+    Types offer = {peer.get(), {}};
+    for (PeerType& type : *types) {
+      const Status read = peer->read_weight(type, *files_);
+      if (read.ok()) {
+        offer.types.push_back(std::move(type));
+      } else if (!survives(read)) {
+        return read;
+      }
+    }
+    offered_.push_back(std::move(offer));
+  }
+  return {};
+}
+
+Result<std::string> PeerTeam::input_path(const std::vector<float>& x, int64_t m) {
+  return files_->add_input(x, m);
+}
+
+Result<std::vector<PeerEntry>> PeerTeam::enter(const std::vector<float>& x, int64_t m, int most) {
+  std::vector<PeerEntry> all;
+  for (Types& offer : offered_) {
+    std::vector<PeerEntry> entries;
+    for (PeerType& type : offer.types) {
+      if (!offer.peer->alive()) break;
+      const Status right = offer.peer->check(type, x, m, *files_);
+      if (!right.ok()) {
+        if (!survives(right)) return right;
+        continue;
+      }
+      const Result<std::string> path = files_->add_input(x, m);
+      if (!path.ok()) return path.status();
+      const Result<std::vector<double>> us = offer.peer->run(type, m, *path, 2);
+      if (us.ok()) {
+        entries.push_back({offer.peer, &type, std::min((*us)[0], (*us)[1])});
+      } else if (!survives(us.status())) {
+        return us.status();
+      }
+    }
+    std::sort(entries.begin(), entries.end(), [](const PeerEntry& a, const PeerEntry& b) {
+      return a.first_look_us < b.first_look_us;
+    });
+    for (size_t i = 0; i < entries.size(); ++i) {
+      if (most > 0 && i >= static_cast<size_t>(most)) break;
+      const Status held = offer.peer->hold(*entries[i].type, kColdBytes);
+      if (!held.ok() && !survives(held)) return held;
+      entries[i].in_rounds = held.ok();
+    }
+    all.insert(all.end(), entries.begin(), entries.end());
+  }
+  return all;
+}
+
+std::optional<double> PeerTeam::run(const PeerEntry& entry, int64_t m, const std::string& x_path) {
+  const Result<std::vector<double>> us = entry.peer->run(*entry.type, m, x_path, 1);
+  if (us.ok()) return us->front();
+  if (us.status().code() != Code::interrupted) note(us.status());
+  return std::nullopt;
+}
+
+}  // namespace nibble::cli
