@@ -8,6 +8,8 @@ Stack frames count too: an array that is indexed at run time lies in local memor
 
 import pathlib
 import re
+import shutil
+import subprocess
 import sys
 
 COMPILING = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
@@ -30,6 +32,15 @@ def kernels(text):
     return found
 
 
+def readable(function):
+    """w4a8_rs_sm90<160, 32, false> of a mangled name, where c++filt is installed."""
+    if not shutil.which("c++filt"):
+        return function
+    name = subprocess.run(["c++filt", function], capture_output=True, text=True).stdout.strip()
+    name = re.sub(r"\(anonymous namespace\)::|nibble::cuda::|^void |\((int|bool)\)", "", name)
+    return name.split("(")[0]
+
+
 def main():
     logs = sorted(pathlib.Path(sys.argv[1]).glob("*.log")) if len(sys.argv) > 1 else []
     if not logs:
@@ -43,10 +54,12 @@ def main():
         for function, arch, stack, spilled, registers in kernels(text):
             total += 1
             if "--table" in sys.argv:
-                print(f"{log.stem}\t{arch}\t{registers} registers\t{stack} B stack\t{function}")
+                print(f"{log.stem}\t{arch}\t{registers} registers\t{stack} B stack\t"
+                      f"{readable(function)}")
             if stack or spilled:
                 bad += 1
-                print(f"{log.stem}: {function} for {arch}: {stack} bytes of stack, {spilled} spilled")
+                print(f"{log.stem}: {readable(function)} for {arch}: {stack} bytes of stack, "
+                      f"{spilled} spilled")
     print(f"{total} kernels, {bad} in local memory or serialized")
     sys.exit(1 if bad or not total else 0)
 

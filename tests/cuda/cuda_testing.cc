@@ -101,26 +101,26 @@ void check_cuda(cudaError_t error, const char* what) {
 }
 
 Buffer::Buffer(size_t bytes, int fill_byte) : bytes_(bytes) {
-  NIBBLE_CUDA(cudaMalloc(&data_, bytes + kGuardBytes));
-  NIBBLE_CUDA(cudaMemset(data_, fill_byte, bytes));
-  NIBBLE_CUDA(cudaMemset(as<std::byte>() + bytes, kGuard, kGuardBytes));
+  NIBBLE_CHECK_CUDA(cudaMalloc(&data_, bytes + kGuardBytes));
+  NIBBLE_CHECK_CUDA(cudaMemset(data_, fill_byte, bytes));
+  NIBBLE_CHECK_CUDA(cudaMemset(as<std::byte>() + bytes, kGuard, kGuardBytes));
 }
 
 Buffer::~Buffer() { (void)cudaFree(data_); }
 
 void Buffer::upload(const void* from) {
-  NIBBLE_CUDA(cudaMemcpy(data_, from, bytes_, cudaMemcpyHostToDevice));
+  NIBBLE_CHECK_CUDA(cudaMemcpy(data_, from, bytes_, cudaMemcpyHostToDevice));
 }
 
-void Buffer::fill(int byte) { NIBBLE_CUDA(cudaMemset(data_, byte, bytes_)); }
+void Buffer::fill(int byte) { NIBBLE_CHECK_CUDA(cudaMemset(data_, byte, bytes_)); }
 
 void Buffer::copy_to(void* to) const {
-  NIBBLE_CUDA(cudaMemcpy(to, data_, bytes_, cudaMemcpyDeviceToHost));
+  NIBBLE_CHECK_CUDA(cudaMemcpy(to, data_, bytes_, cudaMemcpyDeviceToHost));
 }
 
 bool Buffer::guard_is_intact() const {
   std::vector<std::byte> guard(kGuardBytes);
-  NIBBLE_CUDA(
+  NIBBLE_CHECK_CUDA(
       cudaMemcpy(guard.data(), as<std::byte>() + bytes_, kGuardBytes, cudaMemcpyDeviceToHost));
   for (const std::byte byte : guard) {
     if (byte != static_cast<std::byte>(kGuard)) return false;

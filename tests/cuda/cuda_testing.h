@@ -27,7 +27,7 @@ const Result<DeviceInfo>& gpu();
   GTEST_SKIP() << ::nibble::cuda::testing::gpu().status().message()
 
 void check_cuda(cudaError_t error, const char* what);
-#define NIBBLE_CUDA(call) ::nibble::cuda::testing::check_cuda((call), #call)
+#define NIBBLE_CHECK_CUDA(call) ::nibble::cuda::testing::check_cuda((call), #call)
 
 /// Device memory that is freed with its owner, with guard bytes behind it.
 class Buffer {

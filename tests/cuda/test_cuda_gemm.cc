@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <deque>
 
 #include "cuda_testing.h"
 
@@ -234,8 +235,8 @@ TEST_F(CudaGemm, OtherLayoutsPackToTheSame) {
   Result<DeviceWeights> expected = DeviceWeights::create(*gpu(), eights.view());
   ASSERT_TRUE(expected.ok());
   std::vector<std::byte> a(static_cast<size_t>(found->bytes())), b(a.size());
-  NIBBLE_CUDA(cudaMemcpy(a.data(), found->slabs(), a.size(), cudaMemcpyDeviceToHost));
-  NIBBLE_CUDA(cudaMemcpy(b.data(), expected->slabs(), b.size(), cudaMemcpyDeviceToHost));
+  NIBBLE_CHECK_CUDA(cudaMemcpy(a.data(), found->slabs(), a.size(), cudaMemcpyDeviceToHost));
+  NIBBLE_CHECK_CUDA(cudaMemcpy(b.data(), expected->slabs(), b.size(), cudaMemcpyDeviceToHost));
   EXPECT_EQ(a, b);
 }
 
@@ -259,9 +260,9 @@ std::vector<std::byte> to_rows(const std::vector<float>& values, int64_t columns
 }
 
 /// One product from x in device memory, with everything it needs.
-struct Run {
-  Run(const Plan& p, const GpuWeight& w, const std::vector<std::byte>& input, int64_t stride,
-      const std::vector<float>& static_scales = {1.0f})
+struct Product {
+  Product(const Plan& p, const GpuWeight& w, const std::vector<std::byte>& input, int64_t stride,
+          const std::vector<float>& static_scales = {1.0f})
       : plan(p),
         weight(w),
         x(input),
@@ -276,7 +277,7 @@ struct Run {
     return run_gemm(plan, from, weight.device, y.as<>(), plan.problem.n, workspace.as<>(), stream);
   }
   std::vector<std::byte> result() const {
-    NIBBLE_CUDA(cudaDeviceSynchronize());
+    NIBBLE_CHECK_CUDA(cudaDeviceSynchronize());
     return y.download<std::byte>();
   }
 
@@ -307,7 +308,7 @@ TEST_F(CudaGemm, QuantizesMultipliesAndRounds) {
         Quantized input{a.codes, a.scales};
         const Expected expected = expected_of(problem, weight, input);
         for (const Variant& variant : kernels(problem)) {
-          const Run run(variant.plan, weight, x, stride, scales);
+          const Product run(variant.plan, weight, x, stride, scales);
           const Status status = run();
           ASSERT_TRUE(status.ok()) << status.message();
           // through the halves: the same quantizer, and the product that was checked above
@@ -339,8 +340,8 @@ TEST_F(CudaGemm, RowsWithNanOrInfinityBecomeNanRows) {
       bad[2 * 512 + 511] = -INFINITY;
       const std::vector<float> scales(4, 0.03f);
       for (const Variant& variant : kernels(problem)) {
-        const Run clean(variant.plan, weight, to_rows(good, 512, 512, Dtype::f32), 512, scales);
-        const Run dirty(variant.plan, weight, to_rows(bad, 512, 512, Dtype::f32), 512, scales);
+        const Product clean(variant.plan, weight, to_rows(good, 512, 512, Dtype::f32), 512, scales);
+        const Product dirty(variant.plan, weight, to_rows(bad, 512, 512, Dtype::f32), 512, scales);
         ASSERT_TRUE(clean().ok());
         ASSERT_TRUE(dirty().ok());
         const auto expected = clean.result(), found = dirty.result();
@@ -363,7 +364,7 @@ TEST_F(CudaGemm, SameBitsOnEveryRepetition) {
     const Problem problem{.m = m, .n = 1032, .k = 4096, .group_size = 128};
     const auto x = to_rows(random_floats(m * 4096, random_), 4096, 4096, Dtype::f32);
     for (const Variant& variant : variants(problem)) {
-      const Run run(variant.plan, weight, x, 4096);
+      const Product run(variant.plan, weight, x, 4096);
       ASSERT_TRUE(run().ok());
       const auto first = run.result();
       for (int i = 0; i < 20; ++i) {
@@ -377,7 +378,7 @@ TEST_F(CudaGemm, SameBitsOnEveryRepetition) {
 /// A stream of its own, which does not wait for the default one.
 class Stream {
  public:
-  Stream() { NIBBLE_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
+  Stream() { NIBBLE_CHECK_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
   ~Stream() { (void)cudaStreamDestroy(stream_); }
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
@@ -395,20 +396,21 @@ TEST_F(CudaGemm, CanBeCapturedIntoAGraph) {
           .m = m, .n = 520, .k = 2048, .group_size = 128, .granularity = granularity};
       const auto x = to_rows(random_floats(m * 2048, random_), 2048, 2048, Dtype::f32);
       for (const Variant& variant : kernels(problem)) {
-        const Run direct(variant.plan, weight, x, 2048), captured(variant.plan, weight, x, 2048);
+        const Product direct(variant.plan, weight, x, 2048),
+            captured(variant.plan, weight, x, 2048);
         ASSERT_TRUE(direct().ok());
         const Stream stream;
         cudaGraph_t graph = nullptr;
         cudaGraphExec_t executable = nullptr;
-        NIBBLE_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+        NIBBLE_CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
         const Status first = captured(stream), second = captured(stream);
-        NIBBLE_CUDA(cudaStreamEndCapture(stream, &graph));
+        NIBBLE_CHECK_CUDA(cudaStreamEndCapture(stream, &graph));
         ASSERT_TRUE(first.ok() && second.ok()) << first.message() << second.message();
-        NIBBLE_CUDA(cudaGraphInstantiate(&executable, graph, 0));
-        for (int i = 0; i < 3; ++i) NIBBLE_CUDA(cudaGraphLaunch(executable, stream));
+        NIBBLE_CHECK_CUDA(cudaGraphInstantiate(&executable, graph, 0));
+        for (int i = 0; i < 3; ++i) NIBBLE_CHECK_CUDA(cudaGraphLaunch(executable, stream));
         ASSERT_EQ(captured.result(), direct.result()) << variant.name << " M=" << m;
-        NIBBLE_CUDA(cudaGraphExecDestroy(executable));
-        NIBBLE_CUDA(cudaGraphDestroy(graph));
+        NIBBLE_CHECK_CUDA(cudaGraphExecDestroy(executable));
+        NIBBLE_CHECK_CUDA(cudaGraphDestroy(graph));
       }
     }
   }
@@ -419,8 +421,7 @@ TEST_F(CudaGemm, TwoStreamsAtOnce) {
   for (const int64_t m : {1, 16, 200}) {
     const Problem problem{.m = m, .n = 1032, .k = 4096, .group_size = 128};
     for (const Variant& variant : variants(problem)) {
-      std::vector<Run> runs;
-      runs.reserve(2);
+      std::deque<Product> runs;
       std::vector<std::vector<std::byte>> expected;
       for (int i = 0; i < 2; ++i) {
         const auto x = to_rows(random_floats(m * 4096, random_), 4096, 4096, Dtype::f32);
@@ -468,7 +469,7 @@ TEST_F(CudaGemm, RefusesWhatTheHostCanSee) {
   EXPECT_FALSE(run(other, good, y.as<>(), 128, workspace.as<>()).ok());
   other = *plan_gemm({.m = 0, .n = 64, .k = 256, .group_size = 128}, *gpu());
   EXPECT_TRUE(run(other, {}, nullptr, 0, nullptr).ok());  // nothing to do
-  NIBBLE_CUDA(cudaDeviceSynchronize());
+  NIBBLE_CHECK_CUDA(cudaDeviceSynchronize());
 }
 
 TEST_F(CudaGemm, OutOfMemorySaysHowMuch) {
@@ -504,7 +505,7 @@ TEST_F(CudaSanitizer, SmallProducts) {
                             .granularity = granularity};
       const auto x = to_rows(random_floats(m * 1152, random_), 1152, 1152, Dtype::bf16);
       for (const Variant& variant : kernels(problem)) {
-        const Run run(variant.plan, weight, x, 1152);
+        const Product run(variant.plan, weight, x, 1152);
         ASSERT_TRUE(run().ok());
         const auto first = run.result();
         ASSERT_TRUE(run().ok());

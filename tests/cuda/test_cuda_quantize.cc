@@ -39,7 +39,7 @@ void expect_equals_oracle(const Plan& plan, const GemmInput& host, const Buffer&
       plan, input,
       {codes.as<int8_t>(), scales.as<float>(), sums.as<int32_t>(), range.as<uint32_t>()}, nullptr);
   ASSERT_TRUE(status.ok()) << status.message();
-  NIBBLE_CUDA(cudaDeviceSynchronize());
+  NIBBLE_CHECK_CUDA(cudaDeviceSynchronize());
   const auto found_codes = codes.download<int8_t>();
   std::vector<int32_t> expected_sums(static_cast<size_t>(p.m * blocks));
   for (int64_t row = 0; row < p.m; ++row) {

@@ -124,10 +124,11 @@ RsConfig rs_config(const PackedLayout& layout, int64_t m, int multiprocessors) {
   config.multiprocessors = multiprocessors;
   config.programmatic = true;
   // Splitting costs a sum over parts; an almost full last wave is not worth it.
-  const RsSchedule whole = rs_schedule_of(layout, m, config);
-  const int tiles = whole.tiles(), waves = (tiles + whole.workers - 1) / whole.workers;
+  const int tiles = rs_schedule_of(layout, m, config).tiles();
+  const int resident = std::max(1, multiprocessors / 2);  // clusters of two blocks
+  const int waves = (tiles + resident - 1) / resident;
   constexpr double kFullEnough = 0.9;
-  config.split_tail = tiles < kFullEnough * waves * whole.workers;
+  config.split_tail = tiles < kFullEnough * waves * resident;
   return config;
 }
 
