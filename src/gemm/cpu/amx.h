@@ -10,8 +10,12 @@ namespace nibble {
 namespace {
 namespace amx {
 
-/// Memory is what it looks like here: no load or store moves across.
-inline void compiler_barrier() { __asm__ volatile("" ::: "memory"); }
+/// A tile in memory: 16 rows of 64 bytes. Loads and stores name it as their memory operand, so that
+/// the compiler orders just what depends on each other.
+constexpr int64_t kRowBytes = 64;
+struct alignas(64) Tile {
+  int8_t bytes[16 * kRowBytes];
+};
 
 /// Tile configuration as LDTILECFG reads it (Intel SDM, palette 1).
 struct alignas(64) TileConfig {
@@ -37,15 +41,23 @@ inline void zero() {
 }
 
 template <int kTile>
-inline void load(const void* from, int64_t stride_bytes) {
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride_bytes), "i"(kTile)
-                   : "memory");
+inline void load(const Tile& from) {
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(&from), "r"(kRowBytes), "i"(kTile),
+                   "m"(from));
+}
+
+/// The same for what will not be read again soon: it does not displace other data from L1.
+template <int kTile>
+inline void load_streaming(const Tile& from) {
+  __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(&from), "r"(kRowBytes), "i"(kTile),
+                   "m"(from));
 }
 
 template <int kTile>
-inline void store(void* to, int64_t stride_bytes) {
-  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride_bytes), "i"(kTile)
-                   : "memory");
+inline void store(Tile& to) {
+  __asm__ volatile("tilestored %%tmm%c3, (%1,%2,1)"
+                   : "=m"(to)
+                   : "r"(&to), "r"(kRowBytes), "i"(kTile));
 }
 
 /// C (int32) += A (signed bytes, rows) * B (signed bytes, quads of k by columns)

@@ -1,15 +1,22 @@
 // w4a8 and w4a4 with AMX-INT8 tiles: prefill and batches.
 //
-// One step is 64 k of one group. For each group the codes of a 32-column block are expanded once to
-// signed bytes q - z (exact: -15..15) in L1 and meet every 32 rows of the block of activations:
+// One step is 64 k of one group; a panel is up to two steps of one group and 32 columns. Its codes
+// are expanded once to signed bytes q - z (exact: -15..15) and stay in four tiles, B, while every
+// 16 rows of the block of activations pass by:
 //
-//            B0 (16 cols)   B1 (16 cols)
-//   A0 (16)      C0             C1          4 tile multiplies per step, 2 steps per group of 128
-//   A1 (16)      C2             C3
+//                     step 0   step 1              B of columns 0..15: tmm4, tmm5
+//   A (16 rows)       tmm2     tmm3                B of columns 16..31: tmm6, tmm7
+//   C (16 x 16)       tmm0 for columns 0..15, tmm1 for columns 16..31
 //
-// C goes to memory after each group, where AVX-512 scales it into float accumulators while the
-// tiles already work on the next 32 rows (two C buffers). Subtracting z while expanding costs one
-// instruction per 64 weights and block of rows; taking it off the sums would cost one per 16 sums.
+// C goes to memory once a group is complete, where AVX-512 scales it into float accumulators. The
+// stages overlap because none waits for the one before it in program order: while 16 rows are
+// multiplied, the C tile before is stored, the rows before those are scaled, the next A tiles are
+// loaded, and a part of the panel after the next is expanded. Subtracting z while expanding costs
+// one instruction per 64 weights and block of rows; taking it off the sums would cost one per 16
+// sums.
+//
+// Few rows are bound by memory: kStreams column blocks advance together, group by group, which is
+// as many streams for the hardware's prefetcher.
 #include "gemm/cpu/kernel.h"
 #include "gemm/cpu/target.h"
 
@@ -17,127 +24,110 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 NIBBLE_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,amx-tile,amx-int8")
 #include "gemm/cpu/amx.h"
 #include "gemm/cpu/avx512.h"
+#include "gemm/cpu/unroll.h"
 
 namespace nibble {
 namespace {
 
-constexpr int64_t kPairRows = 2 * kTileRows;
-constexpr int64_t kTileBytes = kTileRows * kTileDepth;
-constexpr int64_t kMaxPairs = kMaxBlockRows / kPairRows;
-constexpr int64_t kMaxSteps = 4;  // expanded at a time: 8 KiB
+constexpr int64_t kMaxTiles = kMaxBlockRows / kTileRows;
+constexpr int64_t kPanelSteps = 2;
+constexpr int64_t kPanelLines = kPanelSteps * 16;
+constexpr int64_t kUnitLines = 4;    // expanded at a time
+constexpr int64_t kAhead = 2;        // panels
+constexpr int64_t kLag = 2;          // row tiles between the multiplication and the scaling
+constexpr int64_t kStreams = 4;      // column blocks at once, if there are at most kStreamTiles
+constexpr int64_t kStreamTiles = 2;  // row tiles
 constexpr int64_t kPrefetchBytes = 4096;
 
-/// Per-call scratch, on the stack of the thread.
-struct alignas(64) Scratch {
-  int8_t expanded[kMaxSteps][2][kTileBytes];  // B tiles: step, column half
-  // C of the pairs. Groups of up to kMaxSteps steps use two in turn, so that they stay in L1;
-  // longer ones need every pair's until the group is complete.
-  int32_t sums[kMaxPairs][kPairRows][kBlockColumns];
-  float acc[kMaxBlockRows][kBlockColumns];
+/// Sums or float accumulators of 16 rows and 32 columns.
+struct alignas(64) SumTile {
+  amx::Tile half[2];
+};
+struct alignas(64) AccTile {
+  float half[2][kTileRows][16];
 };
 
-/// Codes of `steps` steps to signed bytes q - z in B tile order. Lines past the end of the group
-/// are left as they are: the activations are zero there.
-inline void expand(const PackedWeights& w, int64_t block, int64_t group, int64_t step0,
-                   int64_t steps, Scratch& scratch) {
-  const __m512i low_nibble = _mm512_set1_epi8(15);
-  const uint8_t* zeros = w.zeros(block) + group * kBlockColumns;
-  // each zero point four times, to match the four k of a quad
-  const __m512i ones = _mm512_set1_epi32(0x01010101);
-  const __m512i z_low = _mm512_mullo_epi32(load_zeros(zeros), ones);
-  const __m512i z_high = _mm512_mullo_epi32(load_zeros(zeros + 16), ones);
-  const int64_t first = step0 * 16;
-  const int64_t quads = std::min(w.quads - first, steps * 16);
-  const uint8_t* line = w.codes(block) + (group * w.quads + first) * kLineBytes;
-  for (int64_t quad = 0; quad < quads; ++quad, line += kLineBytes) {
-    const __m512i codes = _mm512_loadu_si512(line);
-    _mm_prefetch(reinterpret_cast<const char*>(line) + kPrefetchBytes, _MM_HINT_T0);
-    int8_t(*to)[kTileBytes] = scratch.expanded[quad / 16];
-    const int64_t at = quad % 16 * kLineBytes;
-    _mm512_store_si512(to[0] + at, _mm512_sub_epi8(_mm512_and_si512(codes, low_nibble), z_low));
-    _mm512_store_si512(
-        to[1] + at,
-        _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(codes, 4), low_nibble), z_high));
-  }
-}
+/// What one call works in, on the stack of the thread.
+struct Scratch {
+  amx::Tile weights[kAhead + 1][2][kPanelSteps];  // panel in turn, column half, step
+  alignas(64) float scales[8][kBlockColumns];     // of the group in turn
+  // Groups of one panel use kLag + 2 in turn, so that they stay in L1; longer ones keep the sums of
+  // all rows from panel to panel, of two or more groups in turn because the scaling lags behind.
+  SumTile sums[2 * kMaxTiles];
+  AccTile acc[kMaxTiles];  // (blocks at once, row tiles)
+  amx::Tile unused;
+  AccTile unused_acc;
+};
 
-/// C tiles of one pair of row tiles += A * B over `steps` steps, then stored to `sums`.
-/// kBoth: the pair has two row tiles. `load`: continue from `sums` instead of from zero.
-template <bool kBoth>
-inline void multiply_pair(const int8_t* a, int64_t a_tile_stride, int64_t steps, bool load,
-                          const Scratch& scratch, int32_t (*sums)[kBlockColumns]) {
-  constexpr int64_t kStride = kBlockColumns * sizeof(int32_t);
-  if (load) {
-    amx::load<0>(&sums[0][0], kStride);
-    amx::load<1>(&sums[0][16], kStride);
-    if (kBoth) amx::load<2>(&sums[kTileRows][0], kStride);
-    if (kBoth) amx::load<3>(&sums[kTileRows][16], kStride);
-  } else {
-    amx::zero<0>();
-    amx::zero<1>();
-    if (kBoth) amx::zero<2>();
-    if (kBoth) amx::zero<3>();
-  }
-  for (int64_t step = 0; step < steps; ++step) {
-    amx::load<4>(a + step * kTileBytes, kTileDepth);
-    amx::load<6>(scratch.expanded[step][0], kLineBytes);
-    amx::dot_s8s8<0, 4, 6>();
-    if (kBoth) amx::load<5>(a + a_tile_stride + step * kTileBytes, kTileDepth);
-    if (kBoth) amx::dot_s8s8<2, 5, 6>();
-    amx::load<7>(scratch.expanded[step][1], kLineBytes);
-    amx::dot_s8s8<1, 4, 7>();
-    if (kBoth) amx::dot_s8s8<3, 5, 7>();
-  }
-  amx::store<0>(&sums[0][0], kStride);
-  amx::store<1>(&sums[0][16], kStride);
-  if (kBoth) amx::store<2>(&sums[kTileRows][0], kStride);
-  if (kBoth) amx::store<3>(&sums[kTileRows][16], kStride);
-}
+/// 16 rows of 32 columns whose sums are complete.
+struct Pending {
+  const SumTile* sums;
+  AccTile* acc;
+  const float* scales;
+  const float* t;  // with group scales: of the first row
+  int64_t rows;
+  int64_t block, group, tile;  // for the partial sums
+};
 
-/// acc += float(S) [* t] * s for the rows of one pair.
-template <bool kGroupScales>
-inline void accumulate_pair(const GemmBlock& b, int64_t group, int64_t pair, __m512 s_low,
-                            __m512 s_high, const int32_t (*sums)[kBlockColumns],
-                            float (*acc)[kBlockColumns]) {
-  const int64_t rows = std::min(b.rows - pair * kPairRows, kPairRows);
-  const int64_t groups = b.weights->groups;
-  const float* t = b.activations.scales + pair * kPairRows * groups + group;
-  for (int64_t r = 0; r < rows; ++r) {
-    __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(&sums[r][0]));
-    __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(&sums[r][16]));
-    if (kGroupScales) {
-      const __m512 scale = _mm512_set1_ps(t[r * groups]);
-      low = _mm512_mul_ps(low, scale);
-      high = _mm512_mul_ps(high, scale);
-    }
-    _mm512_store_ps(&acc[r][0], _mm512_fmadd_ps(low, s_low, _mm512_load_ps(&acc[r][0])));
-    _mm512_store_ps(&acc[r][16], _mm512_fmadd_ps(high, s_high, _mm512_load_ps(&acc[r][16])));
-  }
-}
+/// A group, or a panel of it, of one of the blocks at once. Order: group, block, panel.
+struct Position {
+  int64_t group = 0, stream = 0, panel = 0;
 
-void store_partials(const GemmBlock& b, int64_t block, int64_t group, int64_t pair,
-                    const int32_t (*sums)[kBlockColumns]) {
+  void advance(int64_t streams, int64_t panels) {
+    if (++panel < panels) return;
+    panel = 0;
+    if (++stream < streams) return;
+    stream = 0;
+    ++group;
+  }
+};
+
+[[gnu::noinline, gnu::cold]] void store_partials(const GemmBlock& b, const Pending& p) {
   const PackedWeights& w = *b.weights;
-  const int64_t n0 = block * kBlockColumns;
-  for (int64_t r = 0; r < std::min(b.rows - pair * kPairRows, kPairRows); ++r) {
-    int32_t* to = b.partials + ((pair * kPairRows + r) * w.groups + group) * w.n + n0;
-    std::memcpy(to, sums[r], static_cast<size_t>(std::min(kBlockColumns, w.n - n0)) * 4);
+  for (int64_t half = 0; half < 2; ++half) {
+    const int64_t n0 = p.block * kBlockColumns + half * 16;
+    const int64_t columns = std::clamp<int64_t>(w.n - n0, 0, 16);
+    for (int64_t row = p.tile * 16; row < std::min(b.rows, p.tile * 16 + 16); ++row) {
+      std::memcpy(b.partials + (row * w.groups + p.group) * w.n + n0,
+                  p.sums->half[half].bytes + row % 16 * kLineBytes,
+                  static_cast<size_t>(columns) * 4);
+    }
+  }
+}
+
+/// acc += float(S) [* t] * s for 16 columns and `rows` rows.
+template <bool kGroupScales>
+[[gnu::always_inline]] inline void finish_half(const amx::Tile& sums, float (*acc)[16],
+                                               const float* scales, const float* t,
+                                               int64_t t_stride, int64_t rows) {
+  const __m512 s = _mm512_load_ps(scales);
+  const auto add_row = [&](int64_t r) NIBBLE_INLINE {
+    __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums.bytes + r * kLineBytes));
+    if (kGroupScales) sum = _mm512_mul_ps(sum, _mm512_set1_ps(t[r * t_stride]));
+    _mm512_store_ps(acc[r], _mm512_fmadd_ps(sum, s, _mm512_load_ps(acc[r])));
+  };
+  if (rows == kTileRows) {
+    unroll<kTileRows>([&](auto r) NIBBLE_INLINE { add_row(r); });
+  } else {
+    for (int64_t r = 0; r < rows; ++r) add_row(r);
   }
 }
 
 template <bool kGroupScales>
-void store_block(const GemmBlock& b, int64_t block, const Scratch& scratch) {
+void store_block(const GemmBlock& b, int64_t block, const AccTile* acc) {
   const PackedWeights& w = *b.weights;
   const bool has_bias = !w.bias.empty();
   for (int64_t half = 0; half < 2; ++half) {
     const int64_t n0 = block * kBlockColumns + half * 16;
     const __m512 bias = has_bias ? _mm512_loadu_ps(&w.bias[n0]) : _mm512_setzero_ps();
     for (int64_t row = 0; row < b.rows; ++row) {
-      __m512 y = _mm512_load_ps(&scratch.acc[row][half * 16]);
+      __m512 y = _mm512_load_ps(acc[row / kTileRows].half[half][row % kTileRows]);
       if (!kGroupScales) {
         const __m512 t = _mm512_set1_ps(b.activations.scales[row]);
         y = has_bias ? _mm512_fmadd_ps(y, t, bias) : _mm512_mul_ps(y, t);
@@ -149,59 +139,190 @@ void store_block(const GemmBlock& b, int64_t block, const Scratch& scratch) {
   }
 }
 
-/// One group against all rows: expand, then multiply pair i while pair i - 1 is scaled.
-template <bool kGroupScales>
-void run_group(const GemmBlock& b, int64_t block, int64_t group, Scratch& scratch) {
+/// All rows of `streams` blocks. kSteps: of a panel. kLong: groups have several panels.
+// Plain local variables on purpose: as members of structs g++ moves them around as vectors, which
+// then wait for the stores of their parts.
+template <int kSteps, bool kLong, bool kGroupScales>
+void run_streams(const GemmBlock& b, int64_t block0, int64_t streams, Scratch& s) {
   const PackedWeights& w = *b.weights;
-  const int64_t steps = steps_of(w.group_size), tiles = (b.rows + kTileRows - 1) / kTileRows;
-  const int64_t a_tile_stride = steps * kTileBytes;
-  const int8_t* a = b.activations.codes + group * tiles * a_tile_stride;
-  const int64_t pairs = (tiles + 1) / 2;
-  const int64_t column = group * kBlockColumns;
-  const __m512 s_low = load_scales(w.scales(block) + column, w.scale_dtype);
-  const __m512 s_high = load_scales(w.scales(block) + column + 16, w.scale_dtype);
-  const int64_t num_slots = steps > kMaxSteps ? kMaxPairs : 2;
-  const auto finish = [&](int64_t pair) {
-    const int32_t(*sums)[kBlockColumns] = scratch.sums[pair % num_slots];
-    if (b.partials != nullptr) store_partials(b, block, group, pair, sums);
-    accumulate_pair<kGroupScales>(b, group, pair, s_low, s_high, sums,
-                                  &scratch.acc[pair * kPairRows]);
+  const int64_t groups = w.groups, quads = w.quads, block_bytes = w.block_bytes();
+  const int64_t tiles = (b.rows + kTileRows - 1) / kTileRows, steps = steps_of(w.group_size);
+  const int64_t panels = kLong ? (steps + kPanelSteps - 1) / kPanelSteps : 1;
+  const auto* const codes = reinterpret_cast<const amx::Tile*>(b.activations.codes);
+  const auto activations = [&](const Position& p) NIBBLE_INLINE {
+    return codes + (p.group * tiles * steps + p.panel * kPanelSteps);
   };
-  for (int64_t step = 0; step < steps; step += kMaxSteps) {
-    const int64_t now = std::min(steps - step, kMaxSteps);
-    const bool last = step + now == steps;
-    expand(w, block, group, step, now, scratch);
-    amx::compiler_barrier();
-    for (int64_t pair = 0; pair < pairs; ++pair) {
-      const int8_t* from = a + 2 * pair * a_tile_stride + step * kTileBytes;
-      int32_t(*sums)[kBlockColumns] = scratch.sums[pair % num_slots];
-      2 * pair + 1 < tiles
-          ? multiply_pair<true>(from, a_tile_stride, now, step > 0, scratch, sums)
-          : multiply_pair<false>(from, a_tile_stride, now, step > 0, scratch, sums);
-      if (last && pair > 0) finish(pair - 1);
-      amx::compiler_barrier();
+
+  // The panel that is being expanded, a few lines at a time.
+  Position ahead;
+  int64_t ahead_turn = 0, lines = 0;
+  const uint8_t* from = nullptr;
+  int8_t* to = nullptr;
+  __m512i z_low = _mm512_setzero_si512(), z_high = z_low;
+  const __m512i low_nibble = _mm512_set1_epi8(15);
+  const auto begin_expansion = [&]() NIBBLE_INLINE {
+    lines = 0;
+    if (ahead.group == groups) return;
+    const int64_t first = ahead.panel * kPanelLines, column = ahead.group * kBlockColumns;
+    lines = std::min(quads - first, kPanelLines);
+    const uint8_t* block = w.codes(block0) + ahead.stream * block_bytes;
+    from = block + (ahead.group * quads + first) * kLineBytes;
+    to = s.weights[ahead_turn % (kAhead + 1)][0][0].bytes;
+    const auto* scales = reinterpret_cast<const uint16_t*>(block + w.codes_bytes()) + column;
+    const uint8_t* zeros = block + w.codes_bytes() + w.scales_bytes() + column;
+    // each zero point four times, to match the four k of a quad
+    const __m512i ones = _mm512_set1_epi32(0x01010101);
+    z_low = _mm512_mullo_epi32(load_zeros(zeros), ones);
+    z_high = _mm512_mullo_epi32(load_zeros(zeros + 16), ones);
+    float* scales_to = s.scales[ahead_turn / panels % 8];
+    _mm512_store_ps(scales_to, load_scales(scales, w.scale_dtype));
+    _mm512_store_ps(scales_to + 16, load_scales(scales + 16, w.scale_dtype));
+    // A second step of which the group has no part. Lines past the end of a step that it has may
+    // keep any code: the activations are zero there.
+    if (kLong && lines <= 16) {
+      std::memset(to + sizeof(amx::Tile), 0, sizeof(amx::Tile));
+      std::memset(to + 3 * sizeof(amx::Tile), 0, sizeof(amx::Tile));
+    }
+    ++ahead_turn;
+    ahead.advance(streams, panels);
+  };
+  const auto expand_line = [&](int64_t i) NIBBLE_INLINE {
+    const __m512i line = _mm512_load_si512(from + i * kLineBytes);
+    _mm_prefetch(reinterpret_cast<const char*>(from) + i * kLineBytes + kPrefetchBytes,
+                 _MM_HINT_T1);
+    int8_t* const low = to + i * kLineBytes;
+    _mm512_store_si512(low, _mm512_sub_epi8(_mm512_and_si512(line, low_nibble), z_low));
+    _mm512_store_si512(
+        low + kPanelSteps * sizeof(amx::Tile),
+        _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(line, 4), low_nibble), z_high));
+  };
+  const auto expand_unit = [&]() NIBBLE_INLINE {
+    if (lines >= kUnitLines) {
+      unroll<kUnitLines>([&](auto i) NIBBLE_INLINE { expand_line(i); });
+    } else {
+      for (int64_t i = 0; i < lines; ++i) expand_line(i);
+    }
+    from += kUnitLines * kLineBytes;
+    to += kUnitLines * kLineBytes;
+    lines -= kUnitLines;
+  };
+
+  // Row tiles that wait to be scaled. The first have nowhere to go.
+  std::memset(s.acc, 0, static_cast<size_t>(streams * tiles) * sizeof s.acc[0]);
+  Pending pending[kLag + 2];
+  for (Pending& p : pending) {
+    p = {s.sums, &s.unused_acc, s.scales[0], b.activations.scales, 0, block0, 0, -1};
+  }
+  const int64_t last_rows = b.rows - (tiles - 1) * kTileRows;
+  const auto finish = [&](auto half, const Pending& p) NIBBLE_INLINE {
+    finish_half<kGroupScales>(p.sums->half[half], p.acc->half[half], p.scales + half * 16, p.t,
+                              groups, p.rows);
+    if (half == 1 && b.partials != nullptr && p.tile >= 0) store_partials(b, p);
+  };
+
+  for (int64_t i = 0; i < kAhead; ++i) {
+    begin_expansion();
+    while (lines > 0) expand_unit();
+  }
+  const auto load_weights = [&](auto half, int64_t turn) NIBBLE_INLINE {
+    const amx::Tile* tile = s.weights[turn % (kAhead + 1)][half];
+    amx::load<4 + 2 * half>(tile[0]);
+    if (kSteps == 2) amx::load<5 + 2 * half>(tile[1]);
+  };
+  // Read once per 32 columns and then not soon again: kept out of L1, which holds the accumulators.
+  const auto load_activations = [&](const amx::Tile* a, int64_t second) NIBBLE_INLINE {
+    amx::load_streaming<2>(a[0]);
+    if (kSteps == 2) amx::load_streaming<3>(a[second]);
+  };
+  constexpr std::integral_constant<int, 0> low;
+  constexpr std::integral_constant<int, 1> high;
+  load_weights(low, 0);
+  load_weights(high, 0);
+  load_activations(codes, 1);
+  amx::Tile* previous = &s.unused;
+  const int64_t units = (kPanelLines / kUnitLines + tiles - 1) / tiles;
+  int64_t turn = 0, done = 0;  // panels; row tiles with complete sums
+  for (Position p; p.group < groups; ++turn) {
+    begin_expansion();
+    const amx::Tile* a = activations(p);
+    const bool last = !kLong || p.panel == panels - 1, resume = kLong && p.panel > 0;
+    const int64_t group = p.group, block = block0 + p.stream;
+    SumTile* const long_sums = &s.sums[turn / panels % (2 * kMaxTiles / tiles) * tiles];
+    AccTile* acc = &s.acc[p.stream * tiles];
+    const float* const scales = s.scales[turn / panels % 8];
+    p.advance(streams, panels);
+    const amx::Tile* const next_a = p.group < groups ? activations(p) : a;
+    const int64_t second = kLong && steps % 2 != 0 && last ? 0 : 1;
+    const int64_t next_second = kLong && steps % 2 != 0 && p.panel == panels - 1 ? 0 : 1;
+    for (int64_t tile = 0; tile < tiles; ++tile, ++acc) {
+      SumTile& sums = kLong ? long_sums[tile] : s.sums[done % (kLag + 2)];
+      const Pending& ready = pending[(done - kLag) & 3];
+      const bool last_tile = tile == tiles - 1;
+      if (resume) {
+        amx::load<0>(sums.half[0]);
+      } else {
+        amx::zero<0>();
+      }
+      amx::dot_s8s8<0, 2, 4>();
+      if (kSteps == 2) amx::dot_s8s8<0, 3, 5>();
+      if (last_tile) load_weights(low, turn + 1);
+      amx::store<1>(*previous);
+      if (last) finish(low, ready);
+      if (resume) {
+        amx::load<1>(sums.half[1]);
+      } else {
+        amx::zero<1>();
+      }
+      a = last_tile ? next_a : a + steps;
+      amx::dot_s8s8<1, 2, 6>();
+      if (kSteps == 2) amx::dot_s8s8<1, 3, 7>();
+      load_activations(a, last_tile ? next_second : second);
+      if (last_tile) load_weights(high, turn + 1);
+      amx::store<0>(sums.half[0]);
+      if (last) {
+        finish(high, ready);
+        Pending& to = pending[done & 3];
+        to.sums = &sums;
+        to.acc = acc;
+        to.scales = scales;
+        to.rows = last_tile ? last_rows : kTileRows;
+        if (kGroupScales) to.t = b.activations.scales + tile * kTileRows * groups + group;
+        if (b.partials != nullptr) to.block = block, to.group = group, to.tile = tile;
+        ++done;
+      }
+      for (int64_t i = 0; i < units; ++i) expand_unit();
+      previous = &sums.half[1];
     }
   }
-  finish(pairs - 1);
+  amx::store<1>(*previous);
+  for (int64_t i = 0; i < kLag; ++i, ++done) {
+    finish(low, pending[(done - kLag) & 3]);
+    finish(high, pending[(done - kLag) & 3]);
+  }
+  for (int64_t i = 0; i < streams; ++i) {
+    store_block<kGroupScales>(b, block0 + i, &s.acc[i * tiles]);
+  }
 }
 
-template <bool kGroupScales>
+template <int kSteps, bool kLong>
 void run_blocks(const GemmBlock& b) {
   Scratch scratch;
-  for (int64_t block = b.block0; block < b.block1; ++block) {
-    std::memset(scratch.acc, 0, static_cast<size_t>(b.rows) * sizeof scratch.acc[0]);
-    for (int64_t group = 0; group < b.weights->groups; ++group) {
-      run_group<kGroupScales>(b, block, group, scratch);
-    }
-    store_block<kGroupScales>(b, block, scratch);
+  const int64_t most = b.rows <= kStreamTiles * kTileRows ? kStreams : 1;
+  for (int64_t block = b.block0; block < b.block1; block += most) {
+    const int64_t streams = std::min(most, b.block1 - block);
+    b.group_scales ? run_streams<kSteps, kLong, true>(b, block, streams, scratch)
+                   : run_streams<kSteps, kLong, false>(b, block, streams, scratch);
   }
 }
 
 }  // namespace
 
 void run_w4a8_amx(const GemmBlock& b) {
+  const int64_t steps = steps_of(b.weights->group_size);
   amx::configure();
-  b.group_scales ? run_blocks<true>(b) : run_blocks<false>(b);
+  steps == 1   ? run_blocks<1, false>(b)
+  : steps == 2 ? run_blocks<2, false>(b)
+               : run_blocks<2, true>(b);
   amx::release();
 }
 
