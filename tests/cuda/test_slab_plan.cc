@@ -2,6 +2,8 @@
 // were measured.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "gemm/cuda/slab_plan.h"
 
 namespace nibble::cuda {
@@ -47,6 +49,25 @@ TEST(SlabPlan, EveryConfigurationIsOneThatAKernelTakes) {
             }
           }
         }
+      }
+    }
+  }
+}
+
+TEST(SlabPlan, EveryFusedConfigurationIsOneThatItsKernelTakes) {
+  for (const int64_t k : {96, 512, 4096, 8192, 8704, 14336, 18944, 131072}) {
+    for (const int64_t n : {8, 1000, 4096, 57344, 262144}) {
+      for (const int64_t m : {1, 2}) {
+        const PackedLayout layout = packed_layout(n, k, 32);
+        const SlabConfig c = slab_fused_config(layout, m, kMultiprocessors, kSharedBytes);
+        SCOPED_TRACE(c.describe());
+        EXPECT_EQ(c.form, SlabForm::fused);
+        EXPECT_GE(c.k_warps, 1);
+        EXPECT_LE(c.k_warps, std::min<int64_t>(layout.slices, kSlabWarps));
+        EXPECT_EQ(c.tile_warps, 1);
+        EXPECT_GE(c.held_tiles, 1);
+        EXPECT_GE(c.blocks, 1);
+        EXPECT_LE(slab_shared_bytes(layout, m, false, c), kSharedBytes);
       }
     }
   }

@@ -6,7 +6,7 @@
 #include <atomic>
 #include <bit>
 
-#include "gemm/cuda/slab_device.h"
+#include "gemm/cuda/slab_output.h"
 
 namespace nibble::cuda::slab {
 
@@ -75,7 +75,8 @@ constexpr std::array<Kernel, 18> all_shapes() {
 
 /// Allows `function` the shared memory of a whole multiprocessor, once on each device. Safe from
 /// several threads: setting it twice does no harm.
-inline cudaError_t allow_shared_memory(Function function, std::atomic<uint64_t>& devices) {
+template <class Parameters>
+cudaError_t allow_shared_memory(void (*function)(Parameters), std::atomic<uint64_t>& devices) {
   int device = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   const uint64_t bit = uint64_t{1} << (device % 64);
@@ -90,6 +91,23 @@ inline cudaError_t allow_shared_memory(Function function, std::atomic<uint64_t>&
       cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error == cudaSuccess) devices.fetch_or(bit, std::memory_order_relaxed);
   return error;
+}
+
+template <class Parameters>
+cudaError_t launch_blocks(void (*function)(Parameters), const GemmArgs& args,
+                          const SlabConfig& config, int64_t shared_bytes, cudaStream_t stream,
+                          const Parameters& parameters) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(static_cast<unsigned>(block_count(args, config)));
+  launch.blockDim = dim3(32 * config.warps());
+  launch.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  launch.stream = stream;
+  launch.attrs = &attribute;
+  launch.numAttrs = config.programmatic ? 1 : 0;
+  return cudaLaunchKernelEx(&launch, function, parameters);
 }
 
 /// Launches the shape of `Instance` that fits.
@@ -109,17 +127,7 @@ cudaError_t launch(const GemmArgs& args, const SlabConfig& config, cudaStream_t 
       return error;
     }
     const Params params = make_params(args, config);
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t launch{};
-    launch.gridDim = dim3(static_cast<unsigned>(block_count(args, config)));
-    launch.blockDim = dim3(32 * config.warps());
-    launch.dynamicSmemBytes = static_cast<size_t>(params.shared.total);
-    launch.stream = stream;
-    launch.attrs = &attribute;
-    launch.numAttrs = config.programmatic ? 1 : 0;
-    return cudaLaunchKernelEx(&launch, kernel.function, params);
+    return launch_blocks(kernel.function, args, config, params.shared.total, stream, params);
   }
   return cudaErrorInvalidValue;
 }

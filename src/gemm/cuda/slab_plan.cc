@@ -22,6 +22,7 @@ const char* form_name(SlabForm form) {
     case SlabForm::registers: return "registers";
     case SlabForm::shared: return "shared";
     case SlabForm::streamed: return "streamed";
+    case SlabForm::fused: return "fused";
   }
   return "";
 }
@@ -70,6 +71,23 @@ SlabConfig streamed_config(const PackedLayout& layout, int64_t m, int multiproce
 
 }  // namespace
 
+SlabConfig slab_fused_config(const PackedLayout& layout, int64_t m, int multiprocessors,
+                             int64_t shared_bytes) {
+  SlabConfig config;
+  config.form = SlabForm::fused;
+  const bool deep = layout.slices > kSlabWarps;
+  config.k_warps = deep ? best_k_warps(layout.slices, {14, 16, 12, 13})
+                        : static_cast<int>(layout.slices);
+  config.stages = deep ? 2 : 1;
+  config.blocks = multiprocessors * std::min(2, kSlabWarps / config.k_warps);
+  config.held_tiles = static_cast<int>(ceil_div(layout.tiles, config.blocks));
+  const int64_t most = shared_bytes / (kSlabWarps / config.k_warps > 1 ? 2 : 1);
+  while (slab_shared_bytes(layout, m, false, config) > most && config.held_tiles > 1) {
+    config.held_tiles = (config.held_tiles + 1) / 2;
+  }
+  return config;
+}
+
 std::string SlabConfig::describe() const {
   return fmt::format("{}, {}x{} warps, ring of {}, {} held, {} blocks{}", form_name(form), k_warps,
                      tile_warps, stages, held_tiles, blocks, programmatic ? ", programmatic" : "");
@@ -79,13 +97,14 @@ SlabShared slab_shared(const PackedLayout& layout, int64_t m, bool group_scales,
                        const SlabConfig& config) {
   const int64_t columns = slab_token_columns(m), warps = config.warps();
   const bool streamed = config.form == SlabForm::streamed;
+  const bool holds = streamed || config.form == SlabForm::fused;  // sums of several tiles
   const int64_t slice_tables = config.form == SlabForm::shared ? layout.slices : warps;
   SlabShared s;
   int64_t at = kSlabHeaderBytes;
   s.partials = static_cast<int>(at);
-  s.partials_bytes = static_cast<int>(warps * (streamed ? config.held_tiles : 1) *
+  s.partials_bytes = static_cast<int>(warps * (holds ? config.held_tiles : 1) *
                                       slab_partial_bytes(static_cast<int>(columns)));
-  at += (streamed ? 1 : 2) * int64_t{s.partials_bytes};
+  at += (holds ? 1 : 2) * int64_t{s.partials_bytes};
   s.tables = static_cast<int>(at);
   s.table_bytes = static_cast<int>(layout.slab_groups * columns * (group_scales ? 8 : 4));
   at = align(at + slice_tables * s.table_bytes, 128);

@@ -9,6 +9,7 @@
 namespace nibble::cuda {
 
 inline constexpr int kSlabTokens = 16;  // largest M
+inline constexpr int kSlabFusedTokens = 2;
 inline constexpr int kSlabWarps = 16;   // of a block, at most
 inline constexpr int kSlabStages = 3;
 
@@ -17,14 +18,15 @@ enum class SlabForm : int {
   registers,  // a warp has one slice of 512 k for good: needs k_warps >= slices
   shared,     // the activations of all K lie in shared memory; k_warps <= slices
   streamed,   // they come with the weights, slice by slice; k_warps <= slices
+  fused,      // M <= 2: each block quantizes x itself; k_warps <= slices
 };
 
 struct SlabConfig {
   SlabForm form = SlabForm::registers;
   int k_warps = 0;     // warps that share one column tile; slice s belongs to warp s % k_warps
-  int tile_warps = 1;  // column tiles worked on at once by a block: 1, 2 or 4; streamed: 1
+  int tile_warps = 1;  // column tiles worked on at once by a block: 1, 2 or 4; streamed, fused: 1
   int stages = 1;      // slabs in flight per warp, 1..kSlabStages
-  int held_tiles = 1;  // streamed: tiles that meet a slice of activations while it is there
+  int held_tiles = 1;  // streamed, fused: tiles that meet a slice of activations while it is there
   int blocks = 0;      // asked for; the tiles are dealt out evenly
   bool programmatic = false;  // launched with programmatic stream serialization
 
@@ -36,6 +38,10 @@ struct SlabConfig {
 /// block. Requires 1 <= m <= kSlabTokens. programmatic is left to the caller.
 SlabConfig slab_config(const PackedLayout& layout, int64_t m, bool group_scales,
                        int multiprocessors, int64_t shared_bytes);
+
+/// The same for the kernel that quantizes as well; 1 <= m <= kSlabFusedTokens.
+SlabConfig slab_fused_config(const PackedLayout& layout, int64_t m, int multiprocessors,
+                             int64_t shared_bytes);
 
 /// Dynamic shared memory of a block.
 int64_t slab_shared_bytes(const PackedLayout& layout, int64_t m, bool group_scales,
@@ -49,7 +55,7 @@ constexpr int slab_token_columns(int64_t m) { return m <= 2 ? 2 : m <= 8 ? 8 : 1
 
 /// Byte offsets into the shared memory of a block. Barriers and scales of tokens come first.
 struct SlabShared {
-  int partials = 0;       // float sums: two sets for steps in turn (streamed: one)
+  int partials = 0;       // float sums: two sets for steps in turn (streamed, fused: one)
   int partials_bytes = 0;  // of a set: (tile, k_warp) x slab_partial_bytes
   int tables = 0;         // sums, and scales, of the groups of the activations, slice by slice
   int table_bytes = 0;    // of a slice

@@ -13,28 +13,6 @@
 namespace nibble::cuda::slab {
 namespace {
 
-/// What a warp meets, in order: batches of tiles, its slices, the tiles of the batch.
-struct Walk {
-  int batch = 0, slice, tile = 0;
-
-  __device__ explicit Walk(const Place& at) : slice(at.k_warp) {}
-  __device__ bool done(const Tiles& tiles) const { return batch >= tiles.count; }
-  __device__ int held(const Params& p, const Tiles& tiles) const {
-    return min(p.held_tiles, tiles.count - batch);
-  }
-  __device__ void next_slice(const Params& p, const Place& at) {
-    tile = 0;
-    slice += p.k_warps;
-    if (slice >= p.slices) {
-      slice = at.k_warp;
-      batch += p.held_tiles;
-    }
-  }
-  __device__ void next_slab(const Params& p, const Place& at, const Tiles& tiles) {
-    if (++tile >= held(p, tiles)) next_slice(p, at);
-  }
-};
-
 /// The rows of a slice to a warp's buffer; one thread.
 __device__ __forceinline__ void request_rows(const Params& p, uint32_t to, uint32_t barrier,
                                              int slice) {
@@ -60,8 +38,7 @@ __global__ void __launch_bounds__(32 * slab_streamed_warps(S::kColumns), 1)
   Ring ring(p, shared, at.warp);
   Walk ahead(at);  // of what the ring asks for
   const auto request_slab = [&](int stage) {
-    ring.request(stage, p.slabs + (tiles.first + ahead.batch + ahead.tile) * p.tile_bytes +
-                            ahead.slice * p.slab_bytes);
+    ring.request(stage, ahead.slab(p, tiles));
     ahead.next_slab(p, at, tiles);
   };
   SliceScales<S> scales;
