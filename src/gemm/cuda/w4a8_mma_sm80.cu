@@ -8,49 +8,33 @@
 //
 // Shared memory
 //   stage   8 tiles x 1 KiB: a block of the slab as it is: two 16-byte loads give a lane its part
-//           kTokens x 128 codes; the 32 bytes of step j of row i lie at step j ^ (i % 4), so that
-//           the 8 bytes of all lanes of half a warp are in different banks activation scales, if
-//           they are per group: (groups of 128 k, kTokens)
+//           kTokens x 128 codes, swizzled as load_row() wants them
+//           if activation scales are per group: (groups of 128 k, kTokens)
 //   slice   8 tiles x scales and zero points of 512 k, as in the slab; twice
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <algorithm>
-
-#include "gemm/cuda/kernels.h"
-#include "gemm/cuda/ptx.h"
+#include "gemm/cuda/mma_sm80.h"
+#include "gemm/cuda/w4a8_mma_skinny_sm80.h"
 
 namespace nibble::cuda {
 namespace {
+
+using namespace mma;
 
 constexpr int kThreads = 256;
 constexpr int kStages = 3;  // what fits the 99 KiB of sm_86 and sm_89
 constexpr int kBlockColumns = 128;
 constexpr int kTiles = kBlockColumns / kSlabColumns;
-constexpr int kTileBytes = kSlabColumns * kBlockDepth / 2;
 constexpr int kWarpTiles = 2, kColumnWarps = kTiles / kWarpTiles, kTokenWarps = 2;
-constexpr int kSteps = kBlockDepth / 32;  // products of 32 k in a stage
-constexpr int kSliceStages = kSlabDepth / kBlockDepth;
 static_assert(32 * kColumnWarps * kTokenWarps == kThreads);
 
-/// 1.5 * 2^23 as bits: a sum that starts from it is, read as a float, that much too large, exactly
-/// as long as |sum| < 2^22 (15 * 128 * 128 < 2^18). It saves the conversion, which is slow on
-/// sm_80.
-constexpr int kMagicBits = 0x4b400000;
-constexpr float kMagic = 12582912.0f;
-
 template <int tokens, int promoted, bool group_scales>
-struct Shape {
-  static constexpr int kTokens = tokens;
+struct Shape : Depth<promoted> {
+  static constexpr int kPromoted = promoted, kTokens = tokens;
   static constexpr bool kGroupScales = group_scales;
   static constexpr int kTokenTiles = tokens / kTokenWarps / 8;  // of a warp
-  static constexpr int kGroups = kBlockDepth / promoted, kSlabGroups = kSlabDepth / promoted;
-  static constexpr int kGroupSteps = kSteps / kGroups;
   static constexpr int kTokensAt = kTiles * kTileBytes;
   static constexpr int kFactorsAt = kTokensAt + tokens * kBlockDepth;
-  static constexpr int kStageBytes = kFactorsAt + (group_scales ? tokens * kGroups * 4 : 0);
-  static constexpr int kScaleBytes = kSlabGroups * 40;  // of a slab, zero points included
-  static constexpr int kSliceBytes = kTiles * kScaleBytes;
+  static constexpr int kStageBytes = kFactorsAt + (group_scales ? tokens * Shape::kGroups * 4 : 0);
+  static constexpr int kSliceBytes = kTiles * Shape::kScaleBytes;
   static constexpr int kSlicesAt = kStages * kStageBytes;
   static constexpr int kSharedBytes = kSlicesAt + 2 * kSliceBytes;
 };
@@ -77,9 +61,9 @@ __device__ __forceinline__ Position position(int block_tokens) {
 /// Starts the copies of stage `block`. Rows past M are zeros; tiles past N repeat the last one.
 template <class S>
 __device__ __forceinline__ void load_stage(const GemmArgs& a, const Position& p, int block,
-                                           uint32_t shared, int group_blocks) {
+                                           uint32_t shared, const Groups& groups) {
   const uint32_t stage = shared + block % kStages * S::kStageBytes;
-  const int slice = block / kSliceStages, last_tile = static_cast<int>(a.layout.tiles) - 1;
+  const int slice = block / kSliceBlocks, last_tile = static_cast<int>(a.layout.tiles) - 1;
   const auto slab = [&](int tile) {
     return a.slabs +
            (min(p.tile + tile, last_tile) * a.layout.slices + slice) * a.layout.slab_bytes;
@@ -89,7 +73,7 @@ __device__ __forceinline__ void load_stage(const GemmArgs& a, const Position& p,
     const int piece = i * kThreads + threadIdx.x, tile = piece / (kTileBytes / 16);
     const int at = piece % (kTileBytes / 16) * 16;
     ptx::copy16_async(stage + tile * kTileBytes + at,
-                      slab(tile) + block % kSliceStages * kTileBytes + at);
+                      slab(tile) + block % kSliceBlocks * kTileBytes + at);
   }
   const int64_t row_bytes = a.layout.slices * kSlabDepth;
   const int m = static_cast<int>(a.m);
@@ -98,21 +82,21 @@ __device__ __forceinline__ void load_stage(const GemmArgs& a, const Position& p,
     const int piece = i * kThreads + threadIdx.x, token = piece / 8, part = piece % 8;
     if (S::kTokens * 8 % kThreads != 0 && token >= S::kTokens) break;
     const int row = p.token + token;
-    ptx::copy16_async(stage + S::kTokensAt + token * kBlockDepth + (part ^ (token % 4 * 2)) * 16,
+    ptx::copy16_async(stage + S::kTokensAt + row_piece(token, part),
                       a.codes + min(row, m - 1) * row_bytes + block * kBlockDepth + part * 16,
                       row < m ? 16 : 0);
   }
   if constexpr (S::kGroupScales) {
-    const int groups = static_cast<int>(a.layout.k / a.layout.group_size);
     for (int piece = threadIdx.x; piece < S::kTokens * S::kGroups; piece += kThreads) {
       const int token = piece % S::kTokens, g = piece / S::kTokens, row = p.token + token;
-      const int group = S::kGroups == 1 ? block / group_blocks : block * S::kGroups + g;
-      const bool inside = row < m && group < groups;
+      const int group = S::kGroups == 1 ? block / groups.blocks : block * S::kGroups + g;
+      const bool inside = row < m && group < groups.count;
       ptx::copy4_async(stage + S::kFactorsAt + piece * 4,
-                       a.scales + (inside ? int64_t{row} * groups + group : 0), inside ? 4 : 0);
+                       a.scales + (inside ? int64_t{row} * groups.count + group : 0),
+                       inside ? 4 : 0);
     }
   }
-  if (block % kSliceStages == 0) {
+  if (block % kSliceBlocks == 0) {
     constexpr int kPieces = S::kScaleBytes / 16;
     const uint32_t to = shared + S::kSlicesAt + slice % 2 * S::kSliceBytes;
     for (int piece = threadIdx.x; piece < kTiles * kPieces; piece += kThreads) {
@@ -120,52 +104,6 @@ __device__ __forceinline__ void load_stage(const GemmArgs& a, const Position& p,
                         slab(piece / kPieces) + kSlabCodeBytes + piece % kPieces * 16);
     }
   }
-}
-
-/// Four codes minus their zero point, as int8: the guard bits keep the bytes from borrowing.
-__device__ __forceinline__ uint32_t minus_zero(uint32_t codes, uint32_t zeros) {
-  return (((codes & 0x0f0f0f0fu) | 0x80808080u) - zeros) ^ 0x80808080u;
-}
-
-__device__ __forceinline__ float2 scales_of(uint32_t pair, bool bf16) {
-  if (bf16) return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-}
-
-/// A lane's part of one tile of a stage.
-template <class S>
-struct TileOperand {
-  uint32_t a[kSteps][4];
-  float2 scale[S::kGroups];  // columns r and r + 8
-};
-
-template <class S>
-__device__ __forceinline__ TileOperand<S> load_tile(uint32_t stage, uint32_t slice, int tile,
-                                                    int block, const Position& p, bool bf16) {
-  TileOperand<S> t;
-  const uint32_t codes = stage + tile * kTileBytes + p.lane * 16;
-  const uint32_t scales = slice + tile * S::kScaleBytes;
-  const int first_group = p.r * S::kSlabGroups + block % kSliceStages * S::kGroups;
-  uint32_t zeros[S::kGroups][2];
-#pragma unroll
-  for (int g = 0; g < S::kGroups; ++g) {
-    t.scale[g] = scales_of(ptx::load4_shared(scales + (first_group + g) * 4), bf16);
-    const uint32_t both = ptx::load1_shared(scales + S::kSlabGroups * 32 + first_group + g);
-    zeros[g][0] = (both & 15) * 0x01010101u;
-    zeros[g][1] = (both >> 4) * 0x01010101u;
-  }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const uint4 v = ptx::load16_shared(codes + half * (kTileBytes / 2));
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const int low = 2 * half, high = low + 1;
-      t.a[low][w] = minus_zero(words[w], zeros[low / S::kGroupSteps][w % 2]);
-      t.a[high][w] = minus_zero(words[w] >> 4, zeros[high / S::kGroupSteps][w % 2]);
-    }
-  }
-  return t;
 }
 
 template <class S>
@@ -176,21 +114,19 @@ template <class S>
 __device__ __forceinline__ void multiply_stage(uint32_t shared, int block, const Position& p,
                                                bool bf16, Accumulators<S>& acc) {
   const uint32_t stage = shared + block % kStages * S::kStageBytes;
-  const uint32_t slice = shared + S::kSlicesAt + block / kSliceStages % 2 * S::kSliceBytes;
-  TileOperand<S> tiles[kWarpTiles];
+  const uint32_t slice = shared + S::kSlicesAt + block / kSliceBlocks % 2 * S::kSliceBytes;
+  TileOperand<S::kPromoted> tiles[kWarpTiles];
 #pragma unroll
   for (int t = 0; t < kWarpTiles; ++t) {
-    tiles[t] = load_tile<S>(stage, slice, p.warp_tile + t, block, p, bf16);
+    const int tile = p.warp_tile + t;
+    tiles[t] = load_tile<S::kPromoted>(stage + tile * kTileBytes, slice + tile * S::kScaleBytes,
+                                       block % kSliceBlocks, p.lane, bf16);
   }
-  const uint32_t row = stage + S::kTokensAt + (p.warp_token + p.r) * kBlockDepth + p.c * 8;
-  const int magic[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
+  const uint32_t row = stage + S::kTokensAt + (p.warp_token + p.r) * kBlockDepth;
 #pragma unroll
   for (int n = 0; n < S::kTokenTiles; ++n) {
     uint2 b[kSteps];
-#pragma unroll
-    for (int j = 0; j < kSteps; ++j) {
-      b[j] = ptx::load8_shared(row + (j ^ (p.r % 4)) * 32 + n * 8 * kBlockDepth);
-    }
+    load_row(row + n * 8 * kBlockDepth, p.lane, b);
 #pragma unroll
     for (int g = 0; g < S::kGroups; ++g) {
       float factor[2] = {1.0f, 1.0f};
@@ -202,18 +138,13 @@ __device__ __forceinline__ void multiply_stage(uint32_t shared, int block, const
       }
 #pragma unroll
       for (int t = 0; t < kWarpTiles; ++t) {
-        int sum[4];
-        ptx::mma_s8s8(sum, tiles[t].a[g * S::kGroupSteps], b[g * S::kGroupSteps], magic);
-#pragma unroll
-        for (int j = g * S::kGroupSteps + 1; j < (g + 1) * S::kGroupSteps; ++j) {
-          ptx::mma_s8s8(sum, tiles[t].a[j], b[j], sum);
-        }
+        float s[4];
+        group_sums(tiles[t], b, g, s);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          float s = __int_as_float(sum[i]) - kMagic;
-          if constexpr (S::kGroupScales) s = s * factor[i % 2];
-          acc[t][n][i] =
-              __fmaf_rn(s, i < 2 ? tiles[t].scale[g].x : tiles[t].scale[g].y, acc[t][n][i]);
+          if constexpr (S::kGroupScales) s[i] = s[i] * factor[i % 2];
+          const float2 scale = tiles[t].scale[g];
+          acc[t][n][i] = __fmaf_rn(s[i], i < 2 ? scale.x : scale.y, acc[t][n][i]);
         }
       }
     }
@@ -221,11 +152,6 @@ __device__ __forceinline__ void multiply_stage(uint32_t shared, int block, const
 }
 
 // ---- y -----------------------------------------------------------------------------------------
-
-__device__ __forceinline__ uint32_t bits16(float v, Element type) {
-  return type == Element::f16 ? __half_as_ushort(__float2half_rn(v))
-                              : __bfloat16_as_ushort(__float2bfloat16_rn(v));
-}
 
 /// Columns `column` (even) and the next, of one row.
 __device__ __forceinline__ void store_pair(const Output& out, int64_t row, int column, int n,
@@ -276,13 +202,8 @@ __device__ __forceinline__ void store_outputs(const GemmArgs& a, const Position&
         float2 y = odd ? float2{other, second} : float2{first, other};
         const int column = (p.tile + p.warp_tile + tile) * kSlabColumns + half * 8 + p.r / 2 * 2;
         if (!inside || column >= n_end) continue;
-        if (a.out.bias != nullptr) {
-          y.x = __fmaf_rn(y.x, t, a.out.bias[column]);
-          y.y = __fmaf_rn(y.y, t, a.out.bias[min(column + 1, n_end - 1)]);
-        } else {
-          y.x = y.x * t;
-          y.y = y.y * t;
-        }
+        y.x = finish(y.x, t, a.out.bias, column);
+        y.y = finish(y.y, t, a.out.bias, min(column + 1, n_end - 1));
         store_pair(a.out, row, column, n_end, y, paired);
       }
     }
@@ -291,21 +212,21 @@ __device__ __forceinline__ void store_outputs(const GemmArgs& a, const Position&
 
 template <class S>
 __global__ void __launch_bounds__(kThreads, 1)
-    w4a8_mma(const __grid_constant__ GemmArgs args, int group_blocks) {
+    w4a8_mma(const __grid_constant__ GemmArgs args, const __grid_constant__ Groups groups) {
   extern __shared__ __align__(128) uint8_t memory[];
   const uint32_t shared = ptx::shared_address(memory);
   const Position p = position(S::kTokens);
   const int blocks = static_cast<int>((args.layout.k + kBlockDepth - 1) / kBlockDepth);
   Accumulators<S> acc = {};
   for (int block = 0; block < kStages - 1; ++block) {
-    if (block < blocks) load_stage<S>(args, p, block, shared, group_blocks);
+    if (block < blocks) load_stage<S>(args, p, block, shared, groups);
     ptx::copy_commit();
   }
   for (int block = 0; block < blocks; ++block) {
     ptx::copy_wait<kStages - 2>();
     __syncthreads();  // the stage is there for all, and nobody reads the one before any more
     const int next = block + kStages - 1;
-    if (next < blocks) load_stage<S>(args, p, next, shared, group_blocks);
+    if (next < blocks) load_stage<S>(args, p, next, shared, groups);
     ptx::copy_commit();
     multiply_stage<S>(shared, block, p, args.bf16_scales, acc);
   }
@@ -322,9 +243,7 @@ cudaError_t launch(const GemmArgs& args, cudaStream_t stream) {
     return static_cast<unsigned>((count + size - 1) / size);
   };
   const dim3 grid(blocks_of(args.m, S::kTokens), blocks_of(args.layout.tiles, kTiles));
-  const int group_blocks = static_cast<int>(
-      std::max<int64_t>((args.layout.group_size + kBlockDepth - 1) / kBlockDepth, 1));
-  kernel<<<grid, kThreads, S::kSharedBytes, stream>>>(args, group_blocks);
+  kernel<<<grid, kThreads, S::kSharedBytes, stream>>>(args, groups_of(args.layout));
   return cudaGetLastError();
 }
 
@@ -336,14 +255,13 @@ cudaError_t launch(const GemmArgs& args, cudaStream_t stream) {
 
 template <int promoted>
 cudaError_t launch(const GemmArgs& args, cudaStream_t stream) {
-  if (args.m <= 16) return launch<16, promoted>(args, stream);
-  if (args.m <= 64) return launch<64, promoted>(args, stream);
-  return launch<128, promoted>(args, stream);
+  return args.m <= 64 ? launch<64, promoted>(args, stream) : launch<128, promoted>(args, stream);
 }
 
 }  // namespace
 
 cudaError_t launch_w4a8_mma_sm80(const GemmArgs& args, cudaStream_t stream) {
+  if (args.m <= kSkinnyRows) return launch_w4a8_mma_skinny_sm80(args, stream);
   switch (args.layout.promoted) {
     case 32: return launch<32>(args, stream);
     case 64: return launch<64>(args, stream);
