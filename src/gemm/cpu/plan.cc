@@ -5,9 +5,9 @@
 namespace nibble {
 namespace {
 
-// Below this many rows the AMX kernel loses to VPDPBUSD, whose largest register tile has 12 rows: a
-// tile multiply costs the same for 1 and for 16 rows. Measured: docs/notes.md.
-constexpr int64_t kAmxMinRows = 13;
+// Below this many rows the AMX kernel loses to VPDPBUSD: a tile multiply costs the same for 1 and for
+// 16 rows. Measured: docs/notes.md.
+constexpr int64_t kAmxMinRows = 6;
 
 bool worth_it(const CpuKernel& kernel, const Problem& problem) {
   return kernel.isa != Isa::amx_int8 || problem.m >= kAmxMinRows;

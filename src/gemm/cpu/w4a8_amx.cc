@@ -14,9 +14,6 @@
 // loaded, and a part of the panel after the next is expanded. Subtracting z while expanding costs
 // one instruction per 64 weights and block of rows; taking it off the sums would cost one per 16
 // sums.
-//
-// Few rows are bound by memory: kStreams column blocks advance together, group by group, which is
-// as many streams for the hardware's prefetcher.
 #include "gemm/cpu/kernel.h"
 #include "gemm/cpu/target.h"
 
@@ -38,11 +35,10 @@ namespace {
 constexpr int64_t kMaxTiles = kMaxBlockRows / kTileRows;
 constexpr int64_t kPanelSteps = 2;
 constexpr int64_t kPanelLines = kPanelSteps * 16;
-constexpr int64_t kUnitLines = 4;    // expanded at a time
-constexpr int64_t kAhead = 2;        // panels
-constexpr int64_t kLag = 2;          // row tiles between the multiplication and the scaling
-constexpr int64_t kStreams = 4;      // column blocks at once, if there are at most kStreamTiles
-constexpr int64_t kStreamTiles = 2;  // row tiles
+constexpr int64_t kUnitLines = 4;       // expanded at a time
+constexpr int64_t kAhead = 2;           // panels
+constexpr int64_t kLag = 2;             // row tiles between the multiplication and the scaling
+constexpr int64_t kPending = 2 * kLag;  // a ring: the entry of kLag before is kLag further on
 constexpr int64_t kPrefetchBytes = 4096;
 
 /// Sums or float accumulators of 16 rows and 32 columns.
@@ -57,10 +53,10 @@ struct alignas(64) AccTile {
 struct Scratch {
   amx::Tile weights[kAhead + 1][2][kPanelSteps];  // panel in turn, column half, step
   alignas(64) float scales[8][kBlockColumns];     // of the group in turn
-  // Groups of one panel use kLag + 2 in turn, so that they stay in L1; longer ones keep the sums of
+  // Groups of one panel use kPending in turn, so that they stay in L1; longer ones keep the sums of
   // all rows from panel to panel, of two or more groups in turn because the scaling lags behind.
   SumTile sums[2 * kMaxTiles];
-  AccTile acc[kMaxTiles];  // (blocks at once, row tiles)
+  AccTile acc[kMaxTiles];
   amx::Tile unused;
   AccTile unused_acc;
 };
@@ -75,15 +71,13 @@ struct Pending {
   int64_t block, group, tile;  // for the partial sums
 };
 
-/// A group, or a panel of it, of one of the blocks at once. Order: group, block, panel.
+/// A panel, counted within its group.
 struct Position {
-  int64_t group = 0, stream = 0, panel = 0;
+  int64_t group = 0, panel = 0;
 
-  void advance(int64_t streams, int64_t panels) {
+  void advance(int64_t panels) {
     if (++panel < panels) return;
     panel = 0;
-    if (++stream < streams) return;
-    stream = 0;
     ++group;
   }
 };
@@ -139,13 +133,13 @@ void store_block(const GemmBlock& b, int64_t block, const AccTile* acc) {
   }
 }
 
-/// All rows of `streams` blocks. kSteps: of a panel. kLong: groups have several panels.
+/// All rows of one block. kSteps: of a panel. kLong: groups have several panels.
 // Plain local variables on purpose: as members of structs g++ moves them around as vectors, which
 // then wait for the stores of their parts.
 template <int kSteps, bool kLong, bool kGroupScales>
-void run_streams(const GemmBlock& b, int64_t block0, int64_t streams, Scratch& s) {
+void run_block(const GemmBlock& b, int64_t block, Scratch& s) {
   const PackedWeights& w = *b.weights;
-  const int64_t groups = w.groups, quads = w.quads, block_bytes = w.block_bytes();
+  const int64_t groups = w.groups, quads = w.quads;
   const int64_t tiles = (b.rows + kTileRows - 1) / kTileRows, steps = steps_of(w.group_size);
   const int64_t panels = kLong ? (steps + kPanelSteps - 1) / kPanelSteps : 1;
   const auto* const codes = reinterpret_cast<const amx::Tile*>(b.activations.codes);
@@ -165,11 +159,10 @@ void run_streams(const GemmBlock& b, int64_t block0, int64_t streams, Scratch& s
     if (ahead.group == groups) return;
     const int64_t first = ahead.panel * kPanelLines, column = ahead.group * kBlockColumns;
     lines = std::min(quads - first, kPanelLines);
-    const uint8_t* block = w.codes(block0) + ahead.stream * block_bytes;
-    from = block + (ahead.group * quads + first) * kLineBytes;
+    from = w.codes(block) + (ahead.group * quads + first) * kLineBytes;
     to = s.weights[ahead_turn % (kAhead + 1)][0][0].bytes;
-    const auto* scales = reinterpret_cast<const uint16_t*>(block + w.codes_bytes()) + column;
-    const uint8_t* zeros = block + w.codes_bytes() + w.scales_bytes() + column;
+    const uint16_t* scales = w.scales(block) + column;
+    const uint8_t* zeros = w.zeros(block) + column;
     // each zero point four times, to match the four k of a quad
     const __m512i ones = _mm512_set1_epi32(0x01010101);
     z_low = _mm512_mullo_epi32(load_zeros(zeros), ones);
@@ -184,7 +177,7 @@ void run_streams(const GemmBlock& b, int64_t block0, int64_t streams, Scratch& s
       std::memset(to + 3 * sizeof(amx::Tile), 0, sizeof(amx::Tile));
     }
     ++ahead_turn;
-    ahead.advance(streams, panels);
+    ahead.advance(panels);
   };
   const auto expand_line = [&](int64_t i) NIBBLE_INLINE {
     const __m512i line = _mm512_load_si512(from + i * kLineBytes);
@@ -208,10 +201,10 @@ void run_streams(const GemmBlock& b, int64_t block0, int64_t streams, Scratch& s
   };
 
   // Row tiles that wait to be scaled. The first have nowhere to go.
-  std::memset(s.acc, 0, static_cast<size_t>(streams * tiles) * sizeof s.acc[0]);
-  Pending pending[kLag + 2];
+  std::memset(s.acc, 0, static_cast<size_t>(tiles) * sizeof s.acc[0]);
+  Pending pending[kPending];
   for (Pending& p : pending) {
-    p = {s.sums, &s.unused_acc, s.scales[0], b.activations.scales, 0, block0, 0, -1};
+    p = {s.sums, &s.unused_acc, s.scales[0], b.activations.scales, 0, block, 0, -1};
   }
   const int64_t last_rows = b.rows - (tiles - 1) * kTileRows;
   const auto finish = [&](auto half, const Pending& p) NIBBLE_INLINE {
@@ -246,17 +239,17 @@ void run_streams(const GemmBlock& b, int64_t block0, int64_t streams, Scratch& s
     begin_expansion();
     const amx::Tile* a = activations(p);
     const bool last = !kLong || p.panel == panels - 1, resume = kLong && p.panel > 0;
-    const int64_t group = p.group, block = block0 + p.stream;
+    const int64_t group = p.group;
     SumTile* const long_sums = &s.sums[turn / panels % (2 * kMaxTiles / tiles) * tiles];
-    AccTile* acc = &s.acc[p.stream * tiles];
+    AccTile* acc = s.acc;
     const float* const scales = s.scales[turn / panels % 8];
-    p.advance(streams, panels);
+    p.advance(panels);
     const amx::Tile* const next_a = p.group < groups ? activations(p) : a;
     const int64_t second = kLong && steps % 2 != 0 && last ? 0 : 1;
     const int64_t next_second = kLong && steps % 2 != 0 && p.panel == panels - 1 ? 0 : 1;
     for (int64_t tile = 0; tile < tiles; ++tile, ++acc) {
-      SumTile& sums = kLong ? long_sums[tile] : s.sums[done % (kLag + 2)];
-      const Pending& ready = pending[(done - kLag) & 3];
+      SumTile& sums = kLong ? long_sums[tile] : s.sums[done % kPending];
+      const Pending& ready = pending[(done + kLag) % kPending];
       const bool last_tile = tile == tiles - 1;
       if (resume) {
         amx::load<0>(sums.half[0]);
@@ -281,13 +274,13 @@ void run_streams(const GemmBlock& b, int64_t block0, int64_t streams, Scratch& s
       amx::store<0>(sums.half[0]);
       if (last) {
         finish(high, ready);
-        Pending& to = pending[done & 3];
-        to.sums = &sums;
-        to.acc = acc;
-        to.scales = scales;
-        to.rows = last_tile ? last_rows : kTileRows;
-        if (kGroupScales) to.t = b.activations.scales + tile * kTileRows * groups + group;
-        if (b.partials != nullptr) to.block = block, to.group = group, to.tile = tile;
+        Pending& entry = pending[done % kPending];
+        entry.sums = &sums;
+        entry.acc = acc;
+        entry.scales = scales;
+        entry.rows = last_tile ? last_rows : kTileRows;
+        if (kGroupScales) entry.t = b.activations.scales + tile * kTileRows * groups + group;
+        if (b.partials != nullptr) entry.block = block, entry.group = group, entry.tile = tile;
         ++done;
       }
       for (int64_t i = 0; i < units; ++i) expand_unit();
@@ -296,22 +289,18 @@ void run_streams(const GemmBlock& b, int64_t block0, int64_t streams, Scratch& s
   }
   amx::store<1>(*previous);
   for (int64_t i = 0; i < kLag; ++i, ++done) {
-    finish(low, pending[(done - kLag) & 3]);
-    finish(high, pending[(done - kLag) & 3]);
+    finish(low, pending[(done + kLag) % kPending]);
+    finish(high, pending[(done + kLag) % kPending]);
   }
-  for (int64_t i = 0; i < streams; ++i) {
-    store_block<kGroupScales>(b, block0 + i, &s.acc[i * tiles]);
-  }
+  store_block<kGroupScales>(b, block, s.acc);
 }
 
 template <int kSteps, bool kLong>
 void run_blocks(const GemmBlock& b) {
   Scratch scratch;
-  const int64_t most = b.rows <= kStreamTiles * kTileRows ? kStreams : 1;
-  for (int64_t block = b.block0; block < b.block1; block += most) {
-    const int64_t streams = std::min(most, b.block1 - block);
-    b.group_scales ? run_streams<kSteps, kLong, true>(b, block, streams, scratch)
-                   : run_streams<kSteps, kLong, false>(b, block, streams, scratch);
+  for (int64_t block = b.block0; block < b.block1; ++block) {
+    b.group_scales ? run_block<kSteps, kLong, true>(b, block, scratch)
+                   : run_block<kSteps, kLong, false>(b, block, scratch);
   }
 }
 
