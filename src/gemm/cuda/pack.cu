@@ -13,9 +13,7 @@ struct PackParams {
 };
 
 /// Eight columns of a word in AWQ's order: nibbles 0 4 1 5 2 6 3 7.
-__device__ __forceinline__ int awq_shift(int column) {
-  return 4 * (column / 2 + column % 2 * 4);
-}
+__device__ __forceinline__ int awq_shift(int column) { return 4 * (column / 2 + column % 2 * 4); }
 
 /// q of one k and column; 0 outside the matrix.
 __device__ __forceinline__ uint32_t code(const PackParams& p, int64_t k, int64_t n) {

@@ -58,9 +58,13 @@ struct Place {
   bool leader;
 
   __device__ explicit Place(const Params& p)
-      : lane(threadIdx.x & 31), warp(__shfl_sync(~0u, threadIdx.x >> 5, 0)), r(lane >> 2),
-        c(lane & 3), tile_warp(warp * p.k_warps_inverse >> 16),
-        k_warp(warp - tile_warp * p.k_warps), leader(ptx::elect_one()) {}
+      : lane(threadIdx.x & 31),
+        warp(__shfl_sync(~0u, threadIdx.x >> 5, 0)),
+        r(lane >> 2),
+        c(lane & 3),
+        tile_warp(warp * p.k_warps_inverse >> 16),
+        k_warp(warp - tile_warp * p.k_warps),
+        leader(ptx::elect_one()) {}
 };
 
 /// The column tiles of this block.
@@ -130,7 +134,8 @@ struct Ring {
 
   __device__ Ring(const Params& p, uint32_t shared, int warp)
       : buffers(shared + p.shared.ring + warp * p.stages * p.slab_bytes),
-        barriers(shared + kRingBarriers + warp * kSlabStages * 8), stages(p.stages),
+        barriers(shared + kRingBarriers + warp * kSlabStages * 8),
+        stages(p.stages),
         bytes(p.slab_bytes) {}
 
   __device__ void open() const {

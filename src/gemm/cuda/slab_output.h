@@ -15,8 +15,7 @@ __device__ __forceinline__ void store_output(const Params& p, int token, int col
   if constexpr (S::kGroupScales) {
     if (p.out.bias != nullptr) value = __fadd_rn(acc, bias);
   } else {
-    value = p.out.bias != nullptr ? __fmaf_rn(acc, token_scale, bias)
-                                  : __fmul_rn(acc, token_scale);
+    value = p.out.bias != nullptr ? __fmaf_rn(acc, token_scale, bias) : __fmul_rn(acc, token_scale);
   }
   const int64_t at = token * p.out.stride + column;
   switch (p.out.type) {

@@ -76,8 +76,8 @@ SlabConfig slab_fused_config(const PackedLayout& layout, int64_t m, int multipro
   SlabConfig config;
   config.form = SlabForm::fused;
   const bool deep = layout.slices > kSlabWarps;
-  config.k_warps = deep ? best_k_warps(layout.slices, {14, 16, 12, 13})
-                        : static_cast<int>(layout.slices);
+  config.k_warps =
+      deep ? best_k_warps(layout.slices, {14, 16, 12, 13}) : static_cast<int>(layout.slices);
   config.stages = deep ? 2 : 1;
   config.blocks = multiprocessors * std::min(2, kSlabWarps / config.k_warps);
   config.held_tiles = static_cast<int>(ceil_div(layout.tiles, config.blocks));

@@ -10,7 +10,7 @@ namespace nibble::cuda {
 
 inline constexpr int kSlabTokens = 16;  // largest M
 inline constexpr int kSlabFusedTokens = 2;
-inline constexpr int kSlabWarps = 16;   // of a block, at most
+inline constexpr int kSlabWarps = 16;  // of a block, at most
 inline constexpr int kSlabStages = 3;
 
 /// Where a slab kernel keeps the activations. One .cu file each.
@@ -55,13 +55,13 @@ constexpr int slab_token_columns(int64_t m) { return m <= 2 ? 2 : m <= 8 ? 8 : 1
 
 /// Byte offsets into the shared memory of a block. Barriers and scales of tokens come first.
 struct SlabShared {
-  int partials = 0;       // float sums: two sets for steps in turn (streamed, fused: one)
+  int partials = 0;        // float sums: two sets for steps in turn (streamed, fused: one)
   int partials_bytes = 0;  // of a set: (tile, k_warp) x slab_partial_bytes
-  int tables = 0;         // sums, and scales, of the groups of the activations, slice by slice
-  int table_bytes = 0;    // of a slice
-  int activations = 0;    // rows of row_pitch bytes: shared (m); streamed (warps, m)
+  int tables = 0;          // sums, and scales, of the groups of the activations, slice by slice
+  int table_bytes = 0;     // of a slice
+  int activations = 0;     // rows of row_pitch bytes: shared (m); streamed (warps, m)
   int row_pitch = 0;
-  int ring = 0;           // (warps, stages, slab_bytes)
+  int ring = 0;  // (warps, stages, slab_bytes)
   int64_t total = 0;
 };
 SlabShared slab_shared(const PackedLayout& layout, int64_t m, bool group_scales,

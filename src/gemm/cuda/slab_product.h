@@ -35,8 +35,10 @@ struct Sums {
   }
   /// Sum of q * a of group i.
   __device__ __forceinline__ int of(int i, int e) const {
-    if constexpr (S::kSetGroups == 2) return i == 0 ? low[e] : high[e] >> 4;
-    else return low[e] + (high[e] >> 4);
+    if constexpr (S::kSetGroups == 2)
+      return i == 0 ? low[e] : high[e] >> 4;
+    else
+      return low[e] + (high[e] >> 4);
   }
 };
 
@@ -89,8 +91,10 @@ __device__ __forceinline__ void multiply_folded(const Place& at, uint32_t slab, 
   load_words(words + (at.r * S::kSlabGroups + first) * 4, scale);
   // zero points: bytes, one a group
   const uint32_t bytes = words + S::kSlabGroups * 32 + at.r * S::kSlabGroups + first;
-  if constexpr (kMine == 2) zero[0] = ptx::load4_shared(bytes & ~3u) >> (8 * first);
-  else load_words(bytes, zero);
+  if constexpr (kMine == 2)
+    zero[0] = ptx::load4_shared(bytes & ~3u) >> (8 * first);
+  else
+    load_words(bytes, zero);
   const uint32_t mine = table + table_offset<S>(first, at.c >> 1);
   load_words(mine, less);
   if constexpr (S::kGroupScales) load_words(mine + kScalesOffset<S>, token_scale);
@@ -169,10 +173,10 @@ __device__ __forceinline__ void multiply_plain(const Place& at, uint32_t slab, u
           if constexpr (S::kGroupScales) t = ptx::load8_shared(entry + kScalesOffset<S>);
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            acc[h][e] = promote<S>(sums[h].of(i, e), (e < 2 ? z : z >> 4) & 15,
-                                   static_cast<int>(e % 2 ? less.y : less.x),
-                                   __uint_as_float(e % 2 ? t.y : t.x), e < 2 ? s.x : s.y,
-                                   acc[h][e]);
+            acc[h][e] =
+                promote<S>(sums[h].of(i, e), (e < 2 ? z : z >> 4) & 15,
+                           static_cast<int>(e % 2 ? less.y : less.x),
+                           __uint_as_float(e % 2 ? t.y : t.x), e < 2 ? s.x : s.y, acc[h][e]);
           }
         }
       }

@@ -12,21 +12,20 @@ struct Fragments {
   uint32_t word[S::kHalves][8];
 };
 
-/// The 4 times 8 bytes of a lane in one row of a block; zeros if not present.
+/// The 4 times 8 bytes of a lane in one row of a block.
 template <class Address, class Load>
-__device__ __forceinline__ void load_row(Address from, bool present, Load&& load,
-                                         uint32_t (&word)[8]) {
+__device__ __forceinline__ void load_row(Address from, Load&& load, uint32_t (&word)[8]) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    uint2 v = make_uint2(0, 0);
-    if (present) v = load(from + 32 * j);
+    const uint2 v = load(from + 32 * j);
     word[2 * j] = v.x;
     word[2 * j + 1] = v.y;
   }
 }
 
 /// The activations of a slice in registers. Not folded: of tokens r (and r + 8). Folded: of token
-/// r / 4, block r % 4 alone; in the other blocks the lane multiplies zeros.
+/// r / 4, block r % 4 alone; in the other blocks the lane multiplies zeros. The last token stands
+/// in for those that are absent: nobody reads their sums.
 template <class S>
 struct HeldSlice {
   Fragments<S> held[S::kFold ? 1 : 4];
@@ -37,15 +36,13 @@ struct HeldSlice {
                                        Load&& load) {
 #pragma unroll
     for (int h = 0; h < S::kHalves; ++h) {
-      const int token = S::kFold ? at.r >> 2 : at.r + 8 * h;
+      const int token = min(S::kFold ? at.r >> 2 : at.r + 8 * h, m - 1);
       const Address from = slice + token * row_bytes + at.c * 8;
       if constexpr (S::kFold) {
-        load_row(from + (at.r & 3) * kBlockDepth, token < m, load, held[0].word[h]);
+        load_row(from + (at.r & 3) * kBlockDepth, load, held[0].word[h]);
       } else {
 #pragma unroll
-        for (int u = 0; u < 4; ++u) {
-          load_row(from + u * kBlockDepth, token < m, load, held[u].word[h]);
-        }
+        for (int u = 0; u < 4; ++u) load_row(from + u * kBlockDepth, load, held[u].word[h]);
       }
     }
   }
@@ -69,9 +66,10 @@ struct SharedSlice {
     Fragments<S> f;
 #pragma unroll
     for (int h = 0; h < S::kHalves; ++h) {
-      const int token = at.r + 8 * h;
-      load_row(from + token * row_bytes + at.c * 8 + u * kBlockDepth, token < m,
-               [](uint32_t p) { return ptx::load8_shared(p); }, f.word[h]);
+      const int token = min(at.r + 8 * h, m - 1);
+      load_row(
+          from + token * row_bytes + at.c * 8 + u * kBlockDepth,
+          [](uint32_t p) { return ptx::load8_shared(p); }, f.word[h]);
     }
     return f;
   }
@@ -86,7 +84,7 @@ __device__ __forceinline__ uint32_t table_offset(int group, int token) {
   return 4 * (S::kFold ? token * S::kSlabGroups + group : group * S::kColumns + token);
 }
 template <class S>
-inline constexpr int kScalesOffset = 4 * S::kSlabGroups * S::kColumns;
+inline constexpr int kScalesOffset = 4 * S::kSlabGroups* S::kColumns;
 
 /// Minus the sums of the codes of each group and token, by a product with ones: each of its rows
 /// is the sums. The warp must be synchronized before it reads them.
@@ -98,8 +96,10 @@ __device__ __forceinline__ void write_sums(const Place& at, uint32_t table, cons
 #pragma unroll
   for (int u = 0; u < (S::kFold ? 1 : 4); ++u) {
     Fragments<S> f;
-    if constexpr (S::kFold) f = slice.held[0];  // column r: token r / 4, block r % 4
-    else f = slice.block(at, u);
+    if constexpr (S::kFold)
+      f = slice.held[0];  // column r: token r / 4, block r % 4
+    else
+      f = slice.block(at, u);
 #pragma unroll
     for (int h = 0; h < S::kHalves; ++h) {
       int sums[kGroups][4] = {};
@@ -134,8 +134,8 @@ struct SliceScales {
       const int entry = at.lane + 32 * i, token = entry % S::kColumns, group = entry / S::kColumns;
       // groups of more than 128 are several promoted ones; past K the last one stands in
       const int k = slice * kSlabDepth + group * S::kPromoted;
-      const int g = min(S::kPromoted < kBlockDepth ? k / S::kPromoted : k / p.group_size,
-                        p.groups - 1);
+      const int g =
+          min(S::kPromoted < kBlockDepth ? k / S::kPromoted : k / p.group_size, p.groups - 1);
       value[i] = 0.0f;
       if (token < p.m && group < S::kSlabGroups) {
         value[i] = ptx::load_float(p.scales + int64_t{token} * p.groups + g);

@@ -156,9 +156,9 @@ constexpr FusedKernel fused_kernel() {
 }
 
 constexpr FusedKernel kFusedKernels[] = {
-    fused_kernel<Element::f16, 128>(),  fused_kernel<Element::f16, 64>(),
-    fused_kernel<Element::f16, 32>(),   fused_kernel<Element::bf16, 128>(),
-    fused_kernel<Element::bf16, 64>(),  fused_kernel<Element::bf16, 32>(),
+    fused_kernel<Element::f16, 128>(), fused_kernel<Element::f16, 64>(),
+    fused_kernel<Element::f16, 32>(),  fused_kernel<Element::bf16, 128>(),
+    fused_kernel<Element::bf16, 64>(), fused_kernel<Element::bf16, 32>(),
 };
 
 bool taken(const QuantizeArgs& x, const GemmArgs& args) {

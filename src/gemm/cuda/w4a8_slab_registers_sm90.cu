@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(32 * kSlabWarps, 1)
   const uint32_t shared = ptx::shared_address(memory);
   const bool has_slice = at.k_warp < p.slices;
   const auto has_slab = [&](int step) { return has_slice && tiles.has(p, at, step); };
-  const uint8_t* next = p.slabs + (tiles.first + at.tile_warp) * p.tile_bytes +
-                        at.k_warp * p.slab_bytes;
+  const uint8_t* next =
+      p.slabs + (tiles.first + at.tile_warp) * p.tile_bytes + at.k_warp * p.slab_bytes;
   const int64_t step_bytes = p.tile_bytes << p.tile_warps_log2;
   const uint32_t table = shared + p.shared.tables + at.warp * p.shared.table_bytes;
   Ring ring(p, shared, at.warp);
@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(32 * kSlabWarps, 1)
   SliceScales<S> scales;
   TokenScale<S> token_scale;
   const auto load_activations = [&] {
-    slice.load(at, p.codes + at.k_warp * kSlabDepth, p.padded_k, has_slice ? p.m : 0,
-               [](const int8_t* from) { return ptx::load8(from); });
+    const int8_t* codes = p.codes + min(at.k_warp, p.slices - 1) * kSlabDepth;
+    slice.load(at, codes, p.padded_k, p.m, [](const int8_t* from) { return ptx::load8(from); });
     if constexpr (S::kGroupScales) scales.load(p, at, at.k_warp);
     token_scale.load(p);
   };

@@ -45,8 +45,7 @@ __global__ void __launch_bounds__(32 * kSlabWarps, 1)
   const uint32_t shared = ptx::shared_address(memory);
   const int step_tiles = 1 << p.tile_warps_log2;
   const int slices = my_slices(p, at);
-  const int slabs =
-      slices * ((tiles.count - at.tile_warp + step_tiles - 1) >> p.tile_warps_log2);
+  const int slabs = slices * ((tiles.count - at.tile_warp + step_tiles - 1) >> p.tile_warps_log2);
   const uint32_t rows = shared + p.shared.activations, tables = shared + p.shared.tables;
   const uint32_t rows_barrier = shared + kActivationBarrier;
   const bool first_thread = at.warp == 0 && at.leader;
