@@ -36,9 +36,9 @@ inline Groups groups_of(const PackedLayout& layout) {
   return {static_cast<int>(layout.k / layout.group_size), static_cast<int>(blocks)};
 }
 
-/// Four codes minus their zero point, as int8: the guard bits keep the bytes from borrowing.
-__device__ __forceinline__ uint32_t minus_zero(uint32_t codes, uint32_t zeros) {
-  return (((codes & 0x0f0f0f0fu) | 0x80808080u) - zeros) ^ 0x80808080u;
+/// Four codes minus a zero point, as int8. guard is 128 - zero point in each byte: no byte borrows.
+__device__ __forceinline__ uint32_t minus_zero(uint32_t codes, uint32_t guard) {
+  return ((codes & 0x0f0f0f0fu) + guard) ^ 0x80808080u;
 }
 
 __device__ __forceinline__ float2 scales_of(uint32_t pair, bool bf16) {
@@ -61,13 +61,13 @@ __device__ __forceinline__ TileOperand<promoted> load_tile(uint32_t codes, uint3
   using D = Depth<promoted>;
   TileOperand<promoted> t;
   const int first_group = lane / 4 * D::kSlabGroups + block * D::kGroups;
-  uint32_t zeros[D::kGroups][2];
+  uint32_t guard[D::kGroups][2];
 #pragma unroll
   for (int g = 0; g < D::kGroups; ++g) {
     t.scale[g] = scales_of(ptx::load4_shared(scales + (first_group + g) * 4), bf16);
     const uint32_t both = ptx::load1_shared(scales + D::kSlabGroups * 32 + first_group + g);
-    zeros[g][0] = (both & 15) * 0x01010101u;
-    zeros[g][1] = (both >> 4) * 0x01010101u;
+    guard[g][0] = ptx::opaque(0x80808080u - (both & 15) * 0x01010101u);
+    guard[g][1] = ptx::opaque(0x80808080u - (both >> 4) * 0x01010101u);
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -76,8 +76,8 @@ __device__ __forceinline__ TileOperand<promoted> load_tile(uint32_t codes, uint3
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       const int low = 2 * half, high = low + 1;
-      t.a[low][w] = minus_zero(words[w], zeros[low / D::kGroupSteps][w % 2]);
-      t.a[high][w] = minus_zero(words[w] >> 4, zeros[high / D::kGroupSteps][w % 2]);
+      t.a[low][w] = minus_zero(words[w], guard[low / D::kGroupSteps][w % 2]);
+      t.a[high][w] = minus_zero(words[w] >> 4, guard[high / D::kGroupSteps][w % 2]);
     }
   }
   return t;

@@ -245,6 +245,13 @@ __device__ __forceinline__ void store_matrices(uint32_t row_address, uint4 v) {
 
 // ---- arithmetic --------------------------------------------------------------------------------
 
+/// v itself, as a value of which the compiler knows nothing: what it was made from is not worked
+/// into every use again.
+__device__ __forceinline__ uint32_t opaque(uint32_t v) {
+  asm("" : "+r"(v));
+  return v;
+}
+
 /// Maximum that keeps a NaN, unlike fmaxf. sm_80.
 __device__ __forceinline__ float max_or_nan(float a, float b) {
   float d;

@@ -58,33 +58,49 @@ __device__ __forceinline__ Position position(int block_tokens) {
   return p;
 }
 
+/// What a thread copies of each stage, found once: 16-byte pieces of the codes and of x.
+template <class S>
+struct Pieces {
+  static constexpr int kCodes = kTiles * kTileBytes / 16 / kThreads;
+  static constexpr int kRows = S::kTokens * 8 / kThreads;
+  const uint8_t* codes[kCodes];  // in slice 0, block 0
+  const int8_t* rows[kRows];     // in block 0
+  int row_bytes[kRows];          // 0 past M: zeros
+
+  __device__ __forceinline__ Pieces(const GemmArgs& a, const Position& p) {
+    const int last_tile = static_cast<int>(a.layout.tiles) - 1, m = static_cast<int>(a.m);
+#pragma unroll
+    for (int i = 0; i < kCodes; ++i) {
+      const int piece = i * kThreads + threadIdx.x, tile = p.tile + piece / (kTileBytes / 16);
+      codes[i] = a.slabs + min(tile, last_tile) * a.layout.slices * a.layout.slab_bytes +
+                 piece % (kTileBytes / 16) * 16;
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int piece = i * kThreads + threadIdx.x, row = p.token + piece / 8;
+      rows[i] = a.codes + min(row, m - 1) * (a.layout.slices * kSlabDepth) + piece % 8 * 16;
+      row_bytes[i] = row < m ? 16 : 0;
+    }
+  }
+};
+
 /// Starts the copies of stage `block`. Rows past M are zeros; tiles past N repeat the last one.
 template <class S>
-__device__ __forceinline__ void load_stage(const GemmArgs& a, const Position& p, int block,
-                                           uint32_t shared, const Groups& groups) {
+__device__ __forceinline__ void load_stage(const GemmArgs& a, const Position& p,
+                                           const Pieces<S>& pieces, int block, uint32_t shared,
+                                           const Groups& groups) {
   const uint32_t stage = shared + block % kStages * S::kStageBytes;
-  const int slice = block / kSliceBlocks, last_tile = static_cast<int>(a.layout.tiles) - 1;
-  const auto slab = [&](int tile) {
-    return a.slabs +
-           (min(p.tile + tile, last_tile) * a.layout.slices + slice) * a.layout.slab_bytes;
-  };
+  const int slice = block / kSliceBlocks, m = static_cast<int>(a.m);
+  const int64_t in_codes = int64_t{slice} * a.layout.slab_bytes + block % kSliceBlocks * kTileBytes;
 #pragma unroll
-  for (int i = 0; i < kTiles * kTileBytes / 16 / kThreads; ++i) {
-    const int piece = i * kThreads + threadIdx.x, tile = piece / (kTileBytes / 16);
-    const int at = piece % (kTileBytes / 16) * 16;
-    ptx::copy16_async(stage + tile * kTileBytes + at,
-                      slab(tile) + block % kSliceBlocks * kTileBytes + at);
+  for (int i = 0; i < Pieces<S>::kCodes; ++i) {
+    ptx::copy16_async(stage + (i * kThreads + threadIdx.x) * 16, pieces.codes[i] + in_codes);
   }
-  const int64_t row_bytes = a.layout.slices * kSlabDepth;
-  const int m = static_cast<int>(a.m);
 #pragma unroll
-  for (int i = 0; i < (S::kTokens * 8 + kThreads - 1) / kThreads; ++i) {
-    const int piece = i * kThreads + threadIdx.x, token = piece / 8, part = piece % 8;
-    if (S::kTokens * 8 % kThreads != 0 && token >= S::kTokens) break;
-    const int row = p.token + token;
-    ptx::copy16_async(stage + S::kTokensAt + row_piece(token, part),
-                      a.codes + min(row, m - 1) * row_bytes + block * kBlockDepth + part * 16,
-                      row < m ? 16 : 0);
+  for (int i = 0; i < Pieces<S>::kRows; ++i) {
+    const int piece = i * kThreads + threadIdx.x;
+    ptx::copy16_async(stage + S::kTokensAt + row_piece(piece / 8, piece % 8),
+                      pieces.rows[i] + block * kBlockDepth, pieces.row_bytes[i]);
   }
   if constexpr (S::kGroupScales) {
     for (int piece = threadIdx.x; piece < S::kTokens * S::kGroups; piece += kThreads) {
@@ -99,9 +115,12 @@ __device__ __forceinline__ void load_stage(const GemmArgs& a, const Position& p,
   if (block % kSliceBlocks == 0) {
     constexpr int kPieces = S::kScaleBytes / 16;
     const uint32_t to = shared + S::kSlicesAt + slice % 2 * S::kSliceBytes;
+    const int last_tile = static_cast<int>(a.layout.tiles) - 1;
     for (int piece = threadIdx.x; piece < kTiles * kPieces; piece += kThreads) {
+      const int tile = min(p.tile + piece / kPieces, last_tile);
       ptx::copy16_async(to + piece * 16,
-                        slab(piece / kPieces) + kSlabCodeBytes + piece % kPieces * 16);
+                        a.slabs + (tile * a.layout.slices + slice) * a.layout.slab_bytes +
+                            kSlabCodeBytes + piece % kPieces * 16);
     }
   }
 }
@@ -217,16 +236,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t shared = ptx::shared_address(memory);
   const Position p = position(S::kTokens);
   const int blocks = static_cast<int>((args.layout.k + kBlockDepth - 1) / kBlockDepth);
+  const Pieces<S> pieces(args, p);
   Accumulators<S> acc = {};
   for (int block = 0; block < kStages - 1; ++block) {
-    if (block < blocks) load_stage<S>(args, p, block, shared, groups);
+    if (block < blocks) load_stage<S>(args, p, pieces, block, shared, groups);
     ptx::copy_commit();
   }
   for (int block = 0; block < blocks; ++block) {
     ptx::copy_wait<kStages - 2>();
     __syncthreads();  // the stage is there for all, and nobody reads the one before any more
     const int next = block + kStages - 1;
-    if (next < blocks) load_stage<S>(args, p, next, shared, groups);
+    if (next < blocks) load_stage<S>(args, p, pieces, next, shared, groups);
     ptx::copy_commit();
     multiply_stage<S>(shared, block, p, args.bf16_scales, acc);
   }
