@@ -9,6 +9,7 @@
 #include "base/cpu_features.h"
 #include "baseline.h"
 #include "bench_gemm.h"
+#include "bench_gemm_kernels.h"
 #include "cli.h"
 #include "layer_check.h"
 #include "oracle_check.h"
@@ -19,18 +20,6 @@ namespace nibble::cli {
 namespace {
 
 constexpr const char* kDequantizeAndMatmul = "dequant+matmul";
-constexpr const char* kIsas[] = {"avx2", "avxvnni", "avx512", "avx512vnni", "amx"};
-
-struct ModeRun {
-  Plan plan;
-  Isa isa = Isa::scalar;
-  AlignedBuffer workspace;
-  std::vector<float> y;
-  GemmInput input;
-  GemmTarget target;
-
-  Status operator()() { return run_gemm(plan, input, {&target, 1}, workspace.data()); }
-};
 
 /// Empty if the first row of the baseline's result is right, else what is wrong.
 std::string check_baseline(const GemmShape& shape, Baseline& baseline,
@@ -43,69 +32,6 @@ std::string check_baseline(const GemmShape& shape, Baseline& baseline,
   constexpr double kBf16Db = 35.0;  // x and W rounded to 8 bits, each 2^-9: about 48 dB
   if (snr >= kBf16Db) return "";
   return fmt::format("baseline {} is wrong: {} dB against fp64", baseline.name(), decibels(snr));
-}
-
-Status prepare(const GemmBenchOptions& o, const GemmShape& shape, Mode mode, const char* kernel,
-               const std::vector<float>& x, int64_t m, ModeRun& run) {
-  Problem p{.m = m,
-            .n = shape.packed.n,
-            .k = shape.packed.k,
-            .group_size = shape.packed.group_size,
-            .mode = mode,
-            .granularity = granularities_by_name().at(o.activations),
-            .symmetric = mode != Mode::w4a4};
-  Result<Plan> plan = plan_gemm(p, kernel, o.threads);
-  if (!plan.ok()) return plan.status();
-  run.plan = *plan;
-  for (const KernelInfo& info : kernel_table()) {
-    if (run.plan.kernel_name() == std::string_view(info.name)) run.isa = info.isa;
-  }
-  Result<AlignedBuffer> workspace = AlignedBuffer::zeroed(plan->workspace_bytes);
-  if (!workspace.ok()) return workspace.status();
-  run.workspace = std::move(*workspace);
-  run.y.resize(static_cast<size_t>(m * p.n));
-  run.input.x = x.data();
-  run.input.x_stride = p.k;
-  run.target = {&shape.packed, run.y.data(), p.n, nullptr};
-  return {};
-}
-
-/// The preferred kernel of a mode among those that use no wider instruction set than `isa`.
-Result<const char*> widest_within(const std::string& isa, Mode mode) {
-  const auto limit = std::find(std::begin(kIsas), std::end(kIsas), isa) - std::begin(kIsas);
-  constexpr Isa kInOrder[] = {Isa::avx2, Isa::avx_vnni, Isa::avx512, Isa::avx512_vnni,
-                              Isa::amx_int8};
-  for (const KernelInfo& info : kernel_table()) {
-    if (info.mode == mode && info.runs_here && info.isa <= kInOrder[limit]) return info.name;
-  }
-  return Status(Code::unsupported,
-                fmt::format("no kernel of {} within {} runs here", mode_name(mode), isa));
-}
-
-/// The (mode, kernel) pairs to run: forced kernels, or the preferred one of each mode.
-Result<std::vector<std::pair<Mode, const char*>>> our_kernels(const GemmBenchOptions& o) {
-  std::vector<std::pair<Mode, const char*>> pairs;
-  for (const std::string& name : o.kernels) {
-    const size_t before = pairs.size();
-    for (const KernelInfo& info : kernel_table()) {
-      if (name == info.name) pairs.emplace_back(info.mode, info.name);
-    }
-    if (pairs.size() == before) {
-      return Status(Code::invalid_argument,
-                    fmt::format("no kernel is named '{}' (see nibble doctor)", name));
-    }
-  }
-  if (!o.kernels.empty()) return pairs;
-  for (const std::string& mode : o.modes) {
-    const char* kernel = nullptr;
-    if (!o.isa.empty() && o.isa != "amx") {  // AMX is no limit: the plan chooses it where it pays
-      Result<const char*> widest = widest_within(o.isa, modes_by_name().at(mode));
-      if (!widest.ok()) return widest.status();
-      kernel = *widest;
-    }
-    pairs.emplace_back(modes_by_name().at(mode), kernel);
-  }
-  return pairs;
 }
 
 /// One M in the making: contestants and, in the same order, what is known of their rows.
@@ -147,7 +73,7 @@ class Contest {
   PeerTeam& peers_;
   ReadBandwidthProbe& probe_;
   std::vector<float> x_;
-  std::vector<ModeRun> runs_;
+  std::vector<KernelRun> runs_;
   std::vector<std::unique_ptr<Baseline>> baselines_;
   std::vector<PeerEntry> entries_;
   std::string x_path_;
@@ -175,12 +101,10 @@ GemmRow& Contest::add(Side side, const std::string& name, const std::string& mod
 }
 
 Status Contest::add_kernels(std::string& mismatch) {
-  Result<std::vector<std::pair<Mode, const char*>>> pairs = our_kernels(o_);
-  if (!pairs.ok()) return pairs.status();
-  runs_.resize(pairs->size());
-  for (size_t i = 0; i < runs_.size(); ++i) {
-    ModeRun& run = runs_[i];
-    NIBBLE_TRY(prepare(o_, shape_, (*pairs)[i].first, (*pairs)[i].second, x_, m_, run));
+  Result<std::vector<KernelRun>> runs = our_kernels(o_, shape_, x_, m_);
+  if (!runs.ok()) return runs.status();
+  runs_ = std::move(*runs);
+  for (KernelRun& run : runs_) {
     if (o_.explain) fmt::print(stderr, "{}\n", run.plan.describe());
     NIBBLE_TRY(run());
     mismatch = first_difference({run.plan.problem, run.input, run.y.data(), nullptr},
@@ -244,8 +168,8 @@ void Contest::add_probes() {
     contenders_.push_back({"read", read, read, {}});
   }
   for (const PeakLoop* loop : peak_loops_here()) {
-    const bool used = std::any_of(runs_.begin(), runs_.end(), [&](const ModeRun& run) {
-      return run.isa == loop->isa && loop->floats == (run.plan.problem.mode == Mode::w4a16);
+    const bool used = std::any_of(runs_.begin(), runs_.end(), [&](const KernelRun& run) {
+      return run.isa == loop->isa && loop->floats == run.floats();
     });
     if (used) peaks_.emplace_back(*loop, o_.used_threads());
   }
@@ -279,12 +203,11 @@ GemmLimits Contest::limits() const {
 /// The fastest loop of the instruction set that the row's kernel uses.
 double Contest::peak_tops(const GemmLimits& limits, const GemmRow& row) const {
   double best = 0;
-  for (const ModeRun& run : runs_) {
+  for (const KernelRun& run : runs_) {
     if (row.kernel != run.plan.kernel_name()) continue;
     for (size_t i = 0; i < peaks_.size(); ++i) {
       const PeakLoop& loop = peaks_[i].loop();
-      const bool same =
-          loop.isa == run.isa && loop.floats == (run.plan.problem.mode == Mode::w4a16);
+      const bool same = loop.isa == run.isa && loop.floats == run.floats();
       if (same) best = std::max(best, limits.peaks[i].tops.median());
     }
   }

@@ -17,7 +17,7 @@ namespace nibble::cli {
 struct PeerEntry {
   Peer* peer = nullptr;
   PeerType* type = nullptr;
-  double first_look_us = 0;  // the better of two products, before the rounds
+  double first_look_us = 0;  // the least of a few products, before the rounds
   bool in_rounds = false;    // among the fastest of its peer: timed in full
 };
 
