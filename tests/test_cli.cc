@@ -145,8 +145,8 @@ TEST(Cli, ReportsAClosedPipe) {
 TEST(CliDoctor, ListsKernelsAndPicks) {
   const Outcome outcome = run_tool({"doctor"});
   EXPECT_EQ(outcome.code, 0) << outcome.err;
-  for (const char* part : {"w4a16_scalar", "w4a8_scalar", "w4a4_scalar", "M=512", "OpenMP",
-                           "this build has no CUDA kernels", "NIBBLE_KERNEL"}) {
+  for (const char* part : {"w4a16_scalar", "w4a8_scalar", "w4a4_scalar", "M=512", "OpenMP", "CUDA",
+                           "w4a8_mma_sm80", "NIBBLE_KERNEL"}) {
     EXPECT_HAS(outcome.out, part);
   }
   const json document = parse_output(run_tool({"doctor", "--json"}));
@@ -158,6 +158,26 @@ TEST(CliDoctor, ListsKernelsAndPicks) {
   EXPECT_EQ(document["picked"].size(), 12u);  // three modes, four M
   for (const json& row : document["kernels"]) {
     EXPECT_TRUE(row["runs_here"].get<bool>() || !row["reason"].get<std::string>().empty());
+  }
+}
+
+TEST(CliDoctor, EveryCudaKernelRunsOrSaysWhyNot) {
+  const json cuda = parse_output(run_tool({"doctor", "--json"}))["cuda"];
+  EXPECT_EQ(cuda["devices"].empty(), cuda.contains("reason"));
+  EXPECT_FALSE(cuda["kernels"].empty());
+  for (const json& row : cuda["kernels"]) {
+    EXPECT_TRUE(row["runs_here"].get<bool>() || !row["reason"].get<std::string>().empty());
+  }
+}
+
+TEST(CliCuda, WithoutAGpuCommandsSayWhyAndExitWith3) {
+  const json cuda = parse_output(run_tool({"doctor", "--json"}))["cuda"];
+  if (!cuda["devices"].empty()) GTEST_SKIP() << "there is a GPU";
+  for (const auto& command : std::vector<std::vector<std::string>>{
+           {"bench", "gemm", "--device", "cuda"}, {"verify", "--device", "cuda"}}) {
+    const Outcome outcome = run_tool(command);
+    EXPECT_EQ(outcome.code, 3);
+    EXPECT_HAS(outcome.err, cuda["reason"].get<std::string>());
   }
 }
 

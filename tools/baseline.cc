@@ -30,15 +30,15 @@ namespace {
 #endif
 
 /// codes (n) of one row k to (q - z) * s; zeros and scales (n) are the group's.
-NIBBLE_CLONES void dequantize_row(const uint8_t* codes, const float* zeros, const float* scales,
-                                  int64_t n, float* out) {
+[[maybe_unused]] NIBBLE_CLONES void dequantize_row(const uint8_t* codes, const float* zeros,
+                                                   const float* scales, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) {
     out[i] = (static_cast<float>(codes[i]) - zeros[i]) * scales[i];
   }
 }
 
-NIBBLE_CLONES void dequantize_row(const uint8_t* codes, const float* zeros, const float* scales,
-                                  int64_t n, uint16_t* out) {
+[[maybe_unused]] NIBBLE_CLONES void dequantize_row(const uint8_t* codes, const float* zeros,
+                                                   const float* scales, int64_t n, uint16_t* out) {
   for (int64_t i = 0; i < n; ++i) {
     const float value = (static_cast<float>(codes[i]) - zeros[i]) * scales[i];
     const auto bits = std::bit_cast<uint32_t>(value);

@@ -1,6 +1,7 @@
 // nibble bench gemm: kernels, baselines and other libraries in turn over a grid of shapes, weights
 // cold, results checked before anything is timed.
 #include "bench_gemm.h"
+#include "bench_gemm_cuda.h"
 
 #include <fmt/format.h>
 
@@ -151,6 +152,10 @@ void add_bench_command(CLI::App& app, int& exit_code) {
       ->capture_default_str();
   command->add_flag("--no-baseline", o->no_baseline, "Skip dequantize + matmul");
   command->add_flag("--explain", o->explain, "Print each plan to stderr");
+  command->add_option("--device", o->device, "Where; cuda: GPU 0, beside cuBLAS and a pure read")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str();
+  command->add_option("--cublas", o->cublas, "Path of libcublas, for --device cuda");
   add_peer_options(*command, *o);
   command->add_option("--output", o->output, "Format")
       ->check(CLI::IsMember({"md", "csv", "json", "jsonl"}))
@@ -162,7 +167,9 @@ void add_bench_command(CLI::App& app, int& exit_code) {
       "\nExamples:\n"
       "  nibble bench gemm -m 1,8,64,512 -n 4096 -k 4096 --mode w4a8\n"
       "  nibble bench gemm --mode w4a8 --isa avx2 --peers ggml=/path/to/ggml/lib --no-baseline");
-  command->callback([o, &exit_code] { exit_code = run_bench(*o); });
+  command->callback([o, &exit_code] {
+    exit_code = o->device == "cuda" ? run_cuda_gemm_bench(*o) : run_bench(*o);
+  });
   add_bench_model_command(*bench, exit_code);
 }
 

@@ -26,6 +26,7 @@ struct GemmBenchOptions {
   int threads = 0;
   double seconds = 2.0;
   bool no_baseline = false, explain = false;
+  std::string device = "cpu", cublas;  // cublas: path of the library, or empty
 
   int used_threads() const;
 };

@@ -11,6 +11,7 @@
 #include "base/cpu_features.h"
 #include "cli.h"
 #include "doctor_measure.h"
+#include "gemm/cuda/gemm_cuda.h"
 #include "gemm/gemm.h"
 #include "text.h"
 
@@ -19,7 +20,6 @@ namespace {
 
 using nlohmann::json;
 
-constexpr const char* kNoCuda = "this build has no CUDA kernels";
 constexpr int64_t kRows[] = {1, 8, 64, 512};  // from decoding to a long prompt
 constexpr Mode kModes[] = {Mode::w4a16, Mode::w4a8, Mode::w4a4};
 
@@ -87,6 +87,55 @@ std::string cache_text(int64_t bytes) {
   return bytes > 0 ? bytes_text(static_cast<uint64_t>(bytes)) : "not reported";
 }
 
+/// One line for each GPU, or why there is none.
+std::vector<std::string> cuda_devices() {
+  const Result<int> count = cuda::device_count();
+  if (!count.ok()) return {"no: " + count.status().message()};
+  std::vector<std::string> lines;
+  for (int i = 0; i < *count; ++i) {
+    const Result<cuda::DeviceInfo> d = cuda::device_info(i);
+    lines.push_back(d.ok() ? fmt::format("{}, compute capability {}.{}, {} multiprocessors, {}",
+                                         d->name, d->capability / 10, d->capability % 10,
+                                         d->multiprocessors,
+                                         bytes_text(static_cast<uint64_t>(d->memory_bytes)))
+                           : "no: " + d.status().message());
+  }
+  return lines;
+}
+
+/// Empty if `kernel` runs on the first GPU, else why not.
+std::string cuda_refusal(const char* kernel) {
+  const Result<cuda::DeviceInfo> device = cuda::device_info(0);
+  if (!device.ok()) return device.status().message();
+  const Result<cuda::Plan> plan = cuda::plan_gemm(usual_problem(Mode::w4a8, 1), *device, kernel);
+  return plan.ok() ? "" : plan.status().message();
+}
+
+json cuda_json() {
+  const Result<int> count = cuda::device_count();
+  json result = {{"devices", json::array()}, {"kernels", json::array()}};
+  if (!count.ok()) result["reason"] = count.status().message();
+  for (int i = 0; count.ok() && i < *count; ++i) {
+    const Result<cuda::DeviceInfo> device = cuda::device_info(i);
+    if (!device.ok()) continue;
+    result["devices"].push_back({{"name", device->name},
+                                 {"capability", device->capability},
+                                 {"multiprocessors", device->multiprocessors},
+                                 {"memory_bytes", device->memory_bytes},
+                                 {"l2_bytes", device->l2_bytes}});
+  }
+  for (const cuda::KernelRow& kernel : cuda::kernel_table()) {
+    const std::string reason = cuda_refusal(kernel.name);
+    json row = {{"name", kernel.name},
+                {"mode", mode_name(kernel.mode)},
+                {"least_capability", kernel.capability},
+                {"runs_here", reason.empty()}};
+    if (!reason.empty()) row["reason"] = reason;
+    result["kernels"].push_back(row);
+  }
+  return result;
+}
+
 void print_machine() {
   const CpuFeatures& f = cpu_features();
   const char* commit = NIBBLE_COMMIT;
@@ -104,7 +153,7 @@ void print_machine() {
                                                       : "no: " + feature.reason});
   }
   table.add({"OpenMP", openmp_text()});
-  table.add({"CUDA", fmt::format("no: {}", kNoCuda)});
+  for (const std::string& text : cuda_devices()) table.add({"CUDA", text});
   table.add({"NIBBLE_KERNEL", *forced_kernels() == '\0' ? "not set" : printable(forced_kernels())});
   table.print(stdout);
 }
@@ -115,6 +164,12 @@ void print_kernels() {
   for (const KernelInfo& kernel : kernel_table()) {
     kernels.add({kernel.name, mode_name(kernel.mode), isa_name(kernel.isa),
                  kernel.runs_here ? "yes" : "no: " + kernel.reason});
+  }
+  for (const cuda::KernelRow& kernel : cuda::kernel_table()) {
+    const std::string reason = cuda_refusal(kernel.name);
+    kernels.add({kernel.name, mode_name(kernel.mode),
+                 fmt::format("sm_{}{}", kernel.capability, kernel.capability == 90 ? "a" : ""),
+                 reason.empty() ? "yes" : "no: " + reason});
   }
   fmt::print("\n");
   kernels.print(stdout);
@@ -159,7 +214,7 @@ json machine_json() {
     document["features"].push_back(row);
   }
   document["openmp"] = {{"date", _OPENMP}, {"max_threads", omp_get_max_threads()}};
-  document["cuda"] = {{"built", false}, {"reason", kNoCuda}};
+  document["cuda"] = cuda_json();
   const std::string forced = forced_kernels();
   document["nibble_kernel"] = forced.empty() ? json(nullptr) : json(forced);
   document["kernels"] = json::array();

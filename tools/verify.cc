@@ -14,12 +14,14 @@
 #include "cli.h"
 #include "format/checkpoint.h"
 #include "layer_check.h"
+#include "verify_cuda.h"
 
 namespace nibble::cli {
 namespace {
 
 struct Options {
   std::string directory, reference, layer_regex, input = "normal", activations = "mix";
+  std::string device = "cpu";
   std::vector<std::string> modes = {"w4a16", "w4a8", "w4a4"};
   bool json = false, no_timing = false;
   ProgressMode progress = ProgressMode::automatic;
@@ -222,6 +224,7 @@ int run_verify(Options options) {
     return fail(status);
   }
   if (const Status s = select_layers(options.layer_regex, model); !s.ok()) return fail(s);
+  if (options.device == "cuda") return verify_on_cuda(model.layers, options.check, options.json);
   if (!options.json) print_head(options, model);
 
   int passed = 0, failed = static_cast<int>(model.failures.size());
@@ -265,6 +268,11 @@ void add_verify_command(CLI::App& app, int& exit_code) {
   command->add_option("--mode", options->modes, "Modes, e.g. w4a8,w4a4")
       ->delimiter(',')
       ->check(CLI::IsMember({"w4a16", "w4a8", "w4a4"}))
+      ->capture_default_str();
+  command
+      ->add_option("--device", options->device,
+                   "Where; cuda: the kernels of GPU 0 against the oracle and fp64")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
   command->add_option("--layer", options->layer_regex, "Only layers whose name matches this regex");
   command

@@ -145,13 +145,14 @@ std::vector<Variant> variants(const Problem& problem) {
       found.push_back(kernel);
       continue;
     }
-    for (const int tile : {32, 64, 128, 160}) {
+    for (const RsTile& tile : rs_tiles()) {
       for (const bool split : {false, true}) {
         Variant variant = kernel;
-        variant.plan.rs.token_tile = tile;
+        variant.plan.rs.token_tile = tile.tokens;
+        variant.plan.rs.math_groups = tile.math_groups;
         variant.plan.rs.split_tail = split;
         variant.plan.workspace_bytes = workspace_layout(variant.plan).total;
-        variant.name += fmt::format(" tile {}{}", tile, split ? " split" : "");
+        variant.name += fmt::format(" tile {}{}", tile.tokens, split ? " split" : "");
         found.push_back(variant);
       }
     }
@@ -161,7 +162,8 @@ std::vector<Variant> variants(const Problem& problem) {
 
 bool keeps_the_order(const Plan& plan) {
   switch (plan.family) {
-    case KernelFamily::slab: return plan.padded_k == kSlabDepth;
+    case KernelFamily::slab:
+    case KernelFamily::slab_fused: return plan.padded_k == kSlabDepth;
     case KernelFamily::rs: return !plan.rs.split_tail;
     case KernelFamily::mma: return true;
   }
@@ -255,6 +257,12 @@ DeviceOperand upload(const Plan& plan, const Quantized& input) {
   return {Buffer(codes), Buffer(input.scales), Buffer(sums), Buffer(16)};
 }
 
+std::string compare(const Plan& plan, const Expected& expected, const std::vector<std::byte>& y,
+                    int64_t stride) {
+  return keeps_the_order(plan) ? compare_bits(plan, expected, y, stride)
+                               : compare_bounded(plan, expected, y, stride);
+}
+
 std::string run_and_compare(const Plan& plan, const GpuWeight& weight, const Quantized& input,
                             const Expected& expected) {
   const Problem& p = plan.problem;
@@ -272,8 +280,7 @@ std::string run_and_compare(const Plan& plan, const GpuWeight& weight, const Qua
   if (!y.guard_is_intact()) return "written behind the end of y";
   if (!workspace.guard_is_intact()) return "written behind the end of the workspace";
   if (std::string text = check_padding(p, found, stride); !text.empty()) return text;
-  return keeps_the_order(plan) ? compare_bits(plan, expected, found, stride)
-                               : compare_bounded(plan, expected, found, stride);
+  return compare(plan, expected, found, stride);
 }
 
 void expect_all_variants_right(Problem problem, const GpuWeight& weight, std::mt19937& random) {

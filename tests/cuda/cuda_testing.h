@@ -103,6 +103,11 @@ struct Expected {
 };
 Expected expected_of(const Problem& problem, const GpuWeight& weight, const Quantized& input);
 
+/// y (m, n), rows `stride` elements apart: the expected bits where the plan keeps the order, else
+/// within the bound of docs/cuda.md. Empty, or what is wrong.
+std::string compare(const Plan& plan, const Expected& expected, const std::vector<std::byte>& y,
+                    int64_t stride);
+
 /// Runs `plan` on `input`; y has rows 8 elements longer than n. Empty, or what is wrong.
 std::string run_and_compare(const Plan& plan, const GpuWeight& weight, const Quantized& input,
                             const Expected& expected);

@@ -2,6 +2,7 @@
 // Pure host functions; no GPU is needed.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <set>
 #include <string>
 
@@ -77,6 +78,11 @@ TEST(CudaPlan, AKernelCanBeForcedWhereItRuns) {
   EXPECT_EQ(kernel_for(problem(1), h200(), "w4a8_rs_sm90"), "w4a8_rs_sm90");
   EXPECT_EQ(kernel_for(problem(1), h200(), "w4a8_mma_sm80"), "w4a8_mma_sm80");
   EXPECT_EQ(kernel_for(problem(16), h200(), "w4a8_slab_sm90"), "w4a8_slab_sm90");
+  EXPECT_EQ(kernel_for(problem(2), h200(), "w4a8_slab_fused_sm90"), "w4a8_slab_fused_sm90");
+  expect_refused(problem(3), h200(), "w4a8_slab_fused_sm90", Code::unsupported, {"at most 2"});
+  Problem floats = problem(1);
+  floats.x_dtype = Dtype::f32;
+  expect_refused(floats, h200(), "w4a8_slab_fused_sm90", Code::unsupported, {"f16 or bf16"});
   expect_refused(problem(17), h200(), "w4a8_slab_sm90", Code::unsupported, {"at most 16", "17"});
   expect_refused(problem(1), of_capability(89), "w4a8_rs_sm90", Code::unsupported, {"9.0", "8.9"});
   expect_refused(problem(1), of_capability(100), "w4a8_slab_sm90", Code::unsupported,
@@ -136,22 +142,25 @@ TEST(CudaPlan, OperandsAreInTheOrderOfTheKernel) {
 TEST(CudaPlan, TokenTilesHoldAllRowsWithLittlePadding) {
   for (int64_t m = 1; m <= 20000; m += m < 700 ? 1 : 37) {
     const RsConfig config = rs_config(packed_layout(4096, 4096, 128), m, 132);
-    const int tile = config.token_tile;
-    ASSERT_TRUE(tile == 32 || tile == 64 || tile == 128 || tile == 160) << m;
-    const int64_t padded = (m + tile - 1) / tile * tile;
-    if (m <= 128) {
-      ASSERT_EQ(padded, tile) << m;
+    const auto known = [&](const RsTile& tile) {
+      return tile.tokens == config.token_tile && tile.math_groups == config.math_groups;
+    };
+    ASSERT_EQ(std::count_if(rs_tiles().begin(), rs_tiles().end(), known), 1) << m;
+    const int64_t padded = (m + config.token_tile - 1) / config.token_tile * config.token_tile;
+    if (m <= 32) {
+      ASSERT_EQ(padded, 32) << m;
     } else if (m >= 2048) {
-      ASSERT_LT(static_cast<double>(padded), 1.08 * static_cast<double>(m)) << m;
+      ASSERT_LT(static_cast<double>(padded), 1.06 * static_cast<double>(m)) << m;
     }
   }
 }
 
 TEST(CudaPlan, ALastWaveThatIsAlmostFullIsNotSplit) {
-  // 66 workers (clusters of two blocks) on 256 columns each
-  EXPECT_FALSE(rs_config(packed_layout(256 * 66, 4096, 128), 128, 132).split_tail);
-  EXPECT_TRUE(rs_config(packed_layout(256 * 67, 4096, 128), 128, 132).split_tail);
-  EXPECT_TRUE(rs_config(packed_layout(4096, 4096, 128), 128, 132).split_tail);
+  // 66 workers: clusters of two blocks
+  const int64_t columns = 2 * 64 * rs_config(packed_layout(4096, 4096, 128), 32, 132).math_groups;
+  EXPECT_FALSE(rs_config(packed_layout(columns * 66, 4096, 128), 32, 132).split_tail);
+  EXPECT_TRUE(rs_config(packed_layout(columns * 67, 4096, 128), 32, 132).split_tail);
+  EXPECT_TRUE(rs_config(packed_layout(4096, 4096, 128), 32, 132).split_tail);
 }
 
 // Every slice of every tile is done exactly once, by consecutive workers where a tile is shared.
@@ -223,7 +232,7 @@ TEST(CudaPlan, TableNamesEveryKernel) {
     EXPECT_TRUE(names.insert(row.name).second) << row.name;
     EXPECT_EQ(row.mode, Mode::w4a8);
   }
-  EXPECT_EQ(names.size(), 3u);
+  EXPECT_EQ(names.size(), 4u);
 }
 
 }  // namespace

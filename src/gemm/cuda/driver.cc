@@ -143,7 +143,8 @@ GemmArgs gemm_args(const Plan& plan, const Operand& operand, const DeviceWeights
 
 cudaError_t launch(const Plan& plan, const GemmArgs& args, void* workspace, cudaStream_t stream) {
   switch (plan.family) {
-    case KernelFamily::slab: return launch_w4a8_slab_sm90(args, plan.slab, stream);
+    case KernelFamily::slab:
+    case KernelFamily::slab_fused: return launch_w4a8_slab_sm90(args, plan.slab, stream);
     case KernelFamily::rs:
       return launch_w4a8_rs_sm90(args, plan.rs, workspace_scratch(plan, workspace), stream);
     case KernelFamily::mma: return launch_w4a8_mma_sm80(args, stream);
@@ -203,6 +204,12 @@ Status run_gemm(const Plan& plan, const DeviceInput& input, const DeviceWeights&
   const CurrentDevice current(plan.device);
   NIBBLE_TRY(current.status());
   const Operand operand = workspace_operand(plan, workspace);
+  if (plan.family == KernelFamily::slab_fused) {
+    return to_status(launch_w4a8_slab_fused_sm90(quantize_args(plan, input, operand),
+                                                 gemm_args(plan, operand, weights, y, y_stride),
+                                                 plan.fused, static_cast<cudaStream_t>(stream)),
+                     plan.kernel_name());
+  }
   NIBBLE_TRY(launch_quantizer(plan, input, operand, stream));
   return launch_product(plan, operand, weights, y, y_stride, workspace, stream);
 }

@@ -85,8 +85,9 @@ enum class OperandOrder : int { natural = 0, wgmma = 1 };
 
 enum class KernelFamily : int {
   slab,  // M <= 16: mma.sync over slabs streamed by bulk copies, K split over the warps of a block
-  rs,    // wgmma, weights expanded in registers, tokens as the N side
-  mma,   // mma.sync, any device from sm_80 on
+  slab_fused,  // M <= 2: run_gemm is one launch that quantizes as well; its halves are slab's
+  rs,          // wgmma, weights expanded in registers, tokens as the N side
+  mma,         // mma.sync, any device from sm_80 on
 };
 
 /// Everything decided before a launch. A plain value, valid for its problem and device.
@@ -95,8 +96,9 @@ struct Plan {
   int device = 0;  // ordinal
   KernelFamily family = KernelFamily::rs;
   OperandOrder order = OperandOrder::natural;
-  SlabConfig slab;  // of family slab
-  RsConfig rs;      // of family rs
+  SlabConfig slab;   // of families slab and slab_fused
+  SlabConfig fused;  // of family slab_fused
+  RsConfig rs;       // of family rs
   int64_t padded_k = 0;
   size_t workspace_bytes = 0;  // of run_gemm; codes, scales and sums of x come first
 

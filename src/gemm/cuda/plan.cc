@@ -13,7 +13,6 @@ namespace {
 
 constexpr int kHopper = 90;  // sm_90a code runs there and nowhere else
 constexpr int kAmpere = 80;
-constexpr int64_t kSlabRows = 16;
 
 /// Policy of one kernel; the order is that of preference.
 struct Candidate {
@@ -23,12 +22,17 @@ struct Candidate {
   bool hopper_only;
   int64_t most_rows;  // 0: any
 };
-constexpr std::array<Candidate, 3> kCandidates = {{
+constexpr std::array<Candidate, 4> kCandidates = {{
     {{"w4a8_slab_sm90", Mode::w4a8, kHopper},
      KernelFamily::slab,
      OperandOrder::natural,
      true,
-     kSlabRows},
+     kSlabTokens},
+    {{"w4a8_slab_fused_sm90", Mode::w4a8, kHopper},
+     KernelFamily::slab_fused,
+     OperandOrder::natural,
+     true,
+     kSlabFusedTokens},
     {{"w4a8_rs_sm90", Mode::w4a8, kHopper}, KernelFamily::rs, OperandOrder::wgmma, true, 0},
     {{"w4a8_mma_sm80", Mode::w4a8, kAmpere}, KernelFamily::mma, OperandOrder::natural, false, 0},
 }};
@@ -47,6 +51,13 @@ std::string refusal(const Candidate& kernel, const Problem& p, const DeviceInfo&
   }
   if (kernel.most_rows > 0 && p.m > kernel.most_rows) {
     return fmt::format("it takes at most {} rows, not {}", kernel.most_rows, p.m);
+  }
+  const bool one_scale =
+      p.granularity == Granularity::token || p.granularity == Granularity::static_tensor;
+  if (kernel.family == KernelFamily::slab_fused &&
+      (p.x_dtype == Dtype::f32 || p.k % 8 != 0 || !p.symmetric || !one_scale)) {
+    return "it takes f16 or bf16 x with K a multiple of 8, symmetric codes, and a scale per token "
+           "or a static one";
   }
   return "";
 }
@@ -98,29 +109,39 @@ const Candidate& candidate_of(KernelFamily family) {
 std::string family_text(const Plan& plan) {
   switch (plan.family) {
     case KernelFamily::slab: return plan.slab.describe();
+    case KernelFamily::slab_fused: return "one launch, " + plan.fused.describe();
     case KernelFamily::rs:
-      return fmt::format("token_tile={} {}", plan.rs.token_tile,
+      return fmt::format("tile={}x{} {}", plan.rs.token_tile, 64 * plan.rs.math_groups,
                          plan.rs.split_tail ? "split tail" : "whole tiles");
     case KernelFamily::mma: return "whole tiles";
   }
   return "";
 }
 
-/// A weight tile is read from shared memory once for all tokens of a tile, so a wide one costs less
-/// per token: the widest whose padding does not eat that up.
-int token_tile(int64_t m) {
-  for (const int tile : {32, 64, 128}) {
-    if (m <= tile) return tile;
-  }
-  const auto padded = [m](int64_t tile) { return (m + tile - 1) / tile * tile; };
-  return padded(160) * 15 <= padded(128) * 16 ? 160 : 128;
+/// The shapes of tile that w4a8_rs_sm90 is compiled for.
+constexpr std::array<RsTile, 4> kRsTiles = {{{32, 4}, {64, 4}, {96, 3}, {112, 3}}};
+
+/// Expanding the weights of a tile costs about as much as this many rows more.
+constexpr int64_t kExpansionRows = 32;
+
+/// The tile that costs least per column: all its rows are multiplied, whether x has them or not.
+RsTile best_tile(int64_t m) {
+  const auto cost = [m](const RsTile& tile) {
+    return (m + tile.tokens - 1) / tile.tokens * (tile.tokens + kExpansionRows);
+  };
+  return *std::min_element(kRsTiles.begin(), kRsTiles.end(),
+                           [&](const RsTile& a, const RsTile& b) { return cost(a) < cost(b); });
 }
 
 }  // namespace
 
+std::span<const RsTile> rs_tiles() { return kRsTiles; }
+
 RsConfig rs_config(const PackedLayout& layout, int64_t m, int multiprocessors) {
+  const RsTile tile = best_tile(m);
   RsConfig config;
-  config.token_tile = token_tile(m);
+  config.token_tile = tile.tokens;
+  config.math_groups = tile.math_groups;
   config.multiprocessors = multiprocessors;
   config.programmatic = true;
   // Splitting costs a sum over parts; an almost full last wave is not worth it.
@@ -174,10 +195,16 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
   plan.order = kernel->order;
   plan.padded_k = layout_of(problem).padded_k();
   const PackedLayout layout = layout_of(problem);
-  if (plan.family == KernelFamily::slab && problem.m > 0) {
+  const bool slab = plan.family == KernelFamily::slab || plan.family == KernelFamily::slab_fused;
+  if (slab && problem.m > 0) {
     plan.slab = slab_config(layout, problem.m, scales_per_group(problem.granularity),
                             device.multiprocessors, device.shared_bytes);
     plan.slab.programmatic = true;
+    if (plan.family == KernelFamily::slab_fused) {
+      plan.fused =
+          slab_fused_config(layout, problem.m, device.multiprocessors, device.shared_bytes);
+      plan.fused.programmatic = true;
+    }
   } else if (plan.family == KernelFamily::rs && problem.m > 0) {
     plan.rs = rs_config(layout, problem.m, device.multiprocessors);
   }

@@ -2,6 +2,8 @@
 // rs kernel. Pure host arithmetic, tested without a GPU.
 #pragma once
 
+#include <span>
+
 #include "gemm/cuda/gemm_cuda.h"
 
 namespace nibble::cuda {
@@ -21,6 +23,12 @@ WorkspaceLayout workspace_layout(const Plan& plan);
 
 /// The kernel's scratch inside a plan's workspace.
 void* workspace_scratch(const Plan& plan, void* workspace);
+
+/// A shape of tile of the rs kernel: rows of x, and warpgroups of 64 columns each.
+struct RsTile {
+  int tokens = 0, math_groups = 0;
+};
+std::span<const RsTile> rs_tiles();
 
 /// The configuration of the rs kernel for m rows.
 RsConfig rs_config(const PackedLayout& layout, int64_t m, int multiprocessors);

@@ -102,20 +102,21 @@ inline RsSchedule rs_schedule(int64_t weight_tiles, int64_t token_tiles, int64_t
   return s;
 }
 
-inline constexpr int kRsMathGroups = 2;         // warpgroups of a block that multiply
-inline constexpr int kRsClusterColumns = 256;   // of a weight tile
-inline constexpr size_t kRsFlagBytes = 4096;    // at the start of the scratch
+inline constexpr int kRsMaxMathGroups = 4;
+inline constexpr size_t kRsFlagBytes = 4096;  // at the start of the scratch
 
 /// How w4a8_rs_sm90 is launched.
 struct RsConfig {
-  int token_tile = 128;  // 32, 64, 128 or 160 rows of x
+  int token_tile = 112;  // rows of x: 32 or 64 (with 4 math groups), 96 or 112 (with 3)
+  int math_groups = 3;   // warpgroups of a block that multiply, 64 columns each
   bool split_tail = false;
   int multiprocessors = 132;
   bool programmatic = false;  // launched with programmatic stream serialization
 };
 
 inline RsSchedule rs_schedule_of(const PackedLayout& layout, int64_t m, const RsConfig& config) {
-  return rs_schedule((layout.n + kRsClusterColumns - 1) / kRsClusterColumns,
+  const int columns = 2 * 64 * config.math_groups;  // of a cluster of two blocks
+  return rs_schedule((layout.n + columns - 1) / columns,
                      (m + config.token_tile - 1) / config.token_tile, layout.slices,
                      config.multiprocessors / 2, config.split_tail);
 }
@@ -125,8 +126,8 @@ inline size_t rs_scratch_bytes(const PackedLayout& layout, int64_t m, const RsCo
   const RsSchedule schedule = rs_schedule_of(layout, m, config);
   if (schedule.whole == schedule.tiles()) return kRsFlagBytes;
   const auto blocks = static_cast<size_t>(schedule.workers) * 2;
-  return kRsFlagBytes + blocks * kRsMathGroups * 128 * sizeof(float) *
-                            static_cast<size_t>(config.token_tile / 2);
+  return kRsFlagBytes + blocks * static_cast<size_t>(config.math_groups) * 128 *
+                            sizeof(float) * static_cast<size_t>(config.token_tile / 2);
 }
 
 }  // namespace nibble::cuda

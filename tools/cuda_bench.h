@@ -1,0 +1,84 @@
+// What `bench gemm --device cuda` measures with: device memory, graphs of many launches, the clocks
+// and the power of the device, and cuBLAS. Failures are exceptions: this is a measuring program,
+// and a device that fails ends it (main.cc prints what was thrown).
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "timing.h"
+
+namespace nibble::cli {
+
+void check_cuda(cudaError_t error, const char* what);
+
+class DeviceMemory {
+ public:
+  explicit DeviceMemory(size_t bytes);  // zeroed
+  DeviceMemory(DeviceMemory&& other) noexcept;
+  ~DeviceMemory();
+
+  template <class T = void>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+/// One thing that is timed: `launch` enqueues launch number `index` (0, 1, ...), which chooses the
+/// copy of its weights, so that none is found in L2.
+struct DeviceContender {
+  std::string name;
+  std::function<void(int64_t index, cudaStream_t stream)> launch;
+  int64_t copies = 1;
+  Samples samples = {};  // microseconds of one launch
+};
+
+/// Graphs of many launches of each contender, replayed in turn until `seconds` are over.
+void time_on_device(std::vector<DeviceContender>& contenders, double seconds,
+                    const std::function<void()>& each_round);
+
+/// Clock, power and temperature through NVML, which comes with the driver.
+class DeviceMonitor {
+ public:
+  explicit DeviceMonitor(int ordinal);
+  ~DeviceMonitor();
+  struct Reading {
+    double sm_mhz = 0, memory_mhz = 0, watts = 0, limit_watts = 0, celsius = 0;  // 0: not known
+  };
+  Reading read() const;
+  std::string driver() const;
+
+ private:
+  struct Library;
+  std::unique_ptr<Library> library_;
+};
+
+/// cuBLAS, opened at run time: y (m, n) = x (m, k) * w (n, k) transposed, row-major.
+class Cublas {
+ public:
+  /// path: of libcublas, or empty for the usual names.
+  explicit Cublas(const std::string& path);
+  ~Cublas();
+  bool ok() const { return library_ != nullptr; }
+  const std::string& problem() const { return problem_; }
+  enum class Type { f16, int8 };  // f16 -> f16 with float sums; int8 -> int32
+  /// False if cuBLAS refuses the shape.
+  bool multiply(Type type, const void* x, const void* w, void* y, int64_t m, int64_t n, int64_t k,
+                cudaStream_t stream) const;
+
+ private:
+  struct Library;
+  std::unique_ptr<Library> library_;
+  std::string problem_;
+};
+
+}  // namespace nibble::cli

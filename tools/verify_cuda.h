@@ -1,0 +1,15 @@
+// `verify --device cuda`.
+#pragma once
+
+#include <vector>
+
+#include "layer_check.h"
+
+namespace nibble::cli {
+
+/// Every layer and mode on GPU 0, compared with the oracle and with fp64; prints a table or JSON.
+/// Exit code; without a GPU, or in a build without CUDA, says why and gives kExitUnsupported.
+int verify_on_cuda(const std::vector<LayerToCheck>& layers, const CheckOptions& options,
+                   bool as_json);
+
+}  // namespace nibble::cli
