@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the CUDA compiler from PyPI (0.6 GB) into build/venv-cuda, where CMake finds it. No GPU
+# Installs the CUDA compiler from PyPI (0.3 GB) into build/venv-cuda, where CMake finds it. No GPU
 # and no driver is needed to compile. An nvcc that is in PATH or named by CUDACXX is used instead.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -100,8 +100,8 @@ run_program() {
 
 # ---- the suites ---------------------------------------------------------------------------------
 
-# The CUDA kernels are compiled for every architecture, and fail on spills, wherever this runs; their
-# tests are skipped, and counted, where there is no GPU.
+# The CUDA kernels are compiled for every architecture, and fail on spills, wherever this runs;
+# their tests are skipped, and counted, where there is no GPU.
 suite_plain() {
   local cuda=ON
   if ! quietly cuda-toolchain scripts/cuda_toolchain.sh; then
