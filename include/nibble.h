@@ -235,8 +235,8 @@ NIBBLE_API nibble_status nibble_cuda_device_info(nibble_cuda_info* out, int32_t 
 typedef struct nibble_cuda_weight nibble_cuda_weight;
 
 /* Copies and packs a weight that lies in host memory; returns when it is done. Group sizes: 32, 64,
- * multiples of 128, and K above 128. On failure *out is null; NIBBLE_OUT_OF_MEMORY says how much was
- * wanted and how much is free. */
+ * multiples of 128, and K above 128. On failure *out is null; NIBBLE_OUT_OF_MEMORY says how much
+ * was wanted and how much is free. */
 NIBBLE_API nibble_status nibble_cuda_weight_create(nibble_cuda_weight** out,
                                                    const nibble_weight_desc* desc, int32_t device);
 /* null is fine. No product may still use it. */
@@ -250,8 +250,9 @@ typedef struct nibble_cuda_plan {
 
 /* kernel: a name that forces that kernel, or null. problem->threads is ignored; problem->n is that
  * of the one weight. NIBBLE_W4A16 is refused. On failure *out is untouched. */
-NIBBLE_API nibble_status nibble_cuda_gemm_plan(nibble_cuda_plan* out, const nibble_problem* problem,
-                                               int32_t device, const char* kernel);
+NIBBLE_API nibble_status nibble_cuda_gemm_plan(nibble_cuda_plan* out,
+                                               const nibble_problem* problem, int32_t device,
+                                               const char* kernel);
 /* The kernel that this plan runs. Static. */
 NIBBLE_API const char* nibble_cuda_plan_kernel(const nibble_cuda_plan* plan);
 /* As nibble_plan_describe. */
