@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -141,11 +142,22 @@ std::vector<Variant> kernels(const Problem& problem) {
 std::vector<Variant> variants(const Problem& problem) {
   std::vector<Variant> found;
   for (const Variant& kernel : kernels(problem)) {
+    if (kernel.plan.family == KernelFamily::ss) {
+      for (const bool split : {false, true}) {
+        Variant variant = kernel;
+        variant.plan.ss.split_tail = split;
+        variant.plan.workspace_bytes = workspace_layout(variant.plan).total;
+        if (split) variant.name += " split";
+        found.push_back(variant);
+      }
+      continue;
+    }
     if (kernel.plan.family != KernelFamily::rs) {
       found.push_back(kernel);
       continue;
     }
-    for (const RsTile& tile : rs_tiles()) {
+    const PackedLayout layout = packed_layout(problem.n, problem.k, problem.group_size);
+    for (const RsTile& tile : rs_tiles(layout, scales_per_group(problem.granularity))) {
       for (const bool split : {false, true}) {
         Variant variant = kernel;
         variant.plan.rs.token_tile = tile.tokens;
@@ -165,6 +177,7 @@ bool keeps_the_order(const Plan& plan) {
     case KernelFamily::slab:
     case KernelFamily::slab_fused: return plan.padded_k == kSlabDepth;
     case KernelFamily::rs: return !plan.rs.split_tail;
+    case KernelFamily::ss: return !plan.ss.split_tail;
     case KernelFamily::mma: return true;
   }
   return false;
@@ -189,6 +202,9 @@ GpuWeight make_gpu_weight(const WeightSpec& spec, std::mt19937& random) {
 Quantized random_quantized(const Problem& problem, std::mt19937& random) {
   Quantized q;
   q.codes = nibble::testing::random_codes(problem.mode, problem.m * problem.k, random);
+  if (problem.mode == Mode::w4a4 && problem.symmetric) {
+    for (int8_t& code : q.codes) code = std::clamp<int8_t>(code, -8, 7);
+  }
   const int64_t per_row =
       scales_per_group(problem.granularity) ? problem.k / problem.group_size : 1;
   q.scales.resize(static_cast<size_t>(problem.m * per_row));

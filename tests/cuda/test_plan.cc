@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <set>
+#include <span>
 #include <string>
+#include <string_view>
 
 #include "gemm/cuda/plan.h"
 
@@ -58,8 +60,11 @@ void expect_refused(const Problem& p, const DeviceInfo& device, const char* forc
 
 TEST(CudaPlan, HopperRunsSlabsForFewRowsAndWgmmaForMore) {
   for (int64_t m = 0; m <= 16; ++m) EXPECT_EQ(kernel_for(problem(m), h200()), "w4a8_slab_sm90");
-  for (const int64_t m : {17, 32, 100, 4096, 100000}) {
+  for (const int64_t m : {17, 32, 100, 1024}) {
     EXPECT_EQ(kernel_for(problem(m), h200()), "w4a8_rs_sm90");
+  }
+  for (const int64_t m : {2048, 4096, 100000}) {
+    EXPECT_EQ(kernel_for(problem(m), h200()), "w4a8_ss_sm90");
   }
 }
 
@@ -131,6 +136,28 @@ TEST(CudaPlan, Int4RunsThroughInt8AndSaysSo) {
   EXPECT_NE(plan->describe().find("as fast as w4a8"), std::string::npos) << plan->describe();
 }
 
+// Symmetric int4 codes are exact in fp8 products, which are faster where there are many rows.
+TEST(CudaPlan, ManyRowsOfInt4RunInFp8) {
+  Problem p = problem(4096);
+  EXPECT_STREQ(plan_gemm(p, h200())->kernel_name(), "w4a8_ss_sm90");
+  p.mode = Mode::w4a4;
+  EXPECT_STREQ(plan_gemm(p, h200())->kernel_name(), "w4a4_ss_sm90");
+  EXPECT_EQ(plan_gemm(p, h200())->describe().find("as fast as w4a8"), std::string::npos);
+  p.symmetric = false;  // up to 15: more bits than fp8 accumulation keeps
+  EXPECT_STREQ(plan_gemm(p, h200())->kernel_name(), "w4a8_ss_sm90");
+  expect_refused(p, h200(), "w4a4_ss_sm90", Code::unsupported, {"symmetric"});
+  p.granularity = Granularity::group;
+  EXPECT_STREQ(plan_gemm(p, h200())->kernel_name(), "w4a8_rs_sm90");
+}
+
+// What no wgmma kernel is compiled for is left to the one that runs everywhere.
+TEST(CudaPlan, ScalesPerShortGroupRunByMma) {
+  Problem p = problem(64, 4096, 4096, 64);
+  EXPECT_STREQ(plan_gemm(p, h200())->kernel_name(), "w4a8_rs_sm90");
+  p.granularity = Granularity::group;
+  EXPECT_STREQ(plan_gemm(p, h200())->kernel_name(), "w4a8_mma_sm80");
+}
+
 TEST(CudaPlan, OperandsAreInTheOrderOfTheKernel) {
   EXPECT_EQ(plan_gemm(problem(1), h200())->order, OperandOrder::natural);
   EXPECT_EQ(plan_gemm(problem(64), h200())->order, OperandOrder::wgmma);
@@ -140,15 +167,16 @@ TEST(CudaPlan, OperandsAreInTheOrderOfTheKernel) {
 }
 
 TEST(CudaPlan, TokenTilesHoldAllRowsWithLittlePadding) {
+  const std::span<const RsTile> tiles = rs_tiles(packed_layout(4096, 4096, 128), false);
   for (int64_t m = 1; m <= 20000; m += m < 700 ? 1 : 37) {
-    const RsConfig config = rs_config(packed_layout(4096, 4096, 128), m, 132);
+    const RsConfig config = rs_config(packed_layout(4096, 4096, 128), m, false, 132);
     const auto known = [&](const RsTile& tile) {
       return tile.tokens == config.token_tile && tile.math_groups == config.math_groups;
     };
-    ASSERT_EQ(std::count_if(rs_tiles().begin(), rs_tiles().end(), known), 1) << m;
+    ASSERT_EQ(std::count_if(tiles.begin(), tiles.end(), known), 1) << m;
     const int64_t padded = (m + config.token_tile - 1) / config.token_tile * config.token_tile;
-    if (m <= 32) {
-      ASSERT_EQ(padded, 32) << m;
+    if (m <= 64) {
+      ASSERT_EQ(padded, 64) << m;
     } else if (m >= 2048) {
       ASSERT_LT(static_cast<double>(padded), 1.06 * static_cast<double>(m)) << m;
     }
@@ -157,10 +185,10 @@ TEST(CudaPlan, TokenTilesHoldAllRowsWithLittlePadding) {
 
 TEST(CudaPlan, ALastWaveThatIsAlmostFullIsNotSplit) {
   // 66 workers: clusters of two blocks
-  const int64_t columns = 2 * 64 * rs_config(packed_layout(4096, 4096, 128), 32, 132).math_groups;
-  EXPECT_FALSE(rs_config(packed_layout(columns * 66, 4096, 128), 32, 132).split_tail);
-  EXPECT_TRUE(rs_config(packed_layout(columns * 67, 4096, 128), 32, 132).split_tail);
-  EXPECT_TRUE(rs_config(packed_layout(4096, 4096, 128), 32, 132).split_tail);
+  const int64_t columns = 2 * 64 * rs_config(packed_layout(4096, 4096, 128), 32, false, 132).math_groups;
+  EXPECT_FALSE(rs_config(packed_layout(columns * 66, 4096, 128), 32, false, 132).split_tail);
+  EXPECT_TRUE(rs_config(packed_layout(columns * 67, 4096, 128), 32, false, 132).split_tail);
+  EXPECT_TRUE(rs_config(packed_layout(4096, 4096, 128), 32, false, 132).split_tail);
 }
 
 // Every slice of every tile is done exactly once, by consecutive workers where a tile is shared.
@@ -230,9 +258,9 @@ TEST(CudaPlan, TableNamesEveryKernel) {
   std::set<std::string> names;
   for (const KernelRow& row : kernel_table()) {
     EXPECT_TRUE(names.insert(row.name).second) << row.name;
-    EXPECT_EQ(row.mode, Mode::w4a8);
+    EXPECT_EQ(std::string_view(row.name).substr(0, 4), mode_name(row.mode));
   }
-  EXPECT_EQ(names.size(), 4u);
+  EXPECT_EQ(names.size(), 6u);
 }
 
 }  // namespace

@@ -147,6 +147,8 @@ cudaError_t launch(const Plan& plan, const GemmArgs& args, void* workspace, cuda
     case KernelFamily::slab_fused: return launch_w4a8_slab_sm90(args, plan.slab, stream);
     case KernelFamily::rs:
       return launch_w4a8_rs_sm90(args, plan.rs, workspace_scratch(plan, workspace), stream);
+    case KernelFamily::ss:
+      return launch_w4a8_ss_sm90(args, plan.ss, workspace_scratch(plan, workspace), stream);
     case KernelFamily::mma: return launch_w4a8_mma_sm80(args, stream);
   }
   return cudaErrorInvalidValue;

@@ -87,6 +87,7 @@ enum class KernelFamily : int {
   slab,  // M <= 16: mma.sync over slabs streamed by bulk copies, K split over the warps of a block
   slab_fused,  // M <= 2: run_gemm is one launch that quantizes as well; its halves are slab's
   rs,          // wgmma, weights expanded in registers, tokens as the N side
+  ss,          // wgmma, weights expanded to 8 bits in scratch first: for many rows
   mma,         // mma.sync, any device from sm_80 on
 };
 
@@ -99,6 +100,7 @@ struct Plan {
   SlabConfig slab;   // of families slab and slab_fused
   SlabConfig fused;  // of family slab_fused
   RsConfig rs;       // of family rs
+  SsConfig ss;       // of family ss
   int64_t padded_k = 0;
   size_t workspace_bytes = 0;  // of run_gemm; codes, scales and sums of x come first
 
@@ -119,7 +121,8 @@ struct KernelRow {
 };
 std::vector<KernelRow> kernel_table();
 
-/// Quantized activations in device memory, as a kernel reads them: codes 16-byte aligned.
+/// Quantized activations in device memory, as a kernel reads them: codes 16-byte aligned; of w4a4
+/// in -8..7 if symmetric, else in -15..15.
 struct Operand {
   int8_t* codes = nullptr;    // (m, padded_k) in the plan's order; k beyond K is 0
   float* scales = nullptr;    // (m) or (m, groups)

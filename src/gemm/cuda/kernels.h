@@ -50,6 +50,17 @@ cudaError_t launch_w4a8_slab_fused_sm90(const QuantizeArgs& x, const GemmArgs& a
 cudaError_t launch_w4a8_rs_sm90(const GemmArgs& args, const RsConfig& config, void* scratch,
                                 cudaStream_t stream);
 
+/// w4a8_ss_sm90.cu: any M, groups of at least 128, one scale a token. codes in natural order, of
+/// magnitude up to 8 with config.e4m3. scratch: ss_scratch(). Two launches, or three with e4m3.
+cudaError_t launch_w4a8_ss_sm90(const GemmArgs& args, const SsConfig& config, void* scratch,
+                                cudaStream_t stream);
+
+/// expand_sm90.cu: the slabs of `args` to the image of ss_image.h; codes of magnitude up to 15 to
+/// e4m3 numbers. Both 16-byte aligned; bytes a multiple of 16.
+cudaError_t launch_expand(const GemmArgs& args, bool e4m3, uint8_t* image, cudaStream_t stream);
+cudaError_t launch_codes_to_e4m3(const int8_t* codes, uint8_t* e4m3, int64_t bytes,
+                                 cudaStream_t stream);
+
 /// w4a8_mma_sm80.cu: any M, any device from sm_80 on. codes in natural order.
 cudaError_t launch_w4a8_mma_sm80(const GemmArgs& args, cudaStream_t stream);
 

@@ -20,21 +20,39 @@ struct Candidate {
   KernelFamily family;
   OperandOrder order;
   bool hopper_only;
-  int64_t most_rows;  // 0: any
+  int64_t most_rows;   // 0: any
+  int64_t worth_rows;  // fewer than this only by name
 };
-constexpr std::array<Candidate, 4> kCandidates = {{
+/// From here on, expanding the weights to 8 bits beforehand costs less than it gains (docs/notes.md).
+constexpr int64_t kManyRows = 1536;
+
+constexpr std::array<Candidate, 6> kCandidates = {{
     {{"w4a8_slab_sm90", Mode::w4a8, kHopper},
      KernelFamily::slab,
      OperandOrder::natural,
      true,
-     kSlabTokens},
+     kSlabTokens,
+     0},
     {{"w4a8_slab_fused_sm90", Mode::w4a8, kHopper},
      KernelFamily::slab_fused,
      OperandOrder::natural,
      true,
-     kSlabFusedTokens},
-    {{"w4a8_rs_sm90", Mode::w4a8, kHopper}, KernelFamily::rs, OperandOrder::wgmma, true, 0},
-    {{"w4a8_mma_sm80", Mode::w4a8, kAmpere}, KernelFamily::mma, OperandOrder::natural, false, 0},
+     kSlabFusedTokens,
+     0},
+    {{"w4a4_ss_sm90", Mode::w4a4, kHopper},
+     KernelFamily::ss,
+     OperandOrder::natural,
+     true,
+     0,
+     kManyRows},
+    {{"w4a8_ss_sm90", Mode::w4a8, kHopper},
+     KernelFamily::ss,
+     OperandOrder::natural,
+     true,
+     0,
+     kManyRows},
+    {{"w4a8_rs_sm90", Mode::w4a8, kHopper}, KernelFamily::rs, OperandOrder::wgmma, true, 0, 0},
+    {{"w4a8_mma_sm80", Mode::w4a8, kAmpere}, KernelFamily::mma, OperandOrder::natural, false, 0, 0},
 }};
 
 /// Empty if the kernel runs the problem on the device, else why not.
@@ -52,6 +70,17 @@ std::string refusal(const Candidate& kernel, const Problem& p, const DeviceInfo&
   if (kernel.most_rows > 0 && p.m > kernel.most_rows) {
     return fmt::format("it takes at most {} rows, not {}", kernel.most_rows, p.m);
   }
+  const bool by_group = scales_per_group(p.granularity);
+  const bool short_groups = promoted_depth(p.group_size) < kBlockDepth;
+  if (kernel.row.mode == Mode::w4a4 && (p.mode != Mode::w4a4 || !p.symmetric)) {
+    return "it takes symmetric int4 codes, whose sums are exact in its fp8 products";
+  }
+  if (kernel.family == KernelFamily::ss && (by_group || short_groups)) {
+    return "it takes groups of at least 128 and one scale a token";
+  }
+  if (kernel.family == KernelFamily::rs && by_group && short_groups) {
+    return "it takes scales per (token, group) with groups of at least 128 only";
+  }
   const bool one_scale =
       p.granularity == Granularity::token || p.granularity == Granularity::static_tensor;
   if (kernel.family == KernelFamily::slab_fused &&
@@ -68,7 +97,10 @@ Result<Candidate> choose(const Problem& problem, const DeviceInfo& device, const
   for (const Candidate& kernel : kCandidates) {
     if (force != nullptr && kernel.row.name != std::string_view(force)) continue;
     known = true;
-    const std::string reason = refusal(kernel, problem, device);
+    std::string reason = refusal(kernel, problem, device);
+    if (reason.empty() && force == nullptr && problem.m < kernel.worth_rows) {
+      reason = fmt::format("it is slower than others below {} rows", kernel.worth_rows);
+    }
     if (reason.empty()) return kernel;
     reasons += fmt::format("{}{}: {}", reasons.empty() ? "" : "; ", kernel.row.name, reason);
   }
@@ -97,14 +129,21 @@ size_t aligned(size_t bytes) {
 }
 
 size_t scratch_bytes(const Plan& plan) {
-  if (plan.family != KernelFamily::rs || plan.problem.m == 0) return 0;
-  return rs_scratch_bytes(layout_of(plan.problem), plan.problem.m, plan.rs);
+  const Problem& p = plan.problem;
+  if (p.m == 0) return 0;
+  if (plan.family == KernelFamily::rs) return rs_scratch_bytes(layout_of(p), p.m, plan.rs);
+  if (plan.family == KernelFamily::ss) return ss_scratch(layout_of(p), p.m, plan.ss).bytes;
+  return 0;
 }
 
-const Candidate& candidate_of(KernelFamily family) {
-  return *std::find_if(kCandidates.begin(), kCandidates.end(),
-                       [&](const Candidate& kernel) { return kernel.family == family; });
+const Candidate& candidate_of(const Plan& plan) {
+  const bool fp8 = plan.family == KernelFamily::ss && plan.ss.e4m3;
+  return *std::find_if(kCandidates.begin(), kCandidates.end(), [&](const Candidate& kernel) {
+    return kernel.family == plan.family && (kernel.row.mode == Mode::w4a4) == fp8;
+  });
 }
+
+const char* tail_text(bool split) { return split ? "split tail" : "whole tiles"; }
 
 std::string family_text(const Plan& plan) {
   switch (plan.family) {
@@ -112,54 +151,71 @@ std::string family_text(const Plan& plan) {
     case KernelFamily::slab_fused: return "one launch, " + plan.fused.describe();
     case KernelFamily::rs:
       return fmt::format("tile={}x{} {}", plan.rs.token_tile, 64 * plan.rs.math_groups,
-                         plan.rs.split_tail ? "split tail" : "whole tiles");
+                         tail_text(plan.rs.split_tail));
+    case KernelFamily::ss:
+      return fmt::format("tile={}x{} {}{}", kSsTokens, 64 * kSsMathGroups,
+                         plan.ss.e4m3 ? "fp8 " : "", tail_text(plan.ss.split_tail));
     case KernelFamily::mma: return "whole tiles";
   }
   return "";
 }
 
-/// The shapes of tile that w4a8_rs_sm90 is compiled for.
-constexpr std::array<RsTile, 4> kRsTiles = {{{32, 4}, {64, 4}, {96, 3}, {112, 3}}};
+// What w4a8_rs_sm90 is compiled for.
+constexpr std::array<RsTile, 2> kRsTiles = {{{96, 3}, {64, 3}}};
+constexpr std::array<RsTile, 1> kRsTilesOfMoreScales = {{{64, 2}}};
 
 /// Expanding the weights of a tile costs about as much as this many rows more.
 constexpr int64_t kExpansionRows = 32;
 
 /// The tile that costs least per column: all its rows are multiplied, whether x has them or not.
-RsTile best_tile(int64_t m) {
+RsTile best_tile(std::span<const RsTile> tiles, int64_t m) {
   const auto cost = [m](const RsTile& tile) {
     return (m + tile.tokens - 1) / tile.tokens * (tile.tokens + kExpansionRows);
   };
-  return *std::min_element(kRsTiles.begin(), kRsTiles.end(),
-                           [&](const RsTile& a, const RsTile& b) { return cost(a) < cost(b); });
+  return *std::min_element(tiles.begin(), tiles.end(), [&](const RsTile& a, const RsTile& b) {
+    return cost(a) < cost(b);
+  });
+}
+
+/// Splitting costs a sum over parts; an almost full last wave is not worth it.
+bool worth_splitting(const RsSchedule& schedule, int multiprocessors) {
+  constexpr double kFullEnough = 0.95;
+  const int tiles = schedule.tiles();
+  const int resident = std::max(1, multiprocessors / 2);  // clusters of two blocks
+  const int waves = (tiles + resident - 1) / resident;
+  return tiles < kFullEnough * waves * resident;
 }
 
 }  // namespace
 
-std::span<const RsTile> rs_tiles() { return kRsTiles; }
+std::span<const RsTile> rs_tiles(const PackedLayout& layout, bool group_scales) {
+  const bool short_groups = layout.promoted < kBlockDepth;
+  if (!short_groups && !group_scales) return kRsTiles;
+  if (short_groups && group_scales) return {};
+  return kRsTilesOfMoreScales;
+}
 
-RsConfig rs_config(const PackedLayout& layout, int64_t m, int multiprocessors) {
-  const RsTile tile = best_tile(m);
+RsConfig rs_config(const PackedLayout& layout, int64_t m, bool group_scales,
+                   int multiprocessors) {
+  const RsTile tile = best_tile(rs_tiles(layout, group_scales), m);
   RsConfig config;
   config.token_tile = tile.tokens;
   config.math_groups = tile.math_groups;
   config.multiprocessors = multiprocessors;
   config.programmatic = true;
-  // Splitting costs a sum over parts; an almost full last wave is not worth it.
-  const int tiles = rs_schedule_of(layout, m, config).tiles();
-  const int resident = std::max(1, multiprocessors / 2);  // clusters of two blocks
-  const int waves = (tiles + resident - 1) / resident;
-  constexpr double kFullEnough = 0.9;
-  config.split_tail = tiles < kFullEnough * waves * resident;
+  config.split_tail = worth_splitting(rs_schedule_of(layout, m, config), multiprocessors);
   return config;
 }
 
-const char* Plan::kernel_name() const { return candidate_of(family).row.name; }
+const char* Plan::kernel_name() const { return candidate_of(*this).row.name; }
 
 std::string Plan::describe() const {
   const Problem& p = problem;
   return fmt::format("{}: M={} N={} K={} g={} {}{} x={} y={} act={}{} device={} {} workspace={} B",
                      kernel_name(), p.m, p.n, p.k, p.group_size, mode_name(p.mode),
-                     p.mode == Mode::w4a4 ? " (int4 codes in an int8 kernel: as fast as w4a8)" : "",
+                     p.mode == Mode::w4a4 && !(family == KernelFamily::ss && ss.e4m3)
+                         ? " (int4 codes in an int8 kernel: as fast as w4a8)"
+                         : "",
                      dtype_name(p.x_dtype), dtype_name(p.y_dtype), granularity_name(p.granularity),
                      p.symmetric ? "" : " asymmetric", device, family_text(*this), workspace_bytes);
 }
@@ -206,7 +262,13 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
       plan.fused.programmatic = true;
     }
   } else if (plan.family == KernelFamily::rs && problem.m > 0) {
-    plan.rs = rs_config(layout, problem.m, device.multiprocessors);
+    plan.rs = rs_config(layout, problem.m, scales_per_group(problem.granularity),
+                        device.multiprocessors);
+  } else if (plan.family == KernelFamily::ss && problem.m > 0) {
+    plan.ss.e4m3 = kernel->row.mode == Mode::w4a4;
+    plan.ss.multiprocessors = device.multiprocessors;
+    plan.ss.split_tail = worth_splitting(ss_schedule_of(layout, problem.m, plan.ss),
+                                         device.multiprocessors);
   }
   plan.workspace_bytes = workspace_layout(plan).total;
   return plan;

@@ -28,9 +28,10 @@ void* workspace_scratch(const Plan& plan, void* workspace);
 struct RsTile {
   int tokens = 0, math_groups = 0;
 };
-std::span<const RsTile> rs_tiles();
+/// Those that it is compiled for; empty if none is for such groups and scales.
+std::span<const RsTile> rs_tiles(const PackedLayout& layout, bool group_scales);
 
-/// The configuration of the rs kernel for m rows.
-RsConfig rs_config(const PackedLayout& layout, int64_t m, int multiprocessors);
+/// The configuration of the rs kernel for m rows; rs_tiles() is not empty.
+RsConfig rs_config(const PackedLayout& layout, int64_t m, bool group_scales, int multiprocessors);
 
 }  // namespace nibble::cuda

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "gemm/cuda/packed.h"
+#include "gemm/cuda/ss_image.h"
 
 #if defined(__CUDACC__)
 #define NIBBLE_HOST_DEVICE __host__ __device__
@@ -34,10 +35,14 @@ struct RsSchedule {
   int whole = 0;   // tiles that are not split
 
   NIBBLE_HOST_DEVICE int tiles() const { return weight_tiles * token_tiles; }
-  NIBBLE_HOST_DEVICE int64_t units() const { return int64_t{tiles() - whole} * slices; }
+  /// Less than two tiles a worker: below 2^31 / workers for any K that fits an int.
+  NIBBLE_HOST_DEVICE unsigned units() const {
+    return static_cast<unsigned>((tiles() - whole) * slices);
+  }
   /// First unit of a worker, counted from tile `whole` on.
   NIBBLE_HOST_DEVICE int first_unit(int worker) const {
-    return static_cast<int>(units() * worker / workers);
+    return static_cast<int>(units() * static_cast<unsigned>(worker) /
+                            static_cast<unsigned>(workers));
   }
 
   /// Number of items of `worker`.
@@ -102,13 +107,13 @@ inline RsSchedule rs_schedule(int64_t weight_tiles, int64_t token_tiles, int64_t
   return s;
 }
 
-inline constexpr int kRsMaxMathGroups = 4;
+inline constexpr int kRsMaxMathGroups = 3;
 inline constexpr size_t kRsFlagBytes = 4096;  // at the start of the scratch
 
 /// How w4a8_rs_sm90 is launched.
 struct RsConfig {
-  int token_tile = 112;  // rows of x: 32 or 64 (with 4 math groups), 96 or 112 (with 3)
-  int math_groups = 3;   // warpgroups of a block that multiply, 64 columns each
+  int token_tile = 64;  // rows of x; with math_groups one of rs_tiles()
+  int math_groups = 3;  // warpgroups of a block that multiply, 64 columns each
   bool split_tail = false;
   int multiprocessors = 132;
   bool programmatic = false;  // launched with programmatic stream serialization
@@ -128,6 +133,36 @@ inline size_t rs_scratch_bytes(const PackedLayout& layout, int64_t m, const RsCo
   const auto blocks = static_cast<size_t>(schedule.workers) * 2;
   return kRsFlagBytes + blocks * static_cast<size_t>(config.math_groups) * 128 *
                             sizeof(float) * static_cast<size_t>(config.token_tile / 2);
+}
+
+/// How w4a8_ss_sm90 is launched.
+struct SsConfig {
+  bool e4m3 = false;  // w4a4: codes of magnitude up to 8, products in fp8, as exact
+  bool split_tail = true;
+  int multiprocessors = 132;
+};
+inline constexpr int kSsTokens = 128, kSsMathGroups = 3;
+
+inline RsSchedule ss_schedule_of(const PackedLayout& layout, int64_t m, const SsConfig& config) {
+  return rs_schedule(image_tiles(layout) / 2, (m + kSsTokens - 1) / kSsTokens,
+                     image_blocks(layout), config.multiprocessors / 2, config.split_tail);
+}
+
+/// Where things lie in the scratch of a launch. Its first kRsFlagBytes are zeroed once before the
+/// first use, and left so.
+struct SsScratch {
+  size_t parts = 0, image = 0, codes = 0, bytes = 0;
+};
+inline SsScratch ss_scratch(const PackedLayout& layout, int64_t m, const SsConfig& config) {
+  const RsSchedule schedule = ss_schedule_of(layout, m, config);
+  const bool split = schedule.whole != schedule.tiles();
+  const auto part = static_cast<size_t>(kSsMathGroups * 128 * (kSsTokens / 2)) * sizeof(float);
+  SsScratch at;
+  at.parts = kRsFlagBytes;
+  at.image = at.parts + (split ? static_cast<size_t>(schedule.workers) * 2 * part : 0);
+  at.codes = (at.image + image_bytes(layout) + 255) / 256 * 256;
+  at.bytes = at.codes + (config.e4m3 ? static_cast<size_t>(m * layout.padded_k()) : 0);
+  return at;
 }
 
 }  // namespace nibble::cuda

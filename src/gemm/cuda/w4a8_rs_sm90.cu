@@ -1,0 +1,416 @@
+// w4a8 by wgmma: weights expanded to q - z in registers (operand A), tokens in shared memory (operand
+// B, the N side), promotion to float every group, in group order: the bits of the CPU kernels.
+//
+//               token_tile                      a block: 2 or 3 math warpgroups of 64 columns each, one
+//            +-------------+                    producer warpgroup (one warp copies activations, one
+//    WG 0    |  64 columns |                    weights). A cluster of two blocks works on
+//    WG 1    |  64 columns |                    neighbouring columns and shares the activations: each
+//    WG 2    |  64 columns |                    block copies half and multicasts it.
+//            +-------------+
+//
+//    slabs ------- bulk copies ------> ring of slices --(LDS, q - z)--> registers --A--+
+//    activations --tensor copies-----> ring of blocks (128 k) ----------------------B--+--> int32
+//
+// While the products of one block of k run, the codes of the next are expanded into a second set of
+// registers; while a warpgroup promotes its sums, the others' products run.
+#include <cuda.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "gemm/cuda/kernels.h"
+#include "gemm/cuda/ptx.h"
+#include "gemm/cuda/rs_schedule.h"
+#include "gemm/cuda/tensor_map.h"
+#include "gemm/cuda/tile_output.h"
+#include "gemm/cuda/wgmma.h"
+
+namespace nibble::cuda {
+namespace {
+
+constexpr int kSharedLimit = 232448;
+
+struct RsParams {
+  const uint8_t* slabs;
+  int64_t tiles, slices;  // of the weights
+  bool bf16_scales;
+  const float* t;             // (m, t_stride), of groups of group_size; null: a scale per token
+  int t_stride, group_size;
+  TileOutputParams end;
+};
+
+template <int kTokens_, int kMathGroups_, int kPromoted_, bool kGroupScales_>
+struct Shape {
+  static constexpr int kTokens = kTokens_, kMathGroups = kMathGroups_, kPromoted = kPromoted_;
+  static constexpr bool kGroupScales = kGroupScales_;
+  static constexpr int kMathWarps = 4 * kMathGroups, kThreads = 128 * (kMathGroups + 1);
+  // of a thread; a block has 65536, and the producers are one warpgroup
+  static constexpr int kMathRegisters = kMathGroups == 2 ? 232 : 152;
+  static constexpr int kProducerRegisters = kMathGroups == 2 ? 40 : 56;
+
+  static constexpr int kSlabGroups = kSlabDepth / kPromoted;
+  static constexpr int kSlabBytes = kSlabCodeBytes + kSlabGroups * 40;
+  static constexpr int kZeros = kSlabCodeBytes + kSlabGroups * 32;
+  static constexpr int kSums = kTokens / 2;  // accumulators of a thread
+  static constexpr int kActBytes = kTokens * kBlockDepth;
+  static constexpr int kSliceBytes = kMathWarps * kSlabBytes;
+  static constexpr int kStageOut = kTokens * 128;  // of a warpgroup: 64 columns of 16 bits
+  static constexpr int kBlocks = kSlabDepth / kBlockDepth;  // one slice of activations
+  static constexpr int kRoom =
+      kSharedLimit - 512 - kMathGroups * kStageOut - kBlocks * kActBytes;
+  static constexpr int kSlices = kRoom / kSliceBytes < 3 ? kRoom / kSliceBytes : 3;
+  static constexpr int kOut = kBlocks * kActBytes;
+  static constexpr int kWeights = kOut + kMathGroups * kStageOut;
+  static constexpr int kBarriers = (kWeights + kSlices * kSliceBytes + 15) / 16 * 16;
+  static constexpr int kShared = kBarriers + 8 * 2 * (kBlocks + kSlices);
+  static_assert(kSlices >= 2 && kShared <= kSharedLimit);
+};
+
+__device__ __forceinline__ float2 scales_of(uint32_t pair, bool bf16) {
+  if (bf16) return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+
+/// q - z of four codes in the low nibbles of w's bytes; lift = 0x80 - z in each byte. No borrow
+/// leaves a byte, since 0x80 + q - z lies between 0x71 and 0x8f.
+__device__ __forceinline__ uint32_t low_codes(uint32_t w, uint32_t lift) {
+  return ((w & 0x0f0f0f0fu) + lift) ^ 0x80808080u;
+}
+__device__ __forceinline__ uint32_t high_codes(uint32_t w, uint32_t lift) {
+  uint32_t masked;  // masked first: shift and add are then one instruction
+  asm("and.b32 %0, %1, 0xf0f0f0f0;" : "=r"(masked) : "r"(w));
+  return ((masked >> 4) + lift) ^ 0x80808080u;
+}
+__device__ __forceinline__ uint32_t lift_of(uint32_t zero) {
+  return 0x80808080u - zero * 0x01010101u;
+}
+
+template <class S>
+struct Kernel {
+  static constexpr int kTokens = S::kTokens, kMathGroups = S::kMathGroups;
+  static constexpr int kMathWarps = S::kMathWarps;
+  static constexpr int kSteps = S::kPromoted / 32;  // product steps between promotions
+  static constexpr int kParts = 4 / kSteps;         // groups of a block of 128
+
+  const RsParams& p;
+  uint32_t base;
+  int rank, cluster, lane;
+
+  __device__ uint32_t act_full(int i) const { return base + S::kBarriers + 8 * i; }
+  __device__ uint32_t act_empty(int i) const { return act_full(S::kBlocks + i); }
+  __device__ uint32_t slice_full(int i) const { return act_full(2 * S::kBlocks + i); }
+  __device__ uint32_t slice_empty(int i) const {
+    return act_full(2 * S::kBlocks + S::kSlices + i);
+  }
+  __device__ void init_barriers() const {
+    for (int i = 0; i < S::kBlocks; ++i) {
+      ptx::mbarrier_init(act_full(i), 1);
+      ptx::mbarrier_init(act_empty(i), 2 * kMathWarps);  // the warps of both blocks
+    }
+    for (int i = 0; i < S::kSlices; ++i) {
+      ptx::mbarrier_init(slice_full(i), 1);
+      ptx::mbarrier_init(slice_empty(i), kMathWarps);
+    }
+    ptx::fence_mbarrier_init();
+  }
+
+  /// One thread: this block's half of every activation block, for both blocks of the cluster.
+  __device__ void copy_activations(const CUtensorMap* map) const {
+    ptx::grid_wait();
+    uint32_t phase = 1;  // the first pass through the ring does not wait
+    const int items = p.end.schedule.items(cluster);
+#pragma unroll 1
+    for (int item = 0; item < items; ++item) {
+      const RsWork work = p.end.schedule.work(cluster, item);
+      const int row = work.token_tile * kTokens + rank * (kTokens / 2);
+#pragma unroll 1
+      for (int slice = work.slice0; slice < work.slice1; ++slice, phase ^= 1) {
+#pragma unroll 1
+        for (int u = 0; u < S::kBlocks; ++u) {
+          ptx::mbarrier_wait(act_empty(u), phase);
+          ptx::mbarrier_expect(act_full(u), S::kActBytes);
+          ptx::tensor_load_multicast(base + u * S::kActBytes + rank * (S::kActBytes / 2), map,
+                                     slice * kSlabDepth + u * kBlockDepth, row, act_full(u), 3);
+        }
+      }
+    }
+  }
+
+  /// The first lanes of one warp: a slab each, one for every math warp.
+  __device__ void copy_weights() const {
+    int stage = 0;
+    uint32_t phase = 1;
+    const int items = p.end.schedule.items(cluster);
+#pragma unroll 1
+    for (int item = 0; item < items; ++item) {
+      const RsWork work = p.end.schedule.work(cluster, item);
+      const int64_t wanted = int64_t{work.weight_tile} * (2 * kMathWarps) +
+                             rank * kMathWarps + lane;
+      const int64_t tile = wanted < p.tiles ? wanted : p.tiles - 1;
+      const uint8_t* from = p.slabs + (tile * p.slices + work.slice0) * S::kSlabBytes;
+#pragma unroll 1
+      for (int slice = work.slice0; slice < work.slice1; ++slice, from += S::kSlabBytes) {
+        ptx::mbarrier_wait(slice_empty(stage), phase);
+        if (lane == 0) ptx::mbarrier_expect(slice_full(stage), S::kSliceBytes);
+        __syncwarp((1 << kMathWarps) - 1);
+        ptx::bulk_load(base + S::kWeights + stage * S::kSliceBytes + lane * S::kSlabBytes, from,
+                  S::kSlabBytes, slice_full(stage), ptx::kEvictFirst);
+        if (++stage == S::kSlices) stage = 0, phase ^= 1;
+      }
+    }
+  }
+
+  // ---- math -------------------------------------------------------------------------------------
+
+  /// What a lane needs of one slice beside the codes: zero points and scales of its two columns.
+  struct SliceScales {
+    uint32_t zeros[S::kSlabGroups / 4];  // bytes; low nibble: column r, high: column r + 8
+    uint32_t scales[S::kSlabGroups];     // low half: column r; high half: column r + 8
+  };
+
+  __device__ void fetch_scales(SliceScales& s, uint32_t slab) const {
+    const uint32_t group = (lane >> 2) * S::kSlabGroups;
+#pragma unroll
+    for (int i = 0; i < S::kSlabGroups / 4; ++i) {
+      s.zeros[i] = ptx::load4_shared(slab + S::kZeros + group + 4 * i);
+      const uint4 four = ptx::load16_shared(slab + kSlabCodeBytes + (group + 4 * i) * 4);
+      s.scales[4 * i] = four.x;
+      s.scales[4 * i + 1] = four.y;
+      s.scales[4 * i + 2] = four.z;
+      s.scales[4 * i + 3] = four.w;
+    }
+  }
+
+  /// Block u of the slab whose codes of this lane begin at `codes`, as q - z.
+  __device__ void expand(uint32_t (&a)[4][4], const SliceScales& s, uint32_t codes, int u) const {
+    const uint4 half[2] = {ptx::load16_shared(codes + u * 1024),
+                           ptx::load16_shared(codes + u * 1024 + 512)};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint4 w = half[j / 2];
+      const int group = u * kParts + j / kSteps;
+      const uint32_t zero = s.zeros[group / 4] >> (8 * (group % 4));
+      const uint32_t r = lift_of(zero & 15), r8 = lift_of(zero >> 4 & 15);
+      if (j % 2 == 0) {
+        a[j][0] = low_codes(w.x, r);
+        a[j][1] = low_codes(w.y, r8);
+        a[j][2] = low_codes(w.z, r);
+        a[j][3] = low_codes(w.w, r8);
+      } else {
+        a[j][0] = high_codes(w.x, r);
+        a[j][1] = high_codes(w.y, r8);
+        a[j][2] = high_codes(w.z, r);
+        a[j][3] = high_codes(w.w, r8);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) wgmma_settle(a[j]);
+  }
+
+  __device__ void promote(const int (&c)[S::kSums], float (&f)[S::kSums], float2 s) const {
+#pragma unroll
+    for (int i = 0; i < S::kSums; ++i) {
+      f[i] = __fmaf_rn(static_cast<float>(c[i]), (i & 2) ? s.y : s.x, f[i]);
+    }
+  }
+  /// t: of this group, for this thread's first token; tokens: how many of them exist.
+  __device__ void promote(const int (&c)[S::kSums], float (&f)[S::kSums], float2 s, const float* t,
+                          int tokens) const {
+#pragma unroll
+    for (int i = 0; i < S::kSums; i += 4) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int token = 2 * i + e;
+        // not __ldg: sixteen of them would be loaded ahead, and there are no registers for them
+        const float scale = token < tokens ? ptx::load_float(t + token * p.t_stride) : 0.0f;
+        f[i + e] = __fmaf_rn(__fmul_rn(static_cast<float>(c[i + e]), scale), s.x, f[i + e]);
+        f[i + 2 + e] =
+            __fmaf_rn(__fmul_rn(static_cast<float>(c[i + 2 + e]), scale), s.y, f[i + 2 + e]);
+      }
+    }
+  }
+
+  __device__ void multiply(const CUtensorMap* out_map) const {
+    const int items = p.end.schedule.items(cluster);
+    if (items == 0) return;
+    const int group = threadIdx.x >> 7, warp = (threadIdx.x >> 5) & 3;
+    const uint32_t my_slab = base + S::kWeights + (group * 4 + warp) * S::kSlabBytes;
+    const uint32_t tokens = wgmma_operand(base);
+    int c[S::kSums];
+    float f[S::kSums];
+    uint32_t a[2][4][4];
+    SliceScales scales;
+    int stage = 0;
+    uint32_t phase = 0, slice_phase = 0, slab = my_slab;
+#pragma unroll
+    for (int i = 0; i < S::kSums; ++i) c[i] = 0;
+    ptx::mbarrier_wait(slice_full(0), 0);
+    fetch_scales(scales, slab);
+    expand(a[0], scales, slab + lane * 16, 0);
+    ptx::grid_wait();
+#pragma unroll 1
+    for (int item = 0; item < items; ++item) {
+      const RsWork work = p.end.schedule.work(cluster, item);
+#pragma unroll
+      for (int i = 0; i < S::kSums; ++i) f[i] = 0.0f;
+#pragma unroll 1
+      for (int slice = work.slice0; slice < work.slice1; ++slice) {
+        const bool more = slice + 1 < work.slice1 || item + 1 < items;
+        SliceScales next;
+#pragma unroll
+        for (int u = 0; u < S::kBlocks; ++u) {
+          ptx::mbarrier_wait(act_full(u), phase);
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) {
+            wgmma_fence();
+#pragma unroll
+            for (int j = 0; j < kSteps; ++j) {
+              const int step = part * kSteps + j;
+              wgmma(c, a[u % 2][step],
+                    wgmma_descriptor(tokens + u * (S::kActBytes >> 4) + 2 * step), j != 0);
+            }
+            wgmma_commit();
+            if (part == 0) {  // meanwhile, the codes of the next block
+              if (u + 1 < S::kBlocks) {
+                expand(a[(u + 1) % 2], scales, slab + lane * 16, u + 1);
+              } else {
+                leave_slab(stage, slice_phase, slab, my_slab);
+                ptx::mbarrier_wait_if(more, slice_full(stage), slice_phase);
+                fetch_scales(next, slab);
+                expand(a[0], next, slab + lane * 16, 0);
+              }
+            }
+            wgmma_wait<0>();
+            wgmma_settle(c);
+            if (part + 1 == kParts) release_block(u);
+            const float2 scale = scales_of(scales.scales[u * kParts + part], p.bf16_scales);
+            if constexpr (S::kGroupScales) {
+              const int depth = slice * kSlabDepth + u * kBlockDepth + part * S::kPromoted;
+              const int token = work.token_tile * kTokens + (lane & 3) * 2;
+              // past K there is no scale, and nothing to scale
+              const int last = p.t_stride - 1, at = depth / p.group_size;
+              promote(c, f, scale, p.t + int64_t{token} * p.t_stride + (at < last ? at : last),
+                      static_cast<int>(p.end.m) - token);
+            } else {
+              promote(c, f, scale);
+            }
+          }
+        }
+        phase ^= 1;
+        scales = next;
+      }
+      const TileOutput<kTokens, kMathGroups> output{p.end, cluster, rank, lane};
+      output.finish(work, f, out_map, group, base + S::kOut + group * S::kStageOut);
+    }
+    if ((threadIdx.x & 127) == 0) ptx::bulk_wait_all();
+  }
+
+  /// This warp's products have read block u of the activations.
+  __device__ void release_block(int u) const {
+    ptx::mbarrier_arrive_cluster_if(lane < 2, ptx::cluster_address(act_empty(u), lane & 1));
+  }
+
+  /// This warp has read its slab of the slice; on to the next in the ring.
+  __device__ void leave_slab(int& stage, uint32_t& phase, uint32_t& slab, uint32_t my_slab) const {
+    __syncwarp();
+    ptx::mbarrier_arrive_if(lane == 0, slice_empty(stage));
+    stage = stage + 1 == S::kSlices ? 0 : stage + 1;
+    phase ^= stage == 0;
+    slab = my_slab + stage * S::kSliceBytes;
+  }
+};
+
+template <class S>
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(S::kThreads, 1)
+    w4a8_rs_sm90(const __grid_constant__ CUtensorMap act_map,
+                 const __grid_constant__ CUtensorMap out_map, const __grid_constant__ RsParams p) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
+  const Kernel<S> kernel{p, ptx::shared_address(shared), static_cast<int>(blockIdx.x & 1),
+                         static_cast<int>(blockIdx.x >> 1), static_cast<int>(threadIdx.x & 31)};
+  if (threadIdx.x == 0) kernel.init_barriers();
+  ptx::cluster_sync();
+  ptx::grid_launch_dependents();
+  if (warp >= S::kMathWarps) {
+    ptx::register_decrease<S::kProducerRegisters>();
+    if (warp == S::kMathWarps && kernel.lane == 0) kernel.copy_activations(&act_map);
+    if (warp == S::kMathWarps + 1 && kernel.lane < S::kMathWarps) kernel.copy_weights();
+  } else {
+    ptx::register_increase<S::kMathRegisters>();
+    kernel.multiply(&out_map);
+  }
+  ptx::cluster_sync();  // nobody leaves while the other still arrives at its barriers
+}
+
+// ---- launch -------------------------------------------------------------------------------------
+
+template <class S>
+cudaError_t launch(const GemmArgs& args, const RsConfig& config, void* scratch,
+                   cudaStream_t stream) {
+  const auto kernel = w4a8_rs_sm90<S>;
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared);
+  if (error != cudaSuccess) return error;
+  RsParams p = {};
+  p.slabs = args.slabs;
+  p.tiles = args.layout.tiles;
+  p.slices = args.layout.slices;
+  p.bf16_scales = args.bf16_scales;
+  p.t = args.group_scales ? args.scales : nullptr;
+  p.t_stride = static_cast<int>(args.layout.k / args.layout.group_size);
+  p.group_size = static_cast<int>(args.layout.group_size);
+  p.end.t = args.group_scales ? nullptr : args.scales;
+  p.end.m = args.m;
+  p.end.n = args.layout.n;
+  p.end.out = args.out;
+  p.end.schedule = rs_schedule_of(args.layout, args.m, config);
+  p.end.arrived = static_cast<uint32_t*>(scratch);
+  p.end.parts = reinterpret_cast<float*>(static_cast<uint8_t*>(scratch) + kRsFlagBytes);
+  CUtensorMap act_map, out_map = {};
+  error = make_tensor_map(&act_map, args.codes, TensorElement::u8, args.layout.padded_k(), args.m,
+                          args.layout.padded_k(), kBlockDepth, S::kTokens / 2);
+  if (error != cudaSuccess) return error;
+  if (args.out.type != Element::f32) {
+    const TensorElement type =
+        args.out.type == Element::bf16 ? TensorElement::bf16 : TensorElement::f16;
+    error = make_tensor_map(&out_map, args.out.y, type, args.layout.n, args.m, args.out.stride, 64,
+                            S::kTokens);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = dim3(static_cast<unsigned>(p.end.schedule.workers * 2));
+  launch.blockDim = dim3(S::kThreads);
+  launch.dynamicSmemBytes = S::kShared;
+  launch.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  launch.attrs = &attribute;
+  launch.numAttrs = config.programmatic ? 1 : 0;
+  return cudaLaunchKernelEx(&launch, kernel, act_map, out_map, p);
+}
+
+/// Launches the first of the shapes that is the wanted one.
+template <class First, class... Rest>
+cudaError_t launch_one(const GemmArgs& args, const RsConfig& config, void* scratch,
+                       cudaStream_t stream) {
+  if (config.token_tile == First::kTokens && config.math_groups == First::kMathGroups &&
+      args.layout.promoted == First::kPromoted && args.group_scales == First::kGroupScales) {
+    return launch<First>(args, config, scratch, stream);
+  }
+  if constexpr (sizeof...(Rest) > 0) {
+    return launch_one<Rest...>(args, config, scratch, stream);
+  } else {
+    return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace
+
+// What fits the registers: scales per group want a load a token, short groups more scales.
+cudaError_t launch_w4a8_rs_sm90(const GemmArgs& args, const RsConfig& config, void* scratch,
+                                cudaStream_t stream) {
+  return launch_one<Shape<96, 3, 128, false>, Shape<64, 3, 128, false>, Shape<64, 2, 128, true>,
+                    Shape<64, 2, 64, false>, Shape<64, 2, 32, false>>(args, config, scratch, stream);
+}
+
+}  // namespace nibble::cuda
