@@ -16,12 +16,14 @@ double unit_roundoff(Dtype dtype) {
   switch (dtype) {
     case Dtype::f32: return 0x1p-24;
     case Dtype::f16: return 0x1p-11;
-    case Dtype::bf16: return 0x1p-9;
+    case Dtype::bf16: return 0x1p-8;
   }
   return 0;
 }
 
-double smallest_step(Dtype dtype) { return dtype == Dtype::f16 ? 0x1p-24 : 0x1p-149; }
+double smallest_step(Dtype dtype) {
+  return dtype == Dtype::f16 ? 0x1p-24 : dtype == Dtype::bf16 ? 0x1p-133 : 0x1p-149;
+}
 
 /// Parts that a kernel may sum on its own before it adds them: at most one a slice.
 int64_t parts_of(const Plan& plan) {
@@ -175,7 +177,8 @@ std::vector<Variant> variants(const Problem& problem) {
 bool keeps_the_order(const Plan& plan) {
   switch (plan.family) {
     case KernelFamily::slab:
-    case KernelFamily::slab_fused: return plan.padded_k == kSlabDepth;
+    case KernelFamily::slab_fused:  // one or two rows: groups of a slice are summed side by side
+      return plan.padded_k == kSlabDepth && plan.problem.m > 2;
     case KernelFamily::rs: return !plan.rs.split_tail;
     case KernelFamily::ss: return !plan.ss.split_tail;
     case KernelFamily::mma: return true;
