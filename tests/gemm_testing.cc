@@ -1,6 +1,8 @@
 #include "gemm_testing.h"
 
 #include <fmt/format.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <bit>
 #include <cmath>
@@ -8,8 +10,38 @@
 #include <cstring>
 #include <set>
 
+#include "base/aligned_buffer.h"
+#include "base/check.h"
+
 namespace nibble::testing {
 namespace {
+
+/// A workspace that ends at a page without access, less the 63 bytes that its alignment may leave:
+/// a kernel that reads past it, even in assembly, faults. What was there must not matter: 0xa5.
+class GuardedWorkspace {
+ public:
+  explicit GuardedWorkspace(size_t bytes) {
+    const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t used = (bytes + kCacheLineBytes - 1) / kCacheLineBytes * kCacheLineBytes;
+    const size_t pages = (used + page - 1) / page * page;
+    mapped_ = pages + page;
+    base_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    NIBBLE_CHECK(base_ != MAP_FAILED);
+    std::memset(base_, 0xa5, pages);
+    NIBBLE_CHECK(mprotect(static_cast<std::byte*>(base_) + pages, page, PROT_NONE) == 0);
+    data_ = static_cast<std::byte*>(base_) + pages - used;
+  }
+  ~GuardedWorkspace() { munmap(base_, mapped_); }
+  GuardedWorkspace(const GuardedWorkspace&) = delete;
+  GuardedWorkspace& operator=(const GuardedWorkspace&) = delete;
+
+  void* data() const { return data_; }
+
+ private:
+  void* base_ = nullptr;
+  void* data_ = nullptr;
+  size_t mapped_ = 0;
+};
 
 uint16_t random_scale(ScaleKind kind, Dtype dtype, std::mt19937& random) {
   const float magnitude = std::uniform_real_distribution<float>(0.5f, 2.0f)(random) * 0.01f;
@@ -89,8 +121,7 @@ bool kernel_equals_oracle(const std::string& kernel, const Problem& problem,
   std::vector<int32_t> partials(expected.size(), 0x55555555);
   AlignedBuffer y = std::move(*AlignedBuffer::zeroed(expected_y.size() * 4));
   std::memset(y.data(), 0xcc, y.bytes());
-  AlignedBuffer workspace = std::move(*AlignedBuffer::zeroed(plan->workspace_bytes));
-  std::memset(workspace.data(), 0xa5, workspace.bytes());  // what was there must not matter
+  const GuardedWorkspace workspace(plan->workspace_bytes);
   const GemmTarget target{&weight.packed, y.data(), problem.n, partials.data()};
   const Status status = run_gemm_quantized(*plan, {codes.data(), problem.k, scales.data()},
                                            {&target, 1}, workspace.data());
@@ -131,10 +162,8 @@ void expect_kernel_equals_oracle(const std::string& kernel, Problem problem,
 }
 
 Status run(const Plan& plan, const GemmInput& input, std::span<const GemmTarget> targets) {
-  Result<AlignedBuffer> workspace = AlignedBuffer::zeroed(plan.workspace_bytes);
-  if (!workspace.ok()) return workspace.status();
-  std::memset(workspace->data(), 0xa5, workspace->bytes());
-  return run_gemm(plan, input, targets, workspace->data());
+  const GuardedWorkspace workspace(plan.workspace_bytes);
+  return run_gemm(plan, input, targets, workspace.data());
 }
 
 }  // namespace nibble::testing

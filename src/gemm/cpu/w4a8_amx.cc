@@ -246,7 +246,10 @@ void run_block(const GemmBlock& b, int64_t block, Scratch& s) {
     p.advance(panels);
     const amx::Tile* const next_a = p.group < groups ? activations(p) : a;
     const int64_t second = kLong && steps % 2 != 0 && last ? 0 : 1;
-    const int64_t next_second = kLong && steps % 2 != 0 && p.panel == panels - 1 ? 0 : 1;
+    // At the end there is no next panel: this one's tiles again, and nothing past them.
+    const int64_t next_second = p.group == groups ? second
+                                : kLong && steps % 2 != 0 && p.panel == panels - 1 ? 0
+                                                                                   : 1;
     for (int64_t tile = 0; tile < tiles; ++tile, ++acc) {
       SumTile& sums = kLong ? long_sums[tile] : s.sums[done % kPending];
       const Pending& ready = pending[(done + kLag) % kPending];

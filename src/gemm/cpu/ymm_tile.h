@@ -103,6 +103,7 @@ struct ExpandedCodes {
 template <class Dot, int kRows, int kHalves, class Codes>
 struct GroupProduct {
   static constexpr int64_t kChunkSteps = Dot::kChunkQuads / kStepQuads;
+  static_assert(kChunkSteps >= 1, "one step must not overflow");
 
   __m256i sums[kRows][kHalves][2];
   __m256i part[kRows][kHalves][2];
