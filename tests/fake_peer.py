@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """A worker for the tests of `bench gemm --peers`: W in fp32, and one fault by name of this file.
 
-    dies-in-run, hangs-in-run, garbage-in-run, wrong, refuses, other-protocol; anything else works
+    dies-in-run, dies-in-hold, hangs-in-run, garbage-in-run, wrong, refuses, refuses-in-colour,
+    other-protocol, leaves-its-group; anything else works
 """
 
 import array
@@ -35,6 +36,8 @@ def multiply(state, x, m):
 def answer(request, state):
     operation = request["op"]
     if operation == "hello":
+        if FAULT == "leaves-its-group":
+            os.setpgid(0, os.getpgid(os.getppid()))
         return {"protocol": 2 if FAULT == "other-protocol" else 1, "name": "fake", "version": "7",
                 "library": "none", "threads": request["threads"]}
     if operation == "prepare":
@@ -44,6 +47,8 @@ def answer(request, state):
     if operation == "dequantize":
         if FAULT == "refuses":
             return {"error": "not today"}
+        if FAULT == "refuses-in-colour":
+            return {"error": "\x1b[31mno"}
         with open(request["path"], "wb") as file:
             file.write(state["w"].tobytes())
         return {}
@@ -52,6 +57,8 @@ def answer(request, state):
             file.write(multiply(state, floats(request["x"]), request["m"]).tobytes())
         return {}
     if operation == "hold":
+        if FAULT == "dies-in-hold":
+            os.kill(os.getpid(), 9)
         state["held"] = True
         return {"copies": 2}
     if FAULT == "dies-in-run" and "held" in state:

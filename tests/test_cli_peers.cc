@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <nlohmann/json.hpp>
 
 #include "checkpoint_builder.h"
@@ -75,6 +77,7 @@ TEST(CliPeers, AFailedPeerIsNamedAndTheRunGoesOnWithoutIt) {
       {"wrong", "is wrong: relative error"},
       {"refuses", "peer bad, dequantize f32/plain: not today"},
       {"other-protocol", "peer bad does not speak protocol 1"},
+      {"leaves-its-group", "peer bad, hello: cannot be stopped"},
   };
   for (const auto& [fault, message] : faults) {
     TempDir dir;
@@ -93,6 +96,26 @@ TEST(CliPeers, AFailedPeerIsNamedAndTheRunGoesOnWithoutIt) {
     EXPECT_EQ(ours, 2u) << fault;
     EXPECT_EQ(good, 4u) << fault;
   }
+}
+
+TEST(CliPeers, ADeathIsToldOnceAndIsNotSlowness) {
+  TempDir dir;
+  const json in_run = parse_output(bench({"bad=exec:" + worker(dir, "dies-in-run")}));
+  EXPECT_EQ(in_run["failures"].size(), 1u) << in_run["failures"];
+  const json in_hold = parse_output(bench({"bad=exec:" + worker(dir, "dies-in-hold")}));
+  EXPECT_EQ(in_hold["failures"].size(), 1u) << in_hold["failures"];
+  ASSERT_EQ(in_hold["first_looks"].size(), 2u);
+  for (const json& look : in_hold["first_looks"]) {
+    EXPECT_EQ(look["failed"], true);
+    EXPECT_EQ(look["in_rounds"], false);
+  }
+}
+
+TEST(CliPeers, WhatAWorkerSaysIsEscaped) {
+  TempDir dir;
+  const Outcome outcome = bench({"bad=exec:" + worker(dir, "refuses-in-colour")}, "1");
+  EXPECT_EQ(outcome.code, 1);
+  EXPECT_HAS(outcome.err, "dequantize f32/plain: \"\\x1b[31mno\"");
 }
 
 TEST(CliPeers, AHungWorkerIsKilledAfterItsTime) {
@@ -127,10 +150,10 @@ TEST(CliPeers, NoWorkerOutlivesTheTool) {
   const std::string path = worker(dir, "works");
   (void)bench({"fake=exec:" + path}, "1");
   for (const auto& entry : fs::directory_iterator("/proc")) {
-    std::error_code ignored;
-    if (!fs::exists(entry.path() / "cmdline", ignored)) continue;
-    EXPECT_EQ(read_text((entry.path() / "cmdline").string()).find(path), std::string::npos)
-        << entry.path();
+    // no process, or one that has just ended: nothing can be read
+    std::ifstream file(entry.path() / "cmdline", std::ios::binary);
+    const std::string words{std::istreambuf_iterator<char>(file), {}};
+    EXPECT_EQ(words.find(path), std::string::npos) << entry.path();
   }
 }
 
@@ -155,6 +178,18 @@ TEST(CliProbes, BenchAndDoctorReportTheMachinesLimits) {
   }
 }
 
+TEST(CliPeers, AreNotForAGpu) {
+  const std::vector<std::string> options[] = {
+      {"--peers", "ggml=DIR"}, {"--isa", "avx2"}, {"--threads", "2"}};
+  for (const auto& option : options) {
+    std::vector<std::string> words = {"bench", "gemm", "--device", "cuda"};
+    words.insert(words.end(), option.begin(), option.end());
+    const Outcome outcome = run_tool(words);
+    EXPECT_EQ(outcome.code, 2) << option[0];
+    EXPECT_HAS(outcome.err, option[0] + " is for --device cpu");
+  }
+}
+
 TEST(CliProbes, IsaHoldsOurSideToIt) {
   const Outcome outcome =
       run_tool({"bench", "gemm", "-m", "16", "-n", "16", "-k", "256", "--mode", "w4a8,w4a16",
@@ -164,6 +199,14 @@ TEST(CliProbes, IsaHoldsOurSideToIt) {
   ASSERT_EQ(document["results"].size(), 2u);
   EXPECT_EQ(document["results"][0]["kernel"], "w4a8_avx2");
   EXPECT_EQ(document["results"][1]["kernel"], "w4a16_avx2");
+}
+
+TEST(CliProbes, Avx512IsNotAvxVnni) {
+  const Outcome outcome =
+      run_tool({"bench", "gemm", "-m", "1", "-n", "16", "-k", "256", "--mode", "w4a8", "--seconds",
+                "0", "--no-baseline", "--output", "json", "--isa", "avx512"});
+  if (outcome.code == 3) GTEST_SKIP() << "SKIPPED KERNEL w4a8_avx2: " << outcome.err;
+  EXPECT_NE(parse_output(outcome)["results"][0]["kernel"], "w4a8_avxvnni");
 }
 
 }  // namespace

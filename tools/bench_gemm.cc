@@ -1,27 +1,18 @@
 // nibble bench gemm: kernels, baselines and other libraries in turn over a grid of shapes, weights
 // cold, results checked before anything is timed.
 #include "bench_gemm.h"
-#include "bench_gemm_cuda.h"
 
 #include <fmt/format.h>
 
 #include <memory>
 
+#include "bench_gemm_cuda.h"
 #include "cli.h"
 #include "format/output_file.h"
 #include "synthetic.h"
 
 namespace nibble::cli {
 namespace {
-
-Status check_shape(int64_t n, int64_t k, int64_t group_size) {
-  if (group_size != -1 && (group_size <= 0 || k % group_size != 0)) {
-    return Status(Code::invalid_argument,
-                  fmt::format("group size {} does not divide K = {}", group_size, k));
-  }
-  if (n > 0 && n % 8 == 0) return {};
-  return Status(Code::invalid_argument, fmt::format("N = {} is not a multiple of 8", n));
-}
 
 Result<std::unique_ptr<GemmShape>> make_shape(int64_t n, int64_t k, int64_t group_size) {
   auto shape = std::make_unique<GemmShape>();
@@ -40,7 +31,8 @@ Status measure_grid(const GemmBenchOptions& o, PeerTeam& peers, GemmBench& bench
   ReadBandwidthProbe probe(o.used_threads());
   for (const int64_t n : o.n) {
     for (const int64_t k : o.k) {
-      NIBBLE_TRY(check_shape(n, k, o.group_size));
+      if (interrupted()) return Status(Code::interrupted, "interrupted");
+      NIBBLE_TRY(check_bench_shape(n, k, o.group_size));
       Result<std::unique_ptr<GemmShape>> shape = make_shape(n, k, o.group_size);
       if (!shape.ok()) return shape.status();
       NIBBLE_TRY(peers.prepare((*shape)->reference));
@@ -52,12 +44,6 @@ Status measure_grid(const GemmBenchOptions& o, PeerTeam& peers, GemmBench& bench
     }
   }
   return {};
-}
-
-Status write_json(const std::string& path, const nlohmann::json& document) {
-  const std::string text =
-      document.dump(1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
-  return replace_file(path, [&](OutputFile& file) { return file.write(text.data(), text.size()); });
 }
 
 int run_bench(const GemmBenchOptions& o) {
@@ -78,7 +64,7 @@ int run_bench(const GemmBenchOptions& o) {
   }
   print_gemm_bench(o, bench, peers.failures());
   if (!o.json_file.empty()) {
-    const Status written = write_json(o.json_file, gemm_bench_json(bench, peers.failures()));
+    const Status written = write_bench_json(o.json_file, gemm_bench_json(bench, peers.failures()));
     if (!written.ok()) return fail(written);
   }
   std::fflush(stdout);
@@ -127,7 +113,34 @@ void add_kernel_options(CLI::App& command, GemmBenchOptions& o) {
       ->capture_default_str();
 }
 
+/// Options that mean nothing to a GPU are refused there: a run must not look as if they counted.
+int run_on_device(const CLI::App& command, const GemmBenchOptions& o) {
+  if (o.device == "cpu") return run_bench(o);
+  for (const char* option : {"--peers", "--isa", "--threads"}) {
+    if (command.count(option) == 0) continue;
+    return fail(Status(Code::invalid_argument,
+                       fmt::format("{} is for --device cpu, not for {}", option, o.device)));
+  }
+  return run_cuda_gemm_bench(o);
+}
+
 }  // namespace
+
+Status check_bench_shape(int64_t n, int64_t k, int64_t group_size) {
+  const auto invalid = [](std::string text) { return Status(Code::invalid_argument, text); };
+  if (k <= 0) return invalid(fmt::format("K = {}: expected more than 0", k));
+  if (group_size != -1 && (group_size <= 0 || k % group_size != 0)) {
+    return invalid(fmt::format("group size {} does not divide K = {}", group_size, k));
+  }
+  if (n <= 0 || n % 8 != 0) return invalid(fmt::format("N = {} is not a multiple of 8", n));
+  return {};
+}
+
+Status write_bench_json(const std::string& path, const nlohmann::json& document) {
+  const std::string text =
+      document.dump(1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+  return replace_file(path, [&](OutputFile& file) { return file.write(text.data(), text.size()); });
+}
 
 void add_bench_command(CLI::App& app, int& exit_code) {
   auto o = std::make_shared<GemmBenchOptions>();
@@ -167,9 +180,7 @@ void add_bench_command(CLI::App& app, int& exit_code) {
       "\nExamples:\n"
       "  nibble bench gemm -m 1,8,64,512 -n 4096 -k 4096 --mode w4a8\n"
       "  nibble bench gemm --mode w4a8 --isa avx2 --peers ggml=/path/to/ggml/lib --no-baseline");
-  command->callback([o, &exit_code] {
-    exit_code = o->device == "cuda" ? run_cuda_gemm_bench(*o) : run_bench(*o);
-  });
+  command->callback([o, command, &exit_code] { exit_code = run_on_device(*command, *o); });
   add_bench_model_command(*bench, exit_code);
 }
 

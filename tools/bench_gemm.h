@@ -85,7 +85,7 @@ struct GemmLook {
   std::string peer, type;
   int64_t m = 0, n = 0, k = 0;
   double us = 0;
-  bool in_rounds = false;
+  AfterLook after = AfterLook::slower;
 };
 
 struct GemmBench {
@@ -101,6 +101,12 @@ struct GemmBench {
 Status measure_gemm(const GemmBenchOptions& options, const GemmShape& shape, int64_t m,
                     PeerTeam& peers, ReadBandwidthProbe& probe, GemmBench& bench,
                     std::string& mismatch);
+
+/// What no device takes; a group size of -1 stands for K.
+Status check_bench_shape(int64_t n, int64_t k, int64_t group_size);
+
+/// Puts the document at `path`, whole or not at all.
+Status write_bench_json(const std::string& path, const nlohmann::json& document);
 
 nlohmann::json gemm_bench_json(const GemmBench& bench, const std::vector<std::string>& failures);
 /// To stdout, as options.output says.

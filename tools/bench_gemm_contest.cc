@@ -148,8 +148,8 @@ Status Contest::add_peers(GemmBench& bench) {
   entries_ = std::move(*entries);
   for (const PeerEntry& entry : entries_) {
     bench.looks.push_back({entry.peer->label(), entry.type->name, m_, shape_.packed.n,
-                           shape_.packed.k, entry.first_look_us, entry.in_rounds});
-    if (!entry.in_rounds) continue;
+                           shape_.packed.k, entry.first_look_us, entry.after});
+    if (entry.after != AfterLook::in_rounds) continue;
     const std::string name = fmt::format("{} {}", entry.peer->label(), entry.type->name);
     Contender contender;
     contender.run_and_time = [this, &entry] { return peers_.run(entry, m_, x_path_); };

@@ -112,7 +112,7 @@ struct KernelRun {
   cuda::Plan plan;
   DeviceMemory x, y, workspace;
 
-  KernelRun(const cuda::Plan& p, const DeviceInfo&)
+  explicit KernelRun(const cuda::Plan& p)
       : plan(p),
         x(static_cast<size_t>(p.problem.m * p.problem.k * 2)),
         y(static_cast<size_t>(p.problem.m * p.problem.n * 2)),
@@ -236,7 +236,7 @@ Status Point::add_kernels(const Sample& sample, const ref::Weights& reference,
     }
     if (!plan.ok()) return plan.status();
     if (o_.explain) fmt::print(stderr, "{}\n", plan->describe());
-    runs_.push_back(std::make_unique<KernelRun>(*plan, device_));
+    runs_.push_back(std::make_unique<KernelRun>(*plan));
     const KernelRun& run = *runs_.back();
     NIBBLE_TRY(run.whole(weights_.copies[0], nullptr));
     check_cuda(cudaDeviceSynchronize(), plan->kernel_name());
@@ -381,14 +381,18 @@ void print_rows(const std::vector<CudaRow>& rows, bool csv) {
   }
 }
 
-void print_all(const GemmBenchOptions& o, const DeviceInfo& device, const DeviceMonitor& monitor,
-               const std::vector<CudaRow>& rows) {
+Status print_all(const GemmBenchOptions& o, const DeviceInfo& device, const DeviceMonitor& monitor,
+                 const std::vector<CudaRow>& rows) {
+  constexpr auto kReplace = json::error_handler_t::replace;
   json document = header_json(device, monitor);
+  document["results"] = json::array();
   for (const CudaRow& row : rows) document["results"].push_back(to_json(row, device));
   if (o.output == "json") {
-    fmt::print("{}\n", document.dump(1));
+    fmt::print("{}\n", document.dump(1, ' ', false, kReplace));
   } else if (o.output == "jsonl") {
-    for (const json& row : document["results"]) fmt::print("{}\n", row.dump());
+    for (const json& row : document["results"]) {
+      fmt::print("{}\n", row.dump(-1, ' ', false, kReplace));
+    }
   } else {
     if (o.output == "md") {
       const DeviceMonitor::Reading now = monitor.read();
@@ -401,30 +405,15 @@ void print_all(const GemmBenchOptions& o, const DeviceInfo& device, const Device
     }
     print_rows(rows, o.output == "csv");
   }
-  if (o.json_file.empty()) return;
-  std::FILE* file = std::fopen(o.json_file.c_str(), "w");
-  if (file == nullptr) throw std::runtime_error(fmt::format("cannot write {}", o.json_file));
-  fmt::print(file, "{}\n", document.dump(1));
-  std::fclose(file);
-}
-
-Status check_shape(int64_t n, int64_t k, int64_t group_size) {
-  if (group_size <= 0 || k <= 0 || k % group_size != 0) {
-    return Status(Code::invalid_argument,
-                  fmt::format("group size {} does not divide K = {}", group_size, k));
-  }
-  if (n <= 0 || n % 8 != 0) {
-    return Status(Code::invalid_argument, fmt::format("N = {} is not a multiple of 8", n));
-  }
-  return {};
+  return o.json_file.empty() ? Status{} : write_bench_json(o.json_file, document);
 }
 
 /// All M of one shape.
 Status measure_shape(const GemmBenchOptions& o, const DeviceInfo& device, const Cublas* cublas,
                      const DeviceMonitor& monitor, int64_t n, int64_t k, std::vector<CudaRow>& rows,
                      std::string& mismatch) {
+  NIBBLE_TRY(check_bench_shape(n, k, o.group_size));
   const int64_t group_size = o.group_size == -1 ? k : o.group_size;
-  NIBBLE_TRY(check_shape(n, k, group_size));
   const Result<Weights> weights = make_weights(device, n, k, group_size);
   if (!weights.ok()) return weights.status();
   const Sample sample = sample_columns(weights->tensors);
@@ -464,8 +453,8 @@ int run_cuda_gemm_bench(const GemmBenchOptions& options) {
       }
     }
   }
-  print_all(options, *device, monitor, rows);
-  return kExitOk;
+  const Status written = print_all(options, *device, monitor, rows);
+  return written.ok() ? kExitOk : fail(written);
 }
 
 }  // namespace nibble::cli

@@ -15,12 +15,17 @@ using Choice = std::pair<Mode, const char*>;
 
 /// The preferred kernel of a mode among those that use no wider instruction set than `isa`.
 Result<const char*> widest_within(const std::string& isa, Mode mode) {
-  static const std::map<std::string, Isa> limits = {{"avx2", Isa::avx2},
-                                                    {"avxvnni", Isa::avx_vnni},
-                                                    {"avx512", Isa::avx512},
-                                                    {"avx512vnni", Isa::avx512_vnni}};
+  using enum Isa;
+  // AVX-VNNI is an extension of AVX2 that CPUs with AVX-512 may lack, VNNI among it or not
+  static const std::map<std::string, std::vector<Isa>> allowed = {
+      {"avx2", {scalar, avx2}},
+      {"avxvnni", {scalar, avx2, avx_vnni}},
+      {"avx512", {scalar, avx2, avx512}},
+      {"avx512vnni", {scalar, avx2, avx512, avx512_vnni}}};
+  const std::vector<Isa>& within = allowed.at(isa);
   for (const KernelInfo& info : kernel_table()) {
-    if (info.mode == mode && info.runs_here && info.isa <= limits.at(isa)) return info.name;
+    const bool fits = std::find(within.begin(), within.end(), info.isa) != within.end();
+    if (info.mode == mode && info.runs_here && fits) return info.name;
   }
   return Status(Code::unsupported,
                 fmt::format("no kernel of {} within {} runs here", mode_name(mode), isa));

@@ -88,7 +88,8 @@ json to_json(const GemmLook& look) {
           {"n", look.n},
           {"k", look.k},
           {"us", look.us},
-          {"in_rounds", look.in_rounds}};
+          {"in_rounds", look.after == AfterLook::in_rounds},
+          {"failed", look.after == AfterLook::failed}};
 }
 
 using Cells = std::vector<std::string>;
@@ -115,8 +116,8 @@ void print_rows(const std::vector<GemmRow>& rows, bool csv) {
   for (const GemmRow& r : rows) {
     const double us = r.samples.median();
     const bool ours = r.side == Side::ours;
-    print_line({r.kernel, r.mode, std::to_string(r.m), std::to_string(r.n), std::to_string(r.k),
-                std::to_string(r.group_size), fmt::format("{:.1f}", us),
+    print_line({printable_text(r.kernel), r.mode, std::to_string(r.m), std::to_string(r.n),
+                std::to_string(r.k), std::to_string(r.group_size), fmt::format("{:.1f}", us),
                 fmt::format("{:.1f}", r.samples.quantile(0.1)),
                 fmt::format("{:.1f}", r.samples.quantile(0.9)), fmt::format("{:.3f}", r.tops()),
                 ours ? fmt::format("{:.1f}", r.gb_per_s()) : "-",
@@ -132,27 +133,35 @@ void print_versus(const std::vector<GemmVersus>& versus) {
               "ratio of medians", "median of ratios", "p10..p90"},
              false);
   for (const GemmVersus& v : versus) {
-    print_line(
-        {v.kernel, v.mode, std::to_string(v.m), std::to_string(v.n), std::to_string(v.k),
-         fmt::format("{:.1f}", v.our_us), v.peer, v.type, fmt::format("{:.1f}", v.peer_us),
-         fmt::format("{:.2f}x", v.ratio_of_medians()), fmt::format("{:.2f}x", v.ratios.median()),
-         fmt::format("{:.2f}..{:.2f}", v.ratios.quantile(0.1), v.ratios.quantile(0.9))},
-        false);
+    print_line({v.kernel, v.mode, std::to_string(v.m), std::to_string(v.n), std::to_string(v.k),
+                fmt::format("{:.1f}", v.our_us), v.peer, printable_text(v.type),
+                fmt::format("{:.1f}", v.peer_us), fmt::format("{:.2f}x", v.ratio_of_medians()),
+                fmt::format("{:.2f}x", v.ratios.median()),
+                fmt::format("{:.2f}..{:.2f}", v.ratios.quantile(0.1), v.ratios.quantile(0.9))},
+               false);
   }
 }
 
-/// What the peers hold, and how right they are.
+/// What the peers hold, and how right they are where they are least so.
 void print_types(const std::vector<GemmRow>& rows) {
   std::vector<const GemmRow*> types;
   for (const GemmRow& row : rows) {
-    const bool known = std::any_of(types.begin(), types.end(),
-                                   [&](const GemmRow* type) { return type->kernel == row.kernel; });
-    if (row.side == Side::peer && !known) types.push_back(&row);
+    if (row.side != Side::peer) continue;
+    const auto known = std::find_if(types.begin(), types.end(), [&](const GemmRow* type) {
+      return type->kernel == row.kernel;
+    });
+    if (known == types.end()) {
+      types.push_back(&row);
+    } else if (row.product_error > (*known)->product_error) {
+      *known = &row;
+    }
   }
-  fmt::print("\nError of the weight as a type holds it, and of y against fp64 on that weight\n\n");
+  fmt::print(
+      "\nError of the weight as a type holds it, and of y against fp64 on that weight; of "
+      "the shape with\nthe largest error of y\n\n");
   print_head({"peer", "bits per weight", "error of W", "error of y", "tolerance"}, false);
   for (const GemmRow* type : types) {
-    print_line({type->kernel, fmt::format("{:.2f}", type->bits_per_weight),
+    print_line({printable_text(type->kernel), fmt::format("{:.2f}", type->bits_per_weight),
                 fmt::format("{:.2f} %", 100 * type->weight_error),
                 fmt::format("{:.2f} %", 100 * type->product_error),
                 fmt::format("{:.2f} %", 100 * peer_tolerance(type->k))},
@@ -160,18 +169,19 @@ void print_types(const std::vector<GemmRow>& rows) {
   }
 }
 
-void print_looks(const std::vector<GemmLook>& looks) {
+void print_looks(const std::vector<GemmLook>& looks, AfterLook after, const char* heading) {
   Cells left_out;
   for (const GemmLook& look : looks) {
-    if (look.in_rounds) continue;
-    left_out.push_back(fmt::format("{} {} M={}: {:.0f} us", look.peer, look.type, look.m, look.us));
+    if (look.after != after) continue;
+    left_out.push_back(fmt::format("{} {} M={} N={} K={}: {:.0f} us", look.peer,
+                                   printable_text(look.type), look.m, look.n, look.k, look.us));
   }
   if (left_out.empty()) return;
-  fmt::print("\nSlower at a first look, not timed further: {}\n", fmt::join(left_out, "; "));
+  fmt::print("\n{}, not timed further: {}\n", heading, fmt::join(left_out, "; "));
 }
 
 std::string limits_text(const GemmLimits& l) {
-  std::string text = fmt::format("M={}:", l.m);
+  std::string text = fmt::format("M={} N={} K={}:", l.m, l.n, l.k);
   if (l.clock_ghz > 0) text += fmt::format(" clock {:.2f} GHz,", l.clock_ghz);
   text += fmt::format(" read {:.1f} GB/s", l.read_gb_per_s.median());
   for (const GemmLimits::Peak& peak : l.peaks) {
@@ -183,7 +193,8 @@ std::string limits_text(const GemmLimits& l) {
 /// What a peer says of itself may be anything.
 std::string said(const json& about, const char* key) {
   const auto value = about.find(key);
-  return value != about.end() && value->is_string() ? printable(value->get<std::string>()) : "?";
+  return value != about.end() && value->is_string() ? printable_text(value->get<std::string>())
+                                                    : "?";
 }
 
 void print_preamble(const GemmBench& bench) {
@@ -199,7 +210,9 @@ void print_preamble(const GemmBench& bench) {
     const json& about = peer["about"];
     fmt::print("peer {}: {} {}, {}", peer["label"].get<std::string>(), said(about, "name"),
                said(about, "version"), said(about, "library"));
-    if (about.contains("features")) fmt::print(", built for {}", about["features"].dump());
+    if (about.contains("features")) {
+      fmt::print(", built for {}", about["features"].dump(-1, ' ', true));
+    }
     fmt::print("\n");
   }
   fmt::print(
@@ -234,7 +247,9 @@ void print_gemm_bench(const GemmBenchOptions& options, const GemmBench& bench,
         "{}\n",
         gemm_bench_json(bench, failures).dump(1, ' ', false, json::error_handler_t::replace));
   } else if (options.output == "jsonl") {
-    for (const GemmRow& row : bench.rows) fmt::print("{}\n", to_json(row).dump());
+    for (const GemmRow& row : bench.rows) {
+      fmt::print("{}\n", to_json(row).dump(-1, ' ', false, json::error_handler_t::replace));
+    }
   } else if (options.output == "csv") {
     print_rows(bench.rows, true);
   } else {
@@ -244,7 +259,8 @@ void print_gemm_bench(const GemmBenchOptions& options, const GemmBench& bench,
       print_versus(bench.versus);
       print_types(bench.rows);
     }
-    print_looks(bench.looks);
+    print_looks(bench.looks, AfterLook::slower, "Slower at a first look");
+    print_looks(bench.looks, AfterLook::failed, "Failed after a first look");
   }
 }
 

@@ -8,6 +8,8 @@
 #include <filesystem>
 #include <fstream>
 
+#include "text.h"
+
 namespace nibble {
 namespace {
 
@@ -99,12 +101,12 @@ Result<std::string> PeerFiles::add_input(const std::vector<float>& x, int64_t m)
 Result<json> Peer::ask(const json& request) {
   const std::string operation = request["op"];
   Result<json> answer = process_->ask(request, timeout_);
-  process_->pause();
+  if (const Status paused = process_->pause(); answer.ok() && !paused.ok()) answer = paused;
   if (answer.ok()) return answer;
-  const std::string type = request.value("type", "");
-  return Status(answer.status().code(),
-                fmt::format("peer {}, {}{}{}: {}", label_, operation, type.empty() ? "" : " ", type,
-                            answer.status().message()));
+  const std::string name = request.value("type", "");
+  const std::string type = name.empty() ? "" : fmt::format(" {}", cli::printable_text(name));
+  return Status(answer.status().code(), fmt::format("peer {}, {}{}: {}", label_, operation, type,
+                                                    answer.status().message()));
 }
 
 Result<std::unique_ptr<Peer>> Peer::start(const std::string& label,
@@ -163,8 +165,8 @@ Status Peer::read_weight(PeerType& type, const PeerFiles& files) {
   type.held.clear();
   for (const int64_t n : spread(w.n, kCheckedColumns)) {
     if (const Status read = read_floats(file, n * w.k, column); !read.ok()) {
-      return Status(read.code(),
-                    fmt::format("peer {}, dequantize {}: {}", label_, type.name, read.message()));
+      return Status(read.code(), fmt::format("peer {}, dequantize {}: {}", label_,
+                                             cli::printable_text(type.name), read.message()));
     }
     for (int64_t k = 0; k < w.k; ++k) error.add(column[k], weight_value(w, n, k));
     type.held.insert(type.held.end(), column.begin(), column.end());
@@ -182,7 +184,8 @@ Status Peer::check(PeerType& type, const std::vector<float>& x, int64_t m, PeerF
   Result<json> done =
       ask({{"op", "check"}, {"type", type.name}, {"m", m}, {"x", *x_path}, {"y", y_path}});
   if (!done.ok()) return done.status();
-  const std::string what = fmt::format("peer {}, {}, M={}", label_, type.name, m);
+  const std::string what =
+      fmt::format("peer {}, {}, M={}", label_, cli::printable_text(type.name), m);
   std::ifstream file(y_path, std::ios::binary);
   std::vector<float> y(static_cast<size_t>(m * w.n));
   if (const Status read = read_floats(file, 0, y); !read.ok()) {
@@ -201,9 +204,9 @@ Status Peer::check(PeerType& type, const std::vector<float>& x, int64_t m, PeerF
   const double found = error.relative(), most = peer_tolerance(w.k);
   type.product_error = std::max(type.product_error, found);
   if (found <= most) return {};  // false for NaN
-  return Status(Code::non_finite, fmt::format("{} is wrong: relative error {:.4f} against fp64 on "
-                                              "its own weight, tolerance {:.4f}",
-                                              what, found, most));
+  return Status(Code::corrupt_file, fmt::format("{} is wrong: relative error {:.4f} against fp64 "
+                                                "on its own weight, tolerance {:.4f}",
+                                                what, found, most));
 }
 
 Status Peer::hold(const PeerType& type, int64_t bytes) {
@@ -222,7 +225,7 @@ Result<std::vector<double>> Peer::run(const PeerType& type, int64_t m, const std
   } catch (const json::exception&) {
   }
   return Status(Code::io_error,
-                fmt::format("peer {}, run: no times in {}", label_, answer->dump()));
+                fmt::format("peer {}, run: no times in {}", label_, answer->dump(-1, ' ', true)));
 }
 
 }  // namespace nibble

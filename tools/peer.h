@@ -56,7 +56,6 @@ class Peer {
   const std::string& label() const { return label_; }
   const nlohmann::json& about() const { return about_; }  // its answer to hello
   bool alive() const { return process_->alive(); }
-  void pause() { process_->pause(); }
 
   /// The next shape: from here on the types of the answer are meant. Forgets the one before.
   Result<std::vector<PeerType>> prepare(const PeerFiles& files);

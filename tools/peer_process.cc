@@ -11,9 +11,12 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <limits>
 #include <string_view>
+#include <utility>
 
 #include "cli.h"
+#include "text.h"
 #include "timing.h"
 
 namespace nibble {
@@ -23,6 +26,8 @@ using nlohmann::json;
 
 constexpr size_t kLongestLine = size_t{1} << 20;
 constexpr double kGoodbyeSeconds = 1.0;
+constexpr double kStopSeconds = 1.0;
+constexpr double kPollSeconds = 0.2;  // Ctrl-C is looked for as often
 
 struct Pipe {
   int read = -1, write = -1;
@@ -51,15 +56,27 @@ std::vector<char*> environment_for_peers() {
   return kept;
 }
 
+std::string ending_text(int status) {
+  return WIFSIGNALED(status) ? fmt::format("was killed by signal {}", WTERMSIG(status))
+                             : fmt::format("ended with exit code {}", WEXITSTATUS(status));
+}
+
+/// Makes `fd` known as `place` to the program that is started next. dup2 alone does nothing where
+/// they are the same (the tool's own stdin was closed), so that O_CLOEXEC would stay.
+bool hand_over(int fd, int place) {
+  return fd == place ? ::fcntl(fd, F_SETFD, 0) == 0 : ::dup2(fd, place) == place;
+}
+
 /// In the child, after fork: only calls that are safe there. Does not return.
 [[noreturn]] void become(char** argv, char** environment, const Pipe& in, const Pipe& out,
-                         int failure) {
+                         int failure, pid_t parent) {
   ::setpgid(0, 0);  // Ctrl-C at the terminal is for the tool, which then ends its workers
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+  if (::getppid() != parent) ::_exit(127);  // it died before that was set
   for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGPIPE, SIGBUS}) ::signal(number, SIG_DFL);
-  ::dup2(in.read, STDIN_FILENO);
-  ::dup2(out.write, STDOUT_FILENO);
-  ::execvpe(argv[0], argv, environment);
+  if (hand_over(in.read, STDIN_FILENO) && hand_over(out.write, STDOUT_FILENO)) {
+    ::execvpe(argv[0], argv, environment);
+  }
   const int error = errno;
   [[maybe_unused]] const ssize_t written = ::write(failure, &error, sizeof error);
   ::_exit(127);
@@ -80,9 +97,9 @@ Result<std::unique_ptr<PeerProcess>> PeerProcess::start(const std::vector<std::s
                   fmt::format("cannot start {}: {}", words[0], std::strerror(error)));
   };
   if (!in.open() || !out.open() || !failure.open()) return refuse(errno);
-  const pid_t pid = ::fork();
+  const pid_t parent = ::getpid(), pid = ::fork();
   if (pid < 0) return refuse(errno);
-  if (pid == 0) become(argv.data(), environment.data(), in, out, failure.write);
+  if (pid == 0) become(argv.data(), environment.data(), in, out, failure.write, parent);
   ::close(std::exchange(failure.write, -1));
   int error = 0;
   if (::read(failure.read, &error, sizeof error) == sizeof error) {
@@ -102,10 +119,7 @@ PeerProcess::~PeerProcess() {
     const double deadline = now_seconds() + kGoodbyeSeconds;
     if (send("{\"op\":\"bye\"}\n", deadline).ok()) {
       ::close(std::exchange(to_, -1));
-      while (alive() && now_seconds() < deadline) {
-        if (::waitpid(pid_, nullptr, WNOHANG) == pid_) pid_ = -1;
-        ::usleep(1000);
-      }
+      (void)reap(deadline);
     }
     if (alive()) (void)give_up("ended");
   }
@@ -113,17 +127,21 @@ PeerProcess::~PeerProcess() {
   ::close(from_);
 }
 
-void PeerProcess::pause() {
-  if (!alive() || paused_) return;
-  ::kill(-pid_, SIGSTOP);
-  int status = 0;
+Status PeerProcess::pause() {
+  if (!alive() || paused_) return {};
+  const bool told = ::kill(-pid_, SIGSTOP) == 0;
+  const double deadline = now_seconds() + kStopSeconds;
   // stopping is not immediate: the next contestant must not begin before it
-  if (::waitpid(pid_, &status, WUNTRACED) == pid_ && !WIFSTOPPED(status)) {
-    reason_ = WIFSIGNALED(status) ? fmt::format("was killed by signal {}", WTERMSIG(status))
-                                  : fmt::format("ended with exit code {}", WEXITSTATUS(status));
-    pid_ = -1;
+  while (told) {
+    if (const auto ending = reap(0)) return give_up(*ending);
+    siginfo_t stopped = {};
+    const int asked = ::waitid(P_PID, static_cast<id_t>(pid_), &stopped, WSTOPPED | WNOHANG);
+    paused_ = asked == 0 && stopped.si_pid == pid_;
+    if (paused_) return {};
+    if (cli::interrupted() || now_seconds() > deadline) break;
+    ::usleep(100);
   }
-  paused_ = true;
+  return give_up("cannot be stopped");
 }
 
 void PeerProcess::resume() {
@@ -135,26 +153,35 @@ void PeerProcess::resume() {
 Status PeerProcess::give_up(const std::string& reason) {
   if (alive()) {
     ::kill(-pid_, SIGKILL);
-    ::waitpid(pid_, nullptr, 0);
-    pid_ = -1;
+    ::kill(pid_, SIGKILL);  // in case it left its group
+    (void)reap(std::numeric_limits<double>::infinity());
   }
   reason_ = reason;
   return Status(Code::io_error, reason);
 }
 
-/// After its end of a pipe closed: the exit code or signal, if it comes within a moment.
-std::string PeerProcess::how_it_ended() {
-  const double deadline = now_seconds() + kGoodbyeSeconds;
-  while (now_seconds() < deadline) {
-    int status = 0;
-    if (::waitpid(pid_, &status, WNOHANG) == pid_) {
+Status PeerProcess::closed(const char* what) {
+  const auto ending = reap(now_seconds() + kGoodbyeSeconds);
+  return give_up(ending ? *ending : fmt::format("closed its {}", what));
+}
+
+std::optional<std::string> PeerProcess::reap(double deadline) {
+  for (;;) {
+    siginfo_t ended = {};
+    // it stays to be waited for, and so the number of its group is nobody else's
+    const int asked = ::waitid(P_PID, static_cast<id_t>(pid_), &ended, WEXITED | WNOHANG | WNOWAIT);
+    if (asked != 0) {  // where SIGCHLD is ignored, the system itself forgets what has ended
       pid_ = -1;
-      if (WIFSIGNALED(status)) return fmt::format("was killed by signal {}", WTERMSIG(status));
-      return fmt::format("ended with exit code {}", WEXITSTATUS(status));
+      return "ended";
     }
+    if (ended.si_pid == pid_) break;
+    if (now_seconds() >= deadline) return std::nullopt;
     ::usleep(1000);
   }
-  return "closed its output";
+  ::kill(-pid_, SIGKILL);
+  int status = 0;
+  ::waitpid(std::exchange(pid_, -1), &status, 0);
+  return ending_text(status);
 }
 
 Status PeerProcess::wait_ready(int fd, short events, double deadline) {
@@ -163,7 +190,7 @@ Status PeerProcess::wait_ready(int fd, short events, double deadline) {
     const double left = deadline - now_seconds();
     if (left <= 0) return give_up("did not answer in time");
     pollfd wanted = {fd, events, 0};
-    const int ready = ::poll(&wanted, 1, static_cast<int>(std::min(left, 60.0) * 1000) + 1);
+    const int ready = ::poll(&wanted, 1, static_cast<int>(std::min(left, kPollSeconds) * 1000) + 1);
     if (ready > 0) return {};
     if (ready < 0 && errno != EINTR) return give_up(std::strerror(errno));
   }
@@ -174,7 +201,8 @@ Status PeerProcess::send(const std::string& line, double deadline) {
   for (size_t sent = 0; sent < line.size();) {
     NIBBLE_TRY(wait_ready(to_, POLLOUT, deadline));
     const ssize_t count = ::write(to_, line.data() + sent, line.size() - sent);
-    if (count < 0 && errno != EAGAIN && errno != EINTR) return give_up(how_it_ended());
+    if (count < 0 && errno == EPIPE) return closed("input");
+    if (count < 0 && errno != EAGAIN && errno != EINTR) return give_up(std::strerror(errno));
     if (count > 0) sent += static_cast<size_t>(count);
   }
   return {};
@@ -192,7 +220,7 @@ Result<std::string> PeerProcess::receive(double deadline) {
     NIBBLE_TRY(wait_ready(from_, POLLIN, deadline));
     char buffer[4096];
     const ssize_t count = ::read(from_, buffer, sizeof buffer);
-    if (count == 0) return give_up(how_it_ended());
+    if (count == 0) return closed("output");
     if (count < 0 && errno != EAGAIN && errno != EINTR) return give_up(std::strerror(errno));
     if (count > 0) received_.append(buffer, static_cast<size_t>(count));
   }
@@ -212,8 +240,9 @@ Result<json> PeerProcess::ask(const json& request, double timeout_seconds) {
   }
   const auto error = answer.find("error");
   if (error != answer.end()) {
-    return Status(Code::unsupported,
-                  error->is_string() ? error->get<std::string>() : error->dump());
+    return Status(Code::unsupported, error->is_string()
+                                         ? cli::printable_text(error->get<std::string>())
+                                         : error->dump(-1, ' ', true));
   }
   return answer;
 }

@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -27,8 +28,9 @@ class PeerProcess {
   Result<nlohmann::json> ask(const nlohmann::json& request, double timeout_seconds);
   bool alive() const { return pid_ > 0; }
 
-  /// Stops and continues all its threads, so that none spins while something else is timed.
-  void pause();
+  /// Stops and continues all its threads, so that none spins while something else is timed. One
+  /// that does not stop is killed.
+  Status pause();
   void resume();
 
  private:
@@ -37,7 +39,11 @@ class PeerProcess {
   Result<std::string> receive(double deadline);
   Status wait_ready(int fd, short events, double deadline);
   Status give_up(const std::string& reason);  // kills; the reason for all later calls
-  std::string how_it_ended();
+  /// An end of a pipe was closed: gives up with how the worker ended, if it does within a moment.
+  Status closed(const char* what);
+  /// If it ends before the deadline (looks at least once): ends what else runs in its process group
+  /// and says how it ended. The only place where its number is given back to the system.
+  std::optional<std::string> reap(double deadline);
 
   pid_t pid_;
   int to_, from_;

@@ -12,12 +12,6 @@ namespace {
 
 constexpr const char* kPackage = "nibble_peers";
 constexpr std::string_view kExec = "exec:";
-/// As for `nibble report`: the package's directory takes the place of the working directory.
-constexpr const char* kStart =
-    "import runpy, sys\n"
-    "sys.path[0] = sys.argv.pop(1)\n"
-    "sys.dont_write_bytecode = True\n"
-    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)\n";
 
 struct Kind {
   const char* name;      // also its module: nibble_peers.<name>_peer
@@ -41,7 +35,7 @@ Result<std::vector<std::string>> argv_of(const std::string& name, const std::str
   const Result<std::string> directory = find_python_package(kPackage);
   if (!directory.ok()) return directory.status();
   const std::string python = kind->is_interpreter ? argument : python_interpreter();
-  std::vector<std::string> argv = {python, "-c", kStart, *directory,
+  std::vector<std::string> argv = {python, "-c", kRunModule, *directory,
                                    fmt::format("{}.{}_peer", kPackage, name)};
   if (!kind->is_interpreter) argv.push_back(argument);
   return argv;

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "cli.h"
+
 namespace nibble::cli {
 namespace {
 
@@ -24,6 +26,7 @@ Result<double> first_look(Peer& peer, const PeerType& type, int64_t m, const std
 
 PeerTeam::PeerTeam(const std::vector<PeerSpec>& specs, int threads, double timeout_seconds) {
   for (const PeerSpec& spec : specs) {
+    if (interrupted()) return;
     auto peer = Peer::start(spec.label, spec.argv, threads, timeout_seconds);
     if (peer.ok()) {
       peers_.push_back(std::move(*peer));
@@ -54,6 +57,7 @@ Status PeerTeam::prepare(const ref::Weights& weights) {
     }
     Types offer = {peer.get(), {}};
     for (PeerType& type : *types) {
+      if (!peer->alive()) break;
       const Status read = peer->read_weight(type, *files_);
       if (read.ok()) {
         offer.types.push_back(std::move(type));
@@ -90,21 +94,31 @@ Result<std::vector<PeerEntry>> PeerTeam::enter(const std::vector<float>& x, int6
         return us.status();
       }
     }
-    std::sort(entries.begin(), entries.end(), [](const PeerEntry& a, const PeerEntry& b) {
-      return a.first_look_us < b.first_look_us;
-    });
-    for (size_t i = 0; i < entries.size(); ++i) {
-      if (most > 0 && i >= static_cast<size_t>(most)) break;
-      const Status held = offer.peer->hold(*entries[i].type, kColdBytes);
-      if (!held.ok() && !survives(held)) return held;
-      entries[i].in_rounds = held.ok();
-    }
+    NIBBLE_TRY(choose(entries, most));
     all.insert(all.end(), entries.begin(), entries.end());
   }
   return all;
 }
 
+Status PeerTeam::choose(std::vector<PeerEntry>& entries, int most) {
+  std::sort(entries.begin(), entries.end(), [](const PeerEntry& a, const PeerEntry& b) {
+    return a.first_look_us < b.first_look_us;
+  });
+  const size_t count =
+      most > 0 ? std::min(entries.size(), static_cast<size_t>(most)) : entries.size();
+  for (size_t i = 0; i < count && entries[i].peer->alive(); ++i) {
+    const Status held = entries[i].peer->hold(*entries[i].type, kColdBytes);
+    if (!held.ok() && !survives(held)) return held;
+    entries[i].after = held.ok() ? AfterLook::in_rounds : AfterLook::failed;
+  }
+  for (PeerEntry& entry : entries) {
+    if (!entry.peer->alive()) entry.after = AfterLook::failed;
+  }
+  return {};
+}
+
 std::optional<double> PeerTeam::run(const PeerEntry& entry, int64_t m, const std::string& x_path) {
+  if (!entry.peer->alive()) return std::nullopt;
   const Result<std::vector<double>> us = entry.peer->run(*entry.type, m, x_path, 1);
   if (us.ok()) return us->front();
   if (us.status().code() != Code::interrupted) note(us.status());

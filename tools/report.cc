@@ -19,14 +19,6 @@ struct Options {
 };
 
 constexpr const char* kPackage = "nibble_report";
-/// Takes the directory of the package from the arguments, in place of the working directory: what
-/// happens to lie there must not be imported.
-constexpr const char* kStart =
-    "import sys\n"
-    "sys.path[0] = sys.argv.pop(1)\n"
-    "sys.dont_write_bytecode = True\n"
-    "from nibble_report.__main__ import main\n"
-    "sys.exit(main())\n";
 
 /// Returns only if Python cannot be started.
 int run_report(const Options& options) {
@@ -34,7 +26,8 @@ int run_report(const Options& options) {
   if (!directory.ok()) return fail(directory.status());
   const std::string python = python_interpreter();
   // "--output=NAME", so that no name is taken for an option.
-  std::vector<std::string> words = {python, "-c", kStart, *directory, "--output=" + options.output};
+  std::vector<std::string> words = {python,     "-c",     kRunModule,
+                                    *directory, kPackage, "--output=" + options.output};
   if (!options.title.empty()) words.push_back("--title=" + options.title);
   words.push_back("--");
   words.insert(words.end(), options.runs.begin(), options.runs.end());

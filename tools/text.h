@@ -46,6 +46,15 @@ inline std::string printable(std::string_view name) {
   return plain ? std::string(name) : quote_name(name);
 }
 
+/// The same for text of any length, in which spaces are at home.
+inline std::string printable_text(std::string_view text) {
+  const bool plain = !text.empty() && std::all_of(text.begin(), text.end(), [](char c) {
+    const auto byte = static_cast<unsigned char>(c);
+    return byte >= 0x20 && byte != 0x7f;
+  });
+  return plain ? std::string(text) : quote_name(text);
+}
+
 /// "1 layer", "2 layers".
 inline std::string plural(size_t count, std::string_view noun) {
   return fmt::format("{} {}{}", count, noun, count == 1 ? "" : "s");

@@ -21,7 +21,6 @@ struct Samples {
   double median() const { return quantile(0.5); }
   double quantile(double share) const;  // between neighbours by proportion; 0 if there are none
   double min() const { return quantile(0); }
-  double max() const { return quantile(1); }
 };
 
 /// One thing that is timed. `prepare` is not timed: it makes the inputs cold.
