@@ -36,8 +36,6 @@ class ArrayPeer:
     """What a subclass adds: about(), types() -> {name: bits a weight}, make(type) -> a callable
     that takes x (m, k) and returns y (m, n), with a copy of the weight of its own; wake()."""
 
-    OPERATIONS = ("hello", "prepare", "dequantize", "hold", "check", "run")
-
     def hello(self, threads):
         self.start(threads)
         return {"protocol": PROTOCOL, "device": "cpu", **self.about()}

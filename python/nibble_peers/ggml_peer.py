@@ -10,12 +10,11 @@ import sys
 import time
 
 from .ggml_library import F32, POOL_PARAMS_BYTES, USAGE_WEIGHTS, Library
-from .worker import PROTOCOL, Refusal, serve, wake_threads
+from .worker import PROTOCOL, WAKE_SIZE, Refusal, serve, wake_threads
 
 # enum ggml_type: numbers that files hold, so they do not change
 TYPES = {"q4_0": 2, "q4_1": 3, "q4_K": 12, "iq4_nl": 20, "iq4_xs": 23, "mxfp4": 39}
 CHUNK_ROWS = 64  # quantized by one call
-WAKE_SIZE = 128
 
 
 def map_file(path):
@@ -90,8 +89,6 @@ class Product:
 
 
 class GgmlPeer:
-    OPERATIONS = ("hello", "prepare", "dequantize", "hold", "check", "run")
-
     def __init__(self, directory):
         self.ggml = Library(directory)
         self.buffer_types = self.ggml.buffer_types()

@@ -6,11 +6,10 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from .arrays import ArrayPeer, pack_nibbles
-from .worker import serve
+from .worker import WAKE_SIZE, serve
 
 # name: the operator's accuracy_level (4: activations quantized to int8; 1: fp32)
 TYPES = {"u4 x int8": 4, "u4 x fp32": 1}
-WAKE_SIZE = 128
 
 
 def session_of(graph):

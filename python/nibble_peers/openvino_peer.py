@@ -1,13 +1,13 @@
-"""OpenVINO's compressed MatMul on the CPU: u4 weights with zero points and fp16 scales per group, in
-the precisions that its CPU plugin offers. It holds an AWQ weight with fp16 scales exactly. Needs
-the packages openvino and numpy."""
+"""OpenVINO's compressed MatMul on the CPU: u4 weights with zero points and fp16 scales per group,
+in the precisions that its CPU plugin offers. It holds an AWQ weight with fp16 scales exactly.
+Needs the packages openvino and numpy."""
 
 import numpy as np
 import openvino
 from openvino import opset13 as ops
 
 from .arrays import ArrayPeer, pack_nibbles
-from .worker import serve
+from .worker import WAKE_SIZE, serve
 
 # name: properties of the CPU plugin. With a dynamic quantization group, activations are int8.
 TYPES = {
@@ -16,7 +16,6 @@ TYPES = {
     "u4 x bf16": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "INFERENCE_PRECISION_HINT": "bf16"},
     "u4 x fp32": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "INFERENCE_PRECISION_HINT": "f32"},
 }
-WAKE_SIZE = 128
 
 
 def constant_u4(values):

@@ -7,7 +7,9 @@ import time
 import traceback
 
 PROTOCOL = 1
+OPERATIONS = ("hello", "prepare", "dequantize", "hold", "check", "run")  # and bye
 WAKE_SECONDS = 0.005
+WAKE_SIZE = 128  # M, N and K of the small product for wake_threads
 
 
 class Refusal(Exception):
@@ -31,7 +33,7 @@ def wake_threads(small_product):
 
 def answer(peer, request):
     operation = request.pop("op")
-    if operation not in peer.OPERATIONS:
+    if operation not in OPERATIONS:
         raise Refusal(f"no operation is named {operation!r}")
     return getattr(peer, operation)(**request)
 
