@@ -247,7 +247,7 @@ void add_quantize_command(CLI::App& app, int& exit_code) {
       "OUT appears when it is complete. AWQ keeps finished layers in OUT.nibble-partial: after\n"
       "Ctrl-C the same command goes on from there, and with other options it starts anew.\n"
       "\nExample:\n"
-      "  nibble quantize build/models/SmolLM2-135M-Instruct /tmp/SmolLM2-AWQ --group-size 64");
+      "  nibble quantize build/models/SmolLM2-135M-Instruct SmolLM2-AWQ --group-size 64");
   command->callback([options, &exit_code] { exit_code = run_quantize(*options); });
 }
 

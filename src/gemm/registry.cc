@@ -1,4 +1,4 @@
-// Names, the kernel table as callers see it, and the choice of a kernel for a problem.
+// Names, what is a problem at all, the kernel table as callers see it, and the choice of a kernel.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -44,6 +44,39 @@ const char* isa_name(Isa isa) {
     case Isa::amx_int8: return "amx";
   }
   return "?";
+}
+
+Status check_problem(const Problem& p) {
+  const auto invalid = [](std::string text) { return Status(Code::invalid_argument, text); };
+  if (p.m < 0 || p.n <= 0 || p.k <= 0) {
+    return invalid(
+        fmt::format("M, N, K = {}, {}, {}: expected M >= 0, N > 0, K > 0", p.m, p.n, p.k));
+  }
+  constexpr int64_t kMaxDimension = INT32_MAX;  // as in weights; keeps byte counts in int64
+  if (p.n > kMaxDimension || p.k > kMaxDimension) {
+    return invalid(fmt::format("N, K = {}, {}: expected at most {}", p.n, p.k, kMaxDimension));
+  }
+  if (p.group_size <= 0 || p.k % p.group_size != 0) {
+    return invalid(fmt::format("group size {} does not divide K = {}", p.group_size, p.k));
+  }
+  if (p.n % 8 != 0) return invalid(fmt::format("N = {} is not a multiple of 8", p.n));
+  // int32 sums: 15 * 128 * group_size must stay below 2^31
+  constexpr int64_t kMaxGroup = int64_t{1} << 20;
+  if (p.group_size > kMaxGroup) {
+    return invalid(fmt::format("group size {} is above {}: int32 sums could overflow", p.group_size,
+                               kMaxGroup));
+  }
+  if (!p.symmetric && p.mode != Mode::w4a4) {
+    return invalid(
+        fmt::format("asymmetric activations are for w4a4 only, not for {}", mode_name(p.mode)));
+  }
+  const bool is_static =
+      p.granularity == Granularity::static_tensor || p.granularity == Granularity::static_group;
+  if (p.mixed_groups && (p.mode != Mode::w4a4 || p.granularity != Granularity::group)) {
+    return invalid("mixed groups are for w4a4 with granularity group");
+  }
+  if (!p.symmetric && is_static) return invalid("static activation scales are symmetric");
+  return {};
 }
 
 std::vector<KernelInfo> kernel_table() {

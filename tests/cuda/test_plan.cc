@@ -185,7 +185,8 @@ TEST(CudaPlan, TokenTilesHoldAllRowsWithLittlePadding) {
 
 TEST(CudaPlan, ALastWaveThatIsAlmostFullIsNotSplit) {
   // 66 workers: clusters of two blocks
-  const int64_t columns = 2 * 64 * rs_config(packed_layout(4096, 4096, 128), 32, false, 132).math_groups;
+  const int64_t columns =
+      2 * 64 * rs_config(packed_layout(4096, 4096, 128), 32, false, 132).math_groups;
   EXPECT_FALSE(rs_config(packed_layout(columns * 66, 4096, 128), 32, false, 132).split_tail);
   EXPECT_TRUE(rs_config(packed_layout(columns * 67, 4096, 128), 32, false, 132).split_tail);
   EXPECT_TRUE(rs_config(packed_layout(4096, 4096, 128), 32, false, 132).split_tail);

@@ -1,8 +1,6 @@
 // The kernel table of the CPU, and what this CPU can execute of it.
 #include "gemm/cpu/kernel.h"
 
-#include <fmt/format.h>
-
 namespace nibble {
 
 // One per file of the same name.
@@ -73,39 +71,6 @@ const QuantizerOps& quantizer_ops_for(Isa isa) {
 #endif
   (void)isa;
   return quantizer_ops_scalar();
-}
-
-Status check_problem(const Problem& p) {
-  const auto invalid = [](std::string text) { return Status(Code::invalid_argument, text); };
-  if (p.m < 0 || p.n <= 0 || p.k <= 0) {
-    return invalid(
-        fmt::format("M, N, K = {}, {}, {}: expected M >= 0, N > 0, K > 0", p.m, p.n, p.k));
-  }
-  constexpr int64_t kMaxDimension = INT32_MAX;  // as in weights; keeps byte counts in int64
-  if (p.n > kMaxDimension || p.k > kMaxDimension) {
-    return invalid(fmt::format("N, K = {}, {}: expected at most {}", p.n, p.k, kMaxDimension));
-  }
-  if (p.group_size <= 0 || p.k % p.group_size != 0) {
-    return invalid(fmt::format("group size {} does not divide K = {}", p.group_size, p.k));
-  }
-  if (p.n % 8 != 0) return invalid(fmt::format("N = {} is not a multiple of 8", p.n));
-  // int32 sums: 15 * 128 * group_size must stay below 2^31
-  constexpr int64_t kMaxGroup = int64_t{1} << 20;
-  if (p.group_size > kMaxGroup) {
-    return invalid(fmt::format("group size {} is above {}: int32 sums could overflow", p.group_size,
-                               kMaxGroup));
-  }
-  if (!p.symmetric && p.mode != Mode::w4a4) {
-    return invalid(
-        fmt::format("asymmetric activations are for w4a4 only, not for {}", mode_name(p.mode)));
-  }
-  const bool is_static =
-      p.granularity == Granularity::static_tensor || p.granularity == Granularity::static_group;
-  if (p.mixed_groups && (p.mode != Mode::w4a4 || p.granularity != Granularity::group)) {
-    return invalid("mixed groups are for w4a4 with granularity group");
-  }
-  if (!p.symmetric && is_static) return invalid("static activation scales are symmetric");
-  return {};
 }
 
 }  // namespace nibble

@@ -5,8 +5,8 @@
 namespace nibble {
 namespace {
 
-// Below this many rows the AMX kernel loses to VPDPBUSD: a tile multiply costs the same for 1 and for
-// 16 rows. Measured: docs/notes.md.
+// Below this many rows the AMX kernel loses to VPDPBUSD: a tile multiply costs the same for 1 and
+// for 16 rows. Measured: docs/notes.md.
 constexpr int64_t kAmxMinRows = 6;
 
 bool worth_it(const CpuKernel& kernel, const Problem& problem) {

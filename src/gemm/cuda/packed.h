@@ -11,11 +11,11 @@
 //           of wgmma m64k32. Lane 4 r + c owns columns r and r + 8. Product step j (0..3) takes the
 //           k from 32 j to 32 j + 31 of the block, so that groups of 32 and 64 end between steps.
 //           Byte b of word w of half h, with k0 = 64 h + 8 c:
-//               w = 0: q[k0 + b][r]      (low nibble: step 2 h)   q[k0 + 32 + b][r]   (high: 2 h + 1)
+//               w = 0: q[k0 + b][r]      (low nibble: step 2 h)  q[k0 + 32 + b][r]  (high: 2 h + 1)
 //               w = 1: the same for column r + 8
-//               w = 2: q[k0 + 4 + b][r]  (low nibble)             q[k0 + 36 + b][r]   (high nibble)
+//               w = 2: q[k0 + 4 + b][r]  (low nibble)            q[k0 + 36 + b][r]  (high nibble)
 //               w = 3: the same for column r + 8
-//           In step j a lane meets the 8 neighbouring activations from 32 j + 8 c on: the B operand.
+//           In step j a lane meets the 8 neighbouring activations from 32 j + 8 c on: operand B.
 //   P       groups of a slab: 512 / promoted, promoted = 32, 64 or 128
 //   scales  [r 0..7][P][2] as in the checkpoint (fp16 or bf16): columns r and r + 8
 //   zeros   [r 0..7][P] bytes: column r in the low nibble, column r + 8 in the high one

@@ -1,5 +1,6 @@
-// Weights expanded to 8 bits for w4a8_ss_sm90: the very bytes that the kernel wants in shared memory,
-// so that one bulk copy brings a block. Scratch of a launch, made from slabs by expand_sm90.cu.
+// Weights expanded to 8 bits for w4a8_ss_sm90: the very bytes that the kernel wants in shared
+// memory, so that one bulk copy brings a block. Scratch of a launch, made from slabs by
+// expand_sm90.cu.
 //
 // Block (tile, b): columns 192 tile .., k 128 b .., at (tile * blocks + b) * kImageBytes:
 //   192 rows of 128 bytes, a column each, k in order; 16-byte chunk c of row r at c ^ (r & 7), the

@@ -26,9 +26,9 @@ cudaError_t make_tensor_map(CUtensorMap* map, const void* data, TensorElement el
   static const Encode encode = find_encode(error);
   if (error != cudaSuccess) return error;
   const int bytes = element == TensorElement::u8 ? 1 : 2;
-  const CUtensorMapDataType type = element == TensorElement::u8    ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-                                   : element == TensorElement::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                                   : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  CUtensorMapDataType type = CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  if (element == TensorElement::f16) type = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  if (element == TensorElement::bf16) type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(stride * bytes)};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns),
