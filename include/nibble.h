@@ -214,8 +214,8 @@ NIBBLE_API const char* nibble_kernel_missing(int32_t index);
  *   - stream is a cudaStream_t; null: the default stream. nibble_cuda_gemm allocates nothing and
  *     waits for nothing; it may be captured into a CUDA graph. Errors of a kernel while it runs are
  *     those of the stream.
- *   - A workspace is zeroed once before its first use with a plan, and then again only before it is
- *     used with another plan. Products that run at the same time need workspaces of their own.
+ *   - A workspace is zeroed once before its first use, whatever plans share it. Products that run
+ *     at the same time need workspaces of their own.
  *   - Integer sums are exact. The order of the float operations is the plan's: the same plan gives
  *     the same bits. NaN or infinity in a row of x makes that row of y NaN; nothing is reported.
  *   - No function leaves another device current than it found. */

@@ -25,9 +25,10 @@ double smallest_step(Dtype dtype) {
   return dtype == Dtype::f16 ? 0x1p-24 : dtype == Dtype::bf16 ? 0x1p-133 : 0x1p-149;
 }
 
-/// Parts that a kernel may sum on its own before it adds them: at most one a slice.
+/// Parts that a kernel may sum on its own before it adds them: at most one a unit of its schedule.
 int64_t parts_of(const Plan& plan) {
-  return keeps_the_order(plan) ? 1 : plan.padded_k / kSlabDepth;
+  if (keeps_the_order(plan)) return 1;
+  return plan.padded_k / (plan.family == KernelFamily::ss ? kBlockDepth : kSlabDepth);
 }
 
 std::string compare_bits(const Plan& plan, const Expected& expected,
@@ -142,15 +143,43 @@ std::vector<Variant> kernels(const Problem& problem) {
 }
 
 std::vector<Variant> variants(const Problem& problem) {
+  // Three workers have whole tiles and then split ones, where a whole GPU has only one kind.
+  struct Sharing {
+    bool split;
+    int multiprocessors;
+    const char* name;
+  };
+  constexpr Sharing kSharings[] = {
+      {false, 132, ""}, {true, 132, " split"}, {true, 6, " split, three workers"}};
   std::vector<Variant> found;
+  const auto add = [&](Variant& variant, const std::string& name) {
+    variant.plan.workspace_bytes = workspace_layout(variant.plan).total;
+    variant.name += name;
+    found.push_back(variant);
+  };
+  const int64_t problem_slices =
+      packed_layout(problem.n, problem.k, problem.group_size).slices;
   for (const Variant& kernel : kernels(problem)) {
     if (kernel.plan.family == KernelFamily::ss) {
-      for (const bool split : {false, true}) {
+      for (const Sharing& sharing : kSharings) {
         Variant variant = kernel;
-        variant.plan.ss.split_tail = split;
-        variant.plan.workspace_bytes = workspace_layout(variant.plan).total;
-        if (split) variant.name += " split";
-        found.push_back(variant);
+        variant.plan.ss.split_tail = sharing.split;
+        variant.plan.ss.multiprocessors = sharing.multiprocessors;
+        add(variant, sharing.name);
+      }
+      continue;
+    }
+    if (kernel.plan.family == KernelFamily::slab) {
+      found.push_back(kernel);
+      for (const int held : {1, 3}) {  // deep K's form, as few blocks as make it come round again
+        Variant variant = kernel;
+        variant.plan.slab.form = SlabForm::streamed;
+        variant.plan.slab.k_warps = static_cast<int>(std::min<int64_t>(2, problem_slices));
+        variant.plan.slab.tile_warps = 1;
+        variant.plan.slab.stages = held;
+        variant.plan.slab.held_tiles = held;
+        variant.plan.slab.blocks = 2;
+        add(variant, fmt::format(" streamed {}", held));
       }
       continue;
     }
@@ -160,14 +189,13 @@ std::vector<Variant> variants(const Problem& problem) {
     }
     const PackedLayout layout = packed_layout(problem.n, problem.k, problem.group_size);
     for (const RsTile& tile : rs_tiles(layout, scales_per_group(problem.granularity))) {
-      for (const bool split : {false, true}) {
+      for (const Sharing& sharing : kSharings) {
         Variant variant = kernel;
         variant.plan.rs.token_tile = tile.tokens;
         variant.plan.rs.math_groups = tile.math_groups;
-        variant.plan.rs.split_tail = split;
-        variant.plan.workspace_bytes = workspace_layout(variant.plan).total;
-        variant.name += fmt::format(" tile {}{}", tile.tokens, split ? " split" : "");
-        found.push_back(variant);
+        variant.plan.rs.split_tail = sharing.split;
+        variant.plan.rs.multiprocessors = sharing.multiprocessors;
+        add(variant, fmt::format(" tile {}{}", tile.tokens, sharing.name));
       }
     }
   }

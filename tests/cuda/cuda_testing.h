@@ -69,8 +69,8 @@ struct Variant {
   Plan plan;
 };
 
-/// Every way in which every kernel runs `problem` on the device: the plan of each kernel, and for
-/// rs all token tiles that make sense, with and without a split tail.
+/// Every way in which every kernel runs `problem` on the device: the plan of each kernel, for slab
+/// also the form of deep K, for rs all tiles, and for rs and ss with and without a split tail.
 std::vector<Variant> variants(const Problem& problem);
 /// The plans alone, one for each kernel.
 std::vector<Variant> kernels(const Problem& problem);

@@ -224,6 +224,47 @@ TEST_F(CudaGemm, Int4CodesAreExactToo) {
   }
 }
 
+TEST_F(CudaGemm, SymmetricInt4CodesAreExactInFp8) {
+  for (const int64_t k : {128, 1152, 4096}) {
+    const GpuWeight weight = make_gpu_weight({.k = k, .n = 392, .group_size = 128}, random_);
+    for (const int64_t m : {1, 65, 200}) {
+      for (const Dtype y : {Dtype::f32, Dtype::bf16}) {
+        expect_all_variants_right({.m = m, .mode = Mode::w4a4, .y_dtype = y}, weight, random_);
+      }
+    }
+  }
+}
+
+// The largest sums that fp8 accumulation meets, odd so that every bit counts: 15 * (-8 * 127 - 7).
+TEST_F(CudaGemm, LargestInt4SumsAreExactInFp8) {
+  for (const int zero : {0, 15}) {
+    GpuWeight weight = make_gpu_weight({.k = 256,
+                                        .n = 64,
+                                        .group_size = 128,
+                                        .fixed_code = 15 - zero,
+                                        .fixed_zero = zero},
+                                       random_);
+    std::fill(weight.host.tensors.scales.begin(), weight.host.tensors.scales.end(), 0x3c00);  // 1
+    refresh(weight);
+    Problem p = {.m = 128, .n = 64, .k = 256, .group_size = 128, .mode = Mode::w4a4};
+    Quantized input{std::vector<int8_t>(static_cast<size_t>(p.m * p.k), -8),
+                    std::vector<float>(static_cast<size_t>(p.m), 1.0f)};
+    for (int64_t row = 0; row < p.m; ++row) input.codes[row * p.k + row] = -7;
+    const Expected expected = expected_of(p, weight, input);
+    for (const Variant& variant : variants(p)) {
+      ASSERT_EQ(run_and_compare(variant.plan, weight, input, expected), "") << variant.name;
+    }
+  }
+}
+
+// Llama's down projection: more slices than a block has warps.
+TEST_F(CudaGemm, DeepK) {
+  const GpuWeight weight = make_gpu_weight({.k = 14336, .n = 136, .group_size = 128}, random_);
+  for (const int64_t m : {1, 3, 16, 40}) {
+    expect_all_variants_right({.m = m, .y_dtype = Dtype::bf16}, weight, random_);
+  }
+}
+
 TEST_F(CudaGemm, OtherLayoutsPackToTheSame) {
   const GpuWeight weight = make_gpu_weight({.k = 512, .n = 64, .group_size = 128}, random_);
   QuantMatrix symmetric = weight.host.tensors.view();

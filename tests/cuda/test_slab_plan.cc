@@ -86,16 +86,22 @@ TEST(SlabPlan, UpTo8192KeepsActivationsInRegisters) {
   EXPECT_EQ(config_of(4096, 1024, 128, 1).tile_warps, 4);
 }
 
-TEST(SlabPlan, DeepKKeepsThemInSharedMemoryWhileTheyFit) {
-  EXPECT_EQ(config_of(4096, 14336, 128, 1).form, SlabForm::shared);
-  EXPECT_EQ(config_of(4096, 14336, 128, 16).form, SlabForm::streamed);
-  EXPECT_EQ(config_of(8192, 28672, 128, 1).form, SlabForm::shared);
-  EXPECT_EQ(config_of(8192, 28672, 128, 8).form, SlabForm::streamed);
+TEST(SlabPlan, DeepKStreamsTheActivations) {
+  for (const int64_t m : {1, 8, 16}) {
+    EXPECT_EQ(config_of(4096, 14336, 128, m).form, SlabForm::streamed) << m;
+    EXPECT_EQ(config_of(8192, 28672, 128, m).form, SlabForm::streamed) << m;
+  }
+}
+
+TEST(SlabPlan, ManyTilesOfFewTokensGoTwoAtATime) {
+  EXPECT_EQ(config_of(28672, 4096, 128, 1).tile_warps, 2);
+  EXPECT_EQ(config_of(28672, 4096, 128, 4).tile_warps, 1);
+  EXPECT_EQ(config_of(4096, 4096, 128, 1).tile_warps, 1);
 }
 
 TEST(SlabPlan, PartsOfSharedMemoryDoNotOverlap) {
   const PackedLayout layout = packed_layout(4096, 14336, 32);
-  for (const SlabForm form : {SlabForm::registers, SlabForm::shared, SlabForm::streamed}) {
+  for (const SlabForm form : {SlabForm::registers, SlabForm::streamed}) {
     SlabConfig c;
     c.form = form;
     c.k_warps = 7;
@@ -105,9 +111,8 @@ TEST(SlabPlan, PartsOfSharedMemoryDoNotOverlap) {
     EXPECT_GE(s.partials, kSlabHeaderBytes);
     const int sets = form == SlabForm::streamed ? 1 : 2;
     EXPECT_GE(s.tables, s.partials + sets * s.partials_bytes);
-    const int64_t tables = form == SlabForm::shared ? layout.slices : c.warps();
-    EXPECT_GE(s.activations, s.tables + tables * s.table_bytes);
-    const int64_t rows = form == SlabForm::registers ? 0 : form == SlabForm::shared ? 3 : 3 * 7;
+    EXPECT_GE(s.activations, s.tables + int64_t{c.warps()} * s.table_bytes);
+    const int64_t rows = form == SlabForm::registers ? 0 : 3 * 7;
     EXPECT_GE(s.ring, s.activations + rows * s.row_pitch);
     EXPECT_EQ(s.total, s.ring + int64_t{c.warps()} * c.stages * layout.slab_bytes);
     for (const int at : {s.partials, s.tables, s.activations, s.row_pitch, s.ring}) {

@@ -3,7 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "gemm/cuda/kernels.h"
-#include "gemm/cuda/ptx.h"
+#include "gemm/cuda/launch.h"
 #include "gemm/cuda/ss_image.h"
 
 namespace nibble::cuda {
@@ -53,8 +53,6 @@ struct ExpandParams {
 /// A block of the image a step: grid (tile pairs * 2 * blocks).
 template <bool kE4m3>
 __global__ void __launch_bounds__(kThreads) expand(const __grid_constant__ ExpandParams p) {
-  ptx::grid_launch_dependents();
-  ptx::grid_wait();  // the image may still be read by the product in front
   // e4m3 of q - z: 16 bytes, q = 0 .. 15, for each z
   __shared__ __align__(16) uint8_t tables[kE4m3 ? 256 : 16];
   if (kE4m3) {
@@ -113,16 +111,14 @@ __global__ void __launch_bounds__(kThreads) expand(const __grid_constant__ Expan
   }
 }
 
-/// Integers of magnitude up to 15 to e4m3, in place of each other: 16 a thread.
+/// Integers of magnitude up to 15 to e4m3: 16 a thread.
 __global__ void __launch_bounds__(256) codes_to_e4m3(const uint4* from, uint4* to, int64_t count) {
   __shared__ uint8_t table[32];  // of value & 31
-  ptx::grid_launch_dependents();
   if (threadIdx.x < 32) {
     const int value = static_cast<int>(threadIdx.x) - (threadIdx.x >= 16 ? 32 : 0);
     table[threadIdx.x] = static_cast<uint8_t>(e4m3_of(value));
   }
   __syncthreads();
-  ptx::grid_wait();
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (i >= count) return;
   const uint4 codes = from[i];
@@ -133,15 +129,6 @@ __global__ void __launch_bounds__(256) codes_to_e4m3(const uint4* from, uint4* t
   to[i] = {word(codes.x), word(codes.y), word(codes.z), word(codes.w)};
 }
 
-cudaError_t launch_grid(const void* kernel, int64_t blocks, int threads, void** arguments,
-                                cudaStream_t stream) {
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(static_cast<unsigned>(blocks));
-  launch.blockDim = dim3(static_cast<unsigned>(threads));
-  launch.stream = stream;
-  return cudaLaunchKernelExC(&launch, kernel, arguments);
-}
-
 }  // namespace
 
 cudaError_t launch_expand(const GemmArgs& args, bool e4m3, uint8_t* image, cudaStream_t stream) {
@@ -149,21 +136,19 @@ cudaError_t launch_expand(const GemmArgs& args, bool e4m3, uint8_t* image, cudaS
   ExpandParams p = {args.slabs,       args.layout.tiles, args.layout.slices,
                     args.layout.slab_bytes, args.bf16_scales,
                     static_cast<int>(image_blocks(args.layout)), image};
-  void* arguments[] = {&p};
-  const void* kernel = e4m3 ? reinterpret_cast<const void*>(expand<true>)
-                            : reinterpret_cast<const void*>(expand<false>);
-  return launch_grid(kernel, image_tiles(args.layout) * p.blocks, kThreads, arguments,
-                             stream);
+  const dim3 grid(static_cast<unsigned>(image_tiles(args.layout) * p.blocks));
+  return launch_kernel(e4m3 ? expand<true> : expand<false>,
+                       {.grid = grid, .threads = kThreads, .stream = stream}, p);
 }
 
 cudaError_t launch_codes_to_e4m3(const int8_t* codes, uint8_t* e4m3, int64_t bytes,
                                  cudaStream_t stream) {
-  const auto* from = reinterpret_cast<const uint4*>(codes);
-  auto* to = reinterpret_cast<uint4*>(e4m3);
-  int64_t count = bytes / 16;
-  void* arguments[] = {&from, &to, &count};
-  return launch_grid(reinterpret_cast<const void*>(codes_to_e4m3), (count + 255) / 256, 256,
-                             arguments, stream);
+  const uint4* from = reinterpret_cast<const uint4*>(codes);
+  uint4* to = reinterpret_cast<uint4*>(e4m3);
+  const int64_t count = bytes / 16;
+  const dim3 grid(static_cast<unsigned>((count + 255) / 256));
+  return launch_kernel(codes_to_e4m3, {.grid = grid, .threads = 256, .stream = stream}, from, to,
+                       count);
 }
 
 }  // namespace nibble::cuda

@@ -102,7 +102,7 @@ struct Plan {
   RsConfig rs;       // of family rs
   SsConfig ss;       // of family ss
   int64_t padded_k = 0;
-  size_t workspace_bytes = 0;  // of run_gemm; codes, scales and sums of x come first
+  size_t workspace_bytes = 0;  // of run_gemm; begins with flags that are zeroed once
 
   const char* kernel_name() const;  // "w4a8_slab_sm90", "w4a8_rs_sm90", ...
   std::string describe() const;     // one line

@@ -1,6 +1,7 @@
 // AWQ tensors in device memory to the slabs of packed.h, one block a slab. Memory decides the
 // speed, and packing happens once per weight: the code follows the drawing, not the clock.
 #include "gemm/cuda/kernels.h"
+#include "gemm/cuda/launch.h"
 
 namespace nibble::cuda {
 namespace {
@@ -69,9 +70,8 @@ __global__ void __launch_bounds__(kThreads) pack(const __grid_constant__ PackPar
 
 cudaError_t launch_pack(const PackArgs& args, cudaStream_t stream) {
   const PackParams params{args, args.layout.n / 8};
-  pack<<<static_cast<unsigned>(args.layout.tiles * args.layout.slices), kThreads, 0, stream>>>(
-      params);
-  return cudaGetLastError();
+  const dim3 grid(static_cast<unsigned>(args.layout.tiles * args.layout.slices));
+  return launch_kernel(pack, {.grid = grid, .threads = kThreads, .stream = stream}, params);
 }
 
 }  // namespace nibble::cuda

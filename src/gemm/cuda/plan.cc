@@ -119,6 +119,13 @@ Status check(const Problem& p) {
   if (p.mixed_groups) {
     return Status(Code::unsupported, "w4a4 with some groups at 8 bits has no CUDA quantizer yet");
   }
+  // what 32-bit arithmetic of schedules and grids holds, with room
+  constexpr int64_t kMostRows = 1 << 24, kMostK = 1 << 22, kMostColumns = 1 << 24;
+  if (p.m > kMostRows || p.k > kMostK || p.n > kMostColumns) {
+    return Status(Code::unsupported,
+                  fmt::format("M={} N={} K={}: the CUDA kernels take up to M={}, N={}, K={}", p.m,
+                              p.n, p.k, kMostRows, kMostColumns, kMostK));
+  }
   return check_group_size(p.group_size, p.k);
 }
 
@@ -133,7 +140,7 @@ size_t scratch_bytes(const Plan& plan) {
   if (p.m == 0) return 0;
   if (plan.family == KernelFamily::rs) return rs_scratch_bytes(layout_of(p), p.m, plan.rs);
   if (plan.family == KernelFamily::ss) return ss_scratch(layout_of(p), p.m, plan.ss).bytes;
-  return 0;
+  return kFlagBytes;
 }
 
 const Candidate& candidate_of(const Plan& plan) {
@@ -232,11 +239,12 @@ WorkspaceLayout workspace_layout(const Plan& plan) {
   const auto groups = static_cast<size_t>(scales_per_group(p.granularity) ? p.k / p.group_size : 1);
   const auto promoted = static_cast<size_t>(promoted_depth(p.group_size));
   WorkspaceLayout w;
+  // First, and in every plan, so that flags stay zero whatever plans share a workspace.
+  w.codes = w.scratch + aligned(scratch_bytes(plan));
   w.scales = w.codes + aligned(m * depth);
   w.sums = w.scales + aligned(m * groups * sizeof(float));
   w.range = w.sums + aligned(m * (depth / promoted) * sizeof(int32_t));
-  w.scratch = w.range + aligned(4 * sizeof(uint32_t));
-  w.total = w.scratch + aligned(scratch_bytes(plan));
+  w.total = w.range + aligned(4 * sizeof(uint32_t));
   return w;
 }
 

@@ -1,5 +1,4 @@
-// What a plan means to the driver: the parts of its workspace; and the policy of the
-// rs kernel. Pure host arithmetic, tested without a GPU.
+// What a plan means to the driver: the parts of its workspace; and the policy of the rs kernel. Pure host arithmetic, tested without a GPU.
 #pragma once
 
 #include <span>
@@ -12,11 +11,11 @@ inline constexpr size_t kWorkspaceAlignment = 256;
 
 /// Byte offsets of a plan's workspace, each a multiple of kWorkspaceAlignment.
 struct WorkspaceLayout {
+  size_t scratch = 0;  // of the kernel; its first kFlagBytes are zeroed once and left so
   size_t codes = 0;    // (m, padded_k) int8
   size_t scales = 0;   // (m) or (m, groups) float
   size_t sums = 0;     // (m, padded_k / promoted) int32
   size_t range = 0;    // 4 words
-  size_t scratch = 0;  // of the kernel
   size_t total = 0;
 };
 WorkspaceLayout workspace_layout(const Plan& plan);

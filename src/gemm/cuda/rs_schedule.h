@@ -1,5 +1,5 @@
-// How the rs kernel shares out its work: pure arithmetic, the same on host and device, so that every
-// role of a kernel and every test walks the same list.
+// How the rs kernel shares out its work: pure arithmetic, the same on host and device, so that
+// every role of a kernel and every test walks the same list.
 //
 // The product is cut into tiles of (weight tile, token tile); a worker is a cluster of two blocks.
 // The first `whole` tiles are dealt out round robin. The rest are cut into units of one slice of
@@ -35,7 +35,7 @@ struct RsSchedule {
   int whole = 0;   // tiles that are not split
 
   NIBBLE_HOST_DEVICE int tiles() const { return weight_tiles * token_tiles; }
-  /// Less than two tiles a worker: below 2^31 / workers for any K that fits an int.
+  /// Less than two tiles a worker: times workers, below 2^32 for K up to 2^22 (plans see to it).
   NIBBLE_HOST_DEVICE unsigned units() const {
     return static_cast<unsigned>((tiles() - whole) * slices);
   }
@@ -107,8 +107,7 @@ inline RsSchedule rs_schedule(int64_t weight_tiles, int64_t token_tiles, int64_t
   return s;
 }
 
-inline constexpr int kRsMaxMathGroups = 3;
-inline constexpr size_t kRsFlagBytes = 4096;  // at the start of the scratch
+inline constexpr size_t kFlagBytes = 4096;  // at the start of the scratch
 
 /// How w4a8_rs_sm90 is launched.
 struct RsConfig {
@@ -129,9 +128,9 @@ inline RsSchedule rs_schedule_of(const PackedLayout& layout, int64_t m, const Rs
 /// Of a launch; zeroed once before its first use and left so.
 inline size_t rs_scratch_bytes(const PackedLayout& layout, int64_t m, const RsConfig& config) {
   const RsSchedule schedule = rs_schedule_of(layout, m, config);
-  if (schedule.whole == schedule.tiles()) return kRsFlagBytes;
+  if (schedule.whole == schedule.tiles()) return kFlagBytes;
   const auto blocks = static_cast<size_t>(schedule.workers) * 2;
-  return kRsFlagBytes + blocks * static_cast<size_t>(config.math_groups) * 128 *
+  return kFlagBytes + blocks * static_cast<size_t>(config.math_groups) * 128 *
                             sizeof(float) * static_cast<size_t>(config.token_tile / 2);
 }
 
@@ -148,7 +147,7 @@ inline RsSchedule ss_schedule_of(const PackedLayout& layout, int64_t m, const Ss
                      image_blocks(layout), config.multiprocessors / 2, config.split_tail);
 }
 
-/// Where things lie in the scratch of a launch. Its first kRsFlagBytes are zeroed once before the
+/// Where things lie in the scratch of a launch. Its first kFlagBytes are zeroed once before the
 /// first use, and left so.
 struct SsScratch {
   size_t parts = 0, image = 0, codes = 0, bytes = 0;
@@ -158,7 +157,7 @@ inline SsScratch ss_scratch(const PackedLayout& layout, int64_t m, const SsConfi
   const bool split = schedule.whole != schedule.tiles();
   const auto part = static_cast<size_t>(kSsMathGroups * 128 * (kSsTokens / 2)) * sizeof(float);
   SsScratch at;
-  at.parts = kRsFlagBytes;
+  at.parts = kFlagBytes;
   at.image = at.parts + (split ? static_cast<size_t>(schedule.workers) * 2 * part : 0);
   at.codes = (at.image + image_bytes(layout) + 255) / 256 * 256;
   at.bytes = at.codes + (config.e4m3 ? static_cast<size_t>(m * layout.padded_k()) : 0);

@@ -134,7 +134,6 @@ cudaError_t launch(const GemmArgs& args, const SlabConfig& config, cudaStream_t 
 
 // One for each form, in the file of its name.
 cudaError_t launch_registers(const GemmArgs& args, const SlabConfig& config, cudaStream_t stream);
-cudaError_t launch_shared(const GemmArgs& args, const SlabConfig& config, cudaStream_t stream);
 cudaError_t launch_streamed(const GemmArgs& args, const SlabConfig& config, cudaStream_t stream);
 
 }  // namespace nibble::cuda::slab

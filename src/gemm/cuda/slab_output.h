@@ -34,18 +34,23 @@ template <class S, class Wait>
 __device__ __forceinline__ void reduce(const Params& p, uint32_t shared, uint32_t partials,
                                        int first_tile, int tiles, Wait&& ready) {
   const int outputs = tiles * kSlabColumns * S::kColumns;
-  bool waited = false;
+  const auto column_of = [&](int o) {
+    return (first_tile + o / (kSlabColumns * S::kColumns)) * kSlabColumns + o % kSlabColumns;
+  };
+  const auto wanted = [&](int o) {
+    return o < outputs && o / kSlabColumns % S::kColumns < p.m && column_of(o) < p.n;
+  };
+  const auto bias_of = [&](int o) {
+    return wanted(o) && p.out.bias != nullptr ? __ldg(p.out.bias + column_of(o)) : 0.0f;
+  };
+  int o = threadIdx.x;
+  float bias = bias_of(o);  // asked for before waiting: it comes from memory
+  ready();
 #pragma unroll 1
-  for (int o = threadIdx.x; o < outputs; o += blockDim.x) {
+  for (; o < outputs; o += blockDim.x, bias = bias_of(o)) {
+    if (!wanted(o)) continue;
     const int column = o % kSlabColumns, token = o / kSlabColumns % S::kColumns;
-    const int tile = o / (kSlabColumns * S::kColumns);
-    const int n = (first_tile + tile) * kSlabColumns + column;
-    const bool wanted = token < p.m && n < p.n;
-    // asked for before waiting: it comes from memory
-    const float bias = wanted && p.out.bias != nullptr ? __ldg(p.out.bias + n) : 0.0f;
-    if (!waited) ready();
-    waited = true;
-    if (!wanted) continue;
+    const int tile = o / (kSlabColumns * S::kColumns), n = column_of(o);
     uint32_t from =
         partials + tile * p.k_warps * S::kPartialBytes + partial_offset<S>(token, column);
     float sum[4] = {};
@@ -65,7 +70,6 @@ __device__ __forceinline__ void reduce(const Params& p, uint32_t shared, uint32_
         S::kGroupScales ? 0.0f : ptx::load_float_shared(shared + kTokenScales + 4 * token);
     store_output<S>(p, token, n, acc, t, bias);
   }
-  if (!waited) ready();
 }
 
 /// End of a step of all warps, each with a tile of its own: adds the partials of the step before,

@@ -3,7 +3,9 @@
 //     slab in flight per warp is enough: 16 warps of a multiprocessor have 64 KiB on the way.
 //   - Blocks as small as K allows, several on a multiprocessor: one then multiplies while another
 //     begins or ends.
-//   - Deeper K: up to 8 tokens, all activations in shared memory if they fit; else slice by slice.
+//   - Deeper K: activations slice by slice beside the weights, as many warps as there may be.
+//   - One or two tokens and many tiles: two tiles at once, or one block would wait for its own end
+//     while the next, launched programmatically, takes its room.
 #include "gemm/cuda/slab_plan.h"
 
 #include <algorithm>
@@ -20,21 +22,18 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 const char* form_name(SlabForm form) {
   switch (form) {
     case SlabForm::registers: return "registers";
-    case SlabForm::shared: return "shared";
     case SlabForm::streamed: return "streamed";
     case SlabForm::fused: return "fused";
   }
   return "";
 }
 
-/// Most tokens for which keeping all activations in shared memory was worth it.
-constexpr int64_t kSharedTokens = 8;
-
-SlabConfig registers_config(const PackedLayout& layout, int multiprocessors) {
+SlabConfig registers_config(const PackedLayout& layout, int64_t m, int multiprocessors) {
   SlabConfig config;
   config.form = SlabForm::registers;
   config.k_warps = static_cast<int>(layout.slices);
-  while (config.tile_warps < 4 && config.warps() * 2 <= 8) config.tile_warps *= 2;
+  const int warps = m <= 2 && layout.tiles >= 8 * multiprocessors ? kSlabWarps : kSlabWarps / 2;
+  while (config.tile_warps < 4 && config.warps() * 2 <= warps) config.tile_warps *= 2;
   config.blocks = multiprocessors * (kSlabWarps / config.warps());
   return config;
 }
@@ -47,21 +46,11 @@ int best_k_warps(int64_t slices, std::initializer_list<int> counts) {
                            [&](int a, int b) { return rounded(a) < rounded(b); });
 }
 
-SlabConfig shared_config(const PackedLayout& layout, int multiprocessors) {
-  SlabConfig config;
-  config.form = SlabForm::shared;
-  config.k_warps = best_k_warps(layout.slices, {8, 7, 6});
-  config.tile_warps = 2;
-  config.stages = layout.tiles * layout.slices > 100 * multiprocessors ? 1 : 3;
-  config.blocks = multiprocessors;
-  return config;
-}
-
 SlabConfig streamed_config(const PackedLayout& layout, int64_t m, int multiprocessors) {
   SlabConfig config;
   config.form = SlabForm::streamed;
   config.k_warps = m > 8 ? best_k_warps(layout.slices, {8, 7, 10, 9})
-                         : best_k_warps(layout.slices, {14, 16, 12, 13});
+                         : kSlabWarps;
   config.stages = 2;
   config.held_tiles =
       static_cast<int>(std::clamp<int64_t>(ceil_div(layout.tiles, multiprocessors), 1, 4));
@@ -98,7 +87,6 @@ SlabShared slab_shared(const PackedLayout& layout, int64_t m, bool group_scales,
   const int64_t columns = slab_token_columns(m), warps = config.warps();
   const bool streamed = config.form == SlabForm::streamed;
   const bool holds = streamed || config.form == SlabForm::fused;  // sums of several tiles
-  const int64_t slice_tables = config.form == SlabForm::shared ? layout.slices : warps;
   SlabShared s;
   int64_t at = kSlabHeaderBytes;
   s.partials = static_cast<int>(at);
@@ -107,12 +95,9 @@ SlabShared slab_shared(const PackedLayout& layout, int64_t m, bool group_scales,
   at += (holds ? 1 : 2) * int64_t{s.partials_bytes};
   s.tables = static_cast<int>(at);
   s.table_bytes = static_cast<int>(layout.slab_groups * columns * (group_scales ? 8 : 4));
-  at = align(at + slice_tables * s.table_bytes, 128);
+  at = align(at + warps * s.table_bytes, 128);
   s.activations = static_cast<int>(at);
-  if (config.form == SlabForm::shared) {
-    s.row_pitch = static_cast<int>(layout.padded_k() + kRowPadding);
-    at += m * s.row_pitch;
-  } else if (streamed) {
+  if (streamed) {
     s.row_pitch = kSlabDepth + kRowPadding;
     at += warps * m * s.row_pitch;
   }
@@ -131,9 +116,7 @@ SlabConfig slab_config(const PackedLayout& layout, int64_t m, bool group_scales,
   const auto fits = [&](const SlabConfig& config) {
     return slab_shared_bytes(layout, m, group_scales, config) <= shared_bytes;
   };
-  if (layout.slices <= kSlabWarps) return registers_config(layout, multiprocessors);
-  const SlabConfig shared = shared_config(layout, multiprocessors);
-  if (m <= kSharedTokens && fits(shared)) return shared;
+  if (layout.slices <= kSlabWarps) return registers_config(layout, m, multiprocessors);
   SlabConfig config = streamed_config(layout, m, multiprocessors);
   while (!fits(config) && config.stages > 1) --config.stages;
   while (!fits(config) && config.held_tiles > 1) --config.held_tiles;

@@ -16,7 +16,6 @@ inline constexpr int kSlabStages = 3;
 /// Where a slab kernel keeps the activations. One .cu file each.
 enum class SlabForm : int {
   registers,  // a warp has one slice of 512 k for good: needs k_warps >= slices
-  shared,     // the activations of all K lie in shared memory; k_warps <= slices
   streamed,   // they come with the weights, slice by slice; k_warps <= slices
   fused,      // M <= 2: each block quantizes x itself; k_warps <= slices
 };
@@ -59,7 +58,7 @@ struct SlabShared {
   int partials_bytes = 0;  // of a set: (tile, k_warp) x slab_partial_bytes
   int tables = 0;          // sums, and scales, of the groups of the activations, slice by slice
   int table_bytes = 0;     // of a slice
-  int activations = 0;     // rows of row_pitch bytes: shared (m); streamed (warps, m)
+  int activations = 0;     // rows of row_pitch bytes: streamed (warps, m)
   int row_pitch = 0;
   int ring = 0;  // (warps, stages, slab_bytes)
   int64_t total = 0;

@@ -2,6 +2,7 @@
 // (rs_schedule.h) are summed in order of k, then scaled, rounded and stored.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -105,7 +106,8 @@ struct TileOutput {
   }
 
   __device__ float scaled(float f, int64_t token, int64_t column) const {
-    const float t = p.t == nullptr || token >= p.m ? 1.0f : __ldg(p.t + token);
+    // not __ldg: the kernel in front may have written it
+    const float t = p.t == nullptr || token >= p.m ? 1.0f : ptx::load_float(p.t + token);
     if (p.out.bias == nullptr) return __fmul_rn(f, t);
     return __fmaf_rn(f, t, column < p.n ? __ldg(p.out.bias + column) : 0.0f);
   }

@@ -10,6 +10,7 @@
 //   sums    (warp, group, output), output = (tile * 4 + i) * 32 + lane: register i of that lane
 #include "gemm/cuda/w4a8_mma_skinny_sm80.h"
 
+#include "gemm/cuda/launch.h"
 #include "gemm/cuda/mma_sm80.h"
 
 namespace nibble::cuda {
@@ -194,14 +195,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class S>
 cudaError_t launch(const GemmArgs& args, cudaStream_t stream) {
-  const auto kernel = w4a8_mma_skinny<S>;
-  const cudaError_t sized =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
-  if (sized != cudaSuccess) return sized;
   const dim3 grid(static_cast<unsigned>((args.m + kTokens - 1) / kTokens),
                   static_cast<unsigned>((args.layout.tiles + kTiles - 1) / kTiles));
-  kernel<<<grid, kThreads, S::kSharedBytes, stream>>>(args, groups_of(args.layout));
-  return cudaGetLastError();
+  return launch_kernel(
+      w4a8_mma_skinny<S>,
+      {.grid = grid, .threads = kThreads, .shared_bytes = S::kSharedBytes, .stream = stream}, args,
+      groups_of(args.layout));
 }
 
 template <int promoted>

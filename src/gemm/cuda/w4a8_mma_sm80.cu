@@ -11,6 +11,7 @@
 //           kTokens x 128 codes, swizzled as load_row() wants them
 //           if activation scales are per group: (groups of 128 k, kTokens)
 //   slice   8 tiles x scales and zero points of 512 k, as in the slab; twice
+#include "gemm/cuda/launch.h"
 #include "gemm/cuda/mma_sm80.h"
 #include "gemm/cuda/w4a8_mma_skinny_sm80.h"
 
@@ -255,16 +256,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class S>
 cudaError_t launch(const GemmArgs& args, cudaStream_t stream) {
-  const auto kernel = w4a8_mma<S>;
-  const cudaError_t sized =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
-  if (sized != cudaSuccess) return sized;
   const auto blocks_of = [](int64_t count, int64_t size) {
     return static_cast<unsigned>((count + size - 1) / size);
   };
   const dim3 grid(blocks_of(args.m, S::kTokens), blocks_of(args.layout.tiles, kTiles));
-  kernel<<<grid, kThreads, S::kSharedBytes, stream>>>(args, groups_of(args.layout));
-  return cudaGetLastError();
+  return launch_kernel(
+      w4a8_mma<S>,
+      {.grid = grid, .threads = kThreads, .shared_bytes = S::kSharedBytes, .stream = stream}, args,
+      groups_of(args.layout));
 }
 
 template <int tokens, int promoted>

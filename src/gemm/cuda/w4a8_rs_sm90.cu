@@ -1,11 +1,11 @@
-// w4a8 by wgmma: weights expanded to q - z in registers (operand A), tokens in shared memory (operand
-// B, the N side), promotion to float every group, in group order: the bits of the CPU kernels.
+// w4a8 by wgmma: weights expanded to q - z in registers (operand A), tokens in shared memory
+// (operand B, the N side), promotion to float every group, in group order: the CPU kernels' bits.
 //
-//               token_tile                      a block: 2 or 3 math warpgroups of 64 columns each, one
-//            +-------------+                    producer warpgroup (one warp copies activations, one
-//    WG 0    |  64 columns |                    weights). A cluster of two blocks works on
-//    WG 1    |  64 columns |                    neighbouring columns and shares the activations: each
-//    WG 2    |  64 columns |                    block copies half and multicasts it.
+//               token_tile            a block: 2 or 3 math warpgroups of 64 columns each, one
+//            +-------------+          producer warpgroup (one warp copies activations, one
+//    WG 0    |  64 columns |          weights). A cluster of two blocks works on
+//    WG 1    |  64 columns |          neighbouring columns and shares the activations: each
+//    WG 2    |  64 columns |          block copies half and multicasts it.
 //            +-------------+
 //
 //    slabs ------- bulk copies ------> ring of slices --(LDS, q - z)--> registers --A--+
@@ -18,6 +18,7 @@
 #include <cuda_runtime.h>
 
 #include "gemm/cuda/kernels.h"
+#include "gemm/cuda/launch.h"
 #include "gemm/cuda/ptx.h"
 #include "gemm/cuda/rs_schedule.h"
 #include "gemm/cuda/tensor_map.h"
@@ -346,10 +347,6 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(S::kThreads, 1)
 template <class S>
 cudaError_t launch(const GemmArgs& args, const RsConfig& config, void* scratch,
                    cudaStream_t stream) {
-  const auto kernel = w4a8_rs_sm90<S>;
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared);
-  if (error != cudaSuccess) return error;
   RsParams p = {};
   p.slabs = args.slabs;
   p.tiles = args.layout.tiles;
@@ -364,9 +361,10 @@ cudaError_t launch(const GemmArgs& args, const RsConfig& config, void* scratch,
   p.end.out = args.out;
   p.end.schedule = rs_schedule_of(args.layout, args.m, config);
   p.end.arrived = static_cast<uint32_t*>(scratch);
-  p.end.parts = reinterpret_cast<float*>(static_cast<uint8_t*>(scratch) + kRsFlagBytes);
+  p.end.parts = reinterpret_cast<float*>(static_cast<uint8_t*>(scratch) + kFlagBytes);
   CUtensorMap act_map, out_map = {};
-  error = make_tensor_map(&act_map, args.codes, TensorElement::u8, args.layout.padded_k(), args.m,
+  cudaError_t error =
+      make_tensor_map(&act_map, args.codes, TensorElement::u8, args.layout.padded_k(), args.m,
                           args.layout.padded_k(), kBlockDepth, S::kTokens / 2);
   if (error != cudaSuccess) return error;
   if (args.out.type != Element::f32) {
@@ -376,17 +374,14 @@ cudaError_t launch(const GemmArgs& args, const RsConfig& config, void* scratch,
                             S::kTokens);
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(static_cast<unsigned>(p.end.schedule.workers * 2));
-  launch.blockDim = dim3(S::kThreads);
-  launch.dynamicSmemBytes = S::kShared;
-  launch.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  launch.attrs = &attribute;
-  launch.numAttrs = config.programmatic ? 1 : 0;
-  return cudaLaunchKernelEx(&launch, kernel, act_map, out_map, p);
+  const dim3 grid(static_cast<unsigned>(p.end.schedule.workers * 2));
+  return launch_kernel(w4a8_rs_sm90<S>,
+                       {.grid = grid,
+                        .threads = S::kThreads,
+                        .shared_bytes = S::kShared,
+                        .stream = stream,
+                        .programmatic = config.programmatic},
+                       act_map, out_map, p);
 }
 
 /// Launches the first of the shapes that is the wanted one.

@@ -7,7 +7,6 @@ cudaError_t launch_w4a8_slab_sm90(const GemmArgs& args, const SlabConfig& config
                                   cudaStream_t stream) {
   switch (config.form) {
     case SlabForm::registers: return slab::launch_registers(args, config, stream);
-    case SlabForm::shared: return slab::launch_shared(args, config, stream);
     case SlabForm::streamed: return slab::launch_streamed(args, config, stream);
     case SlabForm::fused: break;  // takes x: launch_w4a8_slab_fused_sm90
   }

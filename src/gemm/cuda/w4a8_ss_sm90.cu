@@ -1,27 +1,26 @@
-// w4a8 and w4a4 by wgmma for many tokens: weights are expanded to 8 bits first (expand_sm90.cu), then
-// both operands are multiplied from shared memory. Promotion to float every 128 k, in order of k: the
-// bits of the CPU kernels. Source of the scheme: DeepGEMM's promotion (PTX wgmma, one accumulator set
-// per group), here with one scale per weight column and group.
+// w4a8_ss_sm90 and w4a4_ss_sm90, by wgmma for many tokens: weights are expanded to 8 bits first
+// (expand_sm90.cu), then both operands are multiplied from shared memory. Promotion to float every
+// 128 k, in order of k: the bits of the CPU kernels. Source of the scheme: DeepGEMM's promotion,
+// here with one scale per weight column and group.
 //
-//               128 tokens                      a block: 192 columns, three math warpgroups of 64, one
-//            +-------------+                    producer warpgroup. A cluster of two blocks works on
-//    WG 0    |  64 columns |                    384 neighbouring columns and shares the activations:
-//    WG 1    |  64 columns |                    each block copies half and multicasts it.
+//               128 tokens            a block: 192 columns, three math warpgroups of 64, one
+//            +-------------+          producer warpgroup. A cluster of two blocks works on
+//    WG 0    |  64 columns |          384 neighbouring columns and shares the activations:
+//    WG 1    |  64 columns |          each block copies half and multicasts it.
 //    WG 2    |  64 columns |
 //            +-------------+
 //
 //    image ------- bulk copies ----> ring --------wgmma A--+
 //    activations - tensor copies --> ring --------wgmma B--+--> accumulators --> fp32 --> y
 //
-// int8: accumulators are int32. e4m3, for w4a4: weights q - z and activations of magnitude up to 8 are
-// exact in e4m3, and so is their sum over 128 k in the 14 bits that Hopper's fp8 accumulation keeps
-// (|S| <= 15 * 8 * 128 < 2^14; not beyond); promotion then needs no conversion.
+// int8: accumulators are int32. e4m3, for w4a4: weights q - z and activations of magnitude up to 8
+// are exact in e4m3, and so is their sum over 128 k in the 14 bits that Hopper's fp8 accumulation
+// keeps (|S| <= 15 * 8 * 128 < 2^14; not beyond); promotion then needs no conversion.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
 #include "gemm/cuda/kernels.h"
+#include "gemm/cuda/launch.h"
 #include "gemm/cuda/ptx.h"
 #include "gemm/cuda/rs_schedule.h"
 #include "gemm/cuda/ss_image.h"
@@ -91,7 +90,6 @@ struct Kernel {
   }
 
   __device__ void copy_activations(const CUtensorMap* map) const {
-    ptx::grid_wait();
     each_block([&](const RsWork& work, int b, int stage, uint32_t phase) {
       ptx::mbarrier_wait(act_empty(stage), phase ^ 1);
       ptx::mbarrier_expect(act_full(stage), kActBytes);
@@ -102,7 +100,6 @@ struct Kernel {
   }
 
   __device__ void copy_weights() const {
-    ptx::grid_wait();  // for the expansion
     each_block([&](const RsWork& work, int b, int stage, uint32_t phase) {
       ptx::mbarrier_wait(weights_empty(stage), phase ^ 1);
       ptx::mbarrier_expect(weights_full(stage), kImageBytes);
@@ -126,7 +123,6 @@ struct Kernel {
     for (int i = 0; i < kSums; ++i) c[i] = 0;
     int stage = 0;
     uint32_t phase = 0;
-    ptx::grid_wait();
     const int items = p.end.schedule.items(cluster);
 #pragma unroll 1
     for (int item = 0; item < items; ++item) {
@@ -175,7 +171,6 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
                       static_cast<int>(blockIdx.x >> 1), static_cast<int>(threadIdx.x & 31)};
   if (threadIdx.x == 0) kernel.init_barriers();
   ptx::cluster_sync();
-  ptx::grid_launch_dependents();
   if (warp >= kMathWarps) {
     ptx::register_decrease<kProducerRegisters>();
     if (warp == kMathWarps && kernel.lane == 0) kernel.copy_activations(&act_map);
@@ -190,10 +185,6 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
 template <class Accumulator>
 cudaError_t launch(const GemmArgs& args, const void* codes, const SsConfig& config, void* scratch,
                    cudaStream_t stream) {
-  const auto kernel = w4a8_ss_sm90<Accumulator>;
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (error != cudaSuccess) return error;
   const SsScratch at = ss_scratch(args.layout, args.m, config);
   auto* bytes = static_cast<uint8_t*>(scratch);
   SsParams p = {};
@@ -206,7 +197,8 @@ cudaError_t launch(const GemmArgs& args, const void* codes, const SsConfig& conf
   p.end.arrived = reinterpret_cast<uint32_t*>(bytes);
   p.end.parts = reinterpret_cast<float*>(bytes + at.parts);
   CUtensorMap act_map, out_map = {};
-  error = make_tensor_map(&act_map, codes, TensorElement::u8, args.layout.padded_k(), args.m,
+  cudaError_t error =
+      make_tensor_map(&act_map, codes, TensorElement::u8, args.layout.padded_k(), args.m,
                           args.layout.padded_k(), kBlockDepth, kTokens / 2);
   if (error != cudaSuccess) return error;
   if (args.out.type != Element::f32) {
@@ -216,12 +208,11 @@ cudaError_t launch(const GemmArgs& args, const void* codes, const SsConfig& conf
                             kTokens);
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(static_cast<unsigned>(p.end.schedule.workers * 2));
-  launch.blockDim = dim3(kThreads);
-  launch.dynamicSmemBytes = kShared;
-  launch.stream = stream;
-  return cudaLaunchKernelEx(&launch, kernel, act_map, out_map, p);
+  const dim3 grid(static_cast<unsigned>(p.end.schedule.workers * 2));
+  return launch_kernel(
+      w4a8_ss_sm90<Accumulator>,
+      {.grid = grid, .threads = kThreads, .shared_bytes = kShared, .stream = stream}, act_map,
+      out_map, p);
 }
 
 }  // namespace

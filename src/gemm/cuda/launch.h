@@ -1,0 +1,37 @@
+// One way to launch a kernel: its own error is returned, whatever the thread's last error was.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace nibble::cuda {
+
+struct Launch {
+  dim3 grid = 1;
+  int threads = 1;
+  int shared_bytes = 0;
+  cudaStream_t stream = nullptr;
+  bool programmatic = false;  // with programmatic stream serialization
+};
+
+template <class... Parameters>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), const Launch& how,
+                          const Parameters&... arguments) {
+  if (how.shared_bytes > 48 * 1024) {  // more has to be asked for
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = how.grid;
+  config.blockDim = dim3(static_cast<unsigned>(how.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
+  config.stream = how.stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = how.programmatic ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+}  // namespace nibble::cuda
