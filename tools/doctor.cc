@@ -104,10 +104,12 @@ std::vector<std::string> cuda_devices() {
 }
 
 /// Empty if `kernel` runs on the first GPU, else why not.
-std::string cuda_refusal(const char* kernel) {
+std::string cuda_refusal(const cuda::KernelRow& kernel) {
   const Result<cuda::DeviceInfo> device = cuda::device_info(0);
   if (!device.ok()) return device.status().message();
-  const Result<cuda::Plan> plan = cuda::plan_gemm(usual_problem(Mode::w4a8, 1), *device, kernel);
+  Problem problem = usual_problem(kernel.mode, 1);
+  problem.x_dtype = Dtype::bf16;
+  const Result<cuda::Plan> plan = cuda::plan_gemm(problem, *device, kernel.name);
   return plan.ok() ? "" : plan.status().message();
 }
 
@@ -125,7 +127,7 @@ json cuda_json() {
                                  {"l2_bytes", device->l2_bytes}});
   }
   for (const cuda::KernelRow& kernel : cuda::kernel_table()) {
-    const std::string reason = cuda_refusal(kernel.name);
+    const std::string reason = cuda_refusal(kernel);
     json row = {{"name", kernel.name},
                 {"mode", mode_name(kernel.mode)},
                 {"least_capability", kernel.capability},
@@ -166,7 +168,7 @@ void print_kernels() {
                  kernel.runs_here ? "yes" : "no: " + kernel.reason});
   }
   for (const cuda::KernelRow& kernel : cuda::kernel_table()) {
-    const std::string reason = cuda_refusal(kernel.name);
+    const std::string reason = cuda_refusal(kernel);
     kernels.add({kernel.name, mode_name(kernel.mode),
                  fmt::format("sm_{}{}", kernel.capability, kernel.capability == 90 ? "a" : ""),
                  reason.empty() ? "yes" : "no: " + reason});

@@ -23,7 +23,7 @@ struct Candidate {
   int64_t most_rows;   // 0: any
   int64_t worth_rows;  // fewer than this only by name
 };
-/// From here on, expanding the weights to 8 bits beforehand costs less than it gains (docs/notes.md).
+/// From here on, expanding the weights beforehand costs less than it gains (docs/notes.md).
 constexpr int64_t kManyRows = 1536;
 
 constexpr std::array<Candidate, 6> kCandidates = {{

@@ -1,4 +1,5 @@
-// What a plan means to the driver: the parts of its workspace; and the policy of the rs kernel. Pure host arithmetic, tested without a GPU.
+// What a plan means to the driver: the parts of its workspace; and the policy of the rs kernel.
+// Pure host arithmetic, tested without a GPU.
 #pragma once
 
 #include <span>

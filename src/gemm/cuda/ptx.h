@@ -8,8 +8,6 @@ namespace nibble::cuda::ptx {
 
 /// What createpolicy.fractional.L2::evict_first gives: for weights, which are read once.
 inline constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
-/// What createpolicy.fractional.L2::evict_last gives: for what many blocks read again and again.
-inline constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
 
 /// 32-bit address of shared memory, as the instructions below want it.
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -54,16 +52,6 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ bool mbarrier_test(uint32_t barrier, int parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done != 0;
-}
 
 /// Waits for the phase of that parity to complete. The loop is written in PTX because the compiler
 /// would wrap one in C++ in a vote.
@@ -115,12 +103,6 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, int byt
       : "memory");
 }
 
-/// Bulk copy from shared memory, and the two waits of its group. sm_90.
-__device__ __forceinline__ void bulk_store(void* to, uint32_t from, int bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
-               "r"(bytes)
-               : "memory");
-}
 __device__ __forceinline__ void bulk_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
@@ -157,16 +139,6 @@ __device__ __forceinline__ void copy_wait() {
 
 // ---- loads and stores --------------------------------------------------------------------------
 
-/// Global memory that the kernel in front may have written: coherent, and the clobber keeps it
-/// behind grid_wait().
-__device__ __forceinline__ uint4 load16(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p)
-               : "memory");
-  return v;
-}
 __device__ __forceinline__ uint2 load8(const void* p) {
   uint2 v;
   asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
@@ -178,15 +150,6 @@ __device__ __forceinline__ float load_float(const float* p) {
   return v;
 }
 
-/// Constant global memory that is read once: no room in L1, first to leave L2.
-__device__ __forceinline__ uint4 load16_stream(const void* p) {
-  uint4 v;
-  asm volatile(
-      "ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(p), "l"(kEvictFirst));
-  return v;
-}
 
 __device__ __forceinline__ uint4 load16_shared(uint32_t address) {
   uint4 v;
@@ -228,20 +191,6 @@ __device__ __forceinline__ void store_float2_shared(uint32_t address, float x, f
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
 
-/// Four 8x8 matrices of 16-bit elements (8 rows of 16 bytes each), and back (sm_90).
-__device__ __forceinline__ uint4 load_matrices(uint32_t row_address) {
-  uint4 v;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(row_address));
-  return v;
-}
-__device__ __forceinline__ void store_matrices(uint32_t row_address, uint4 v) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   row_address),
-               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-}
 
 // ---- arithmetic --------------------------------------------------------------------------------
 
@@ -284,9 +233,6 @@ __device__ __forceinline__ void mma_s8s8(int (&d)[4], const uint32_t (&a)[4], ui
 /// Barrier `id` (1..15; 0 is __syncthreads) of `threads` threads of a block.
 __device__ __forceinline__ void barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 /// Programmatic launch: until the kernels in front are complete and their writes visible. No-op if

@@ -1,7 +1,7 @@
 // What the slab kernels share: who a thread is, the ring of slabs of a warp, shared memory. Then
 // slab_slice.h (activations), slab_product.h, slab_output.h.
 //
-//   activations --> HeldSlice or SharedSlice --write_sums--> table in shared memory
+//   activations --> HeldSlice --write_sums--> table in shared memory
 //   Accumulator::add(slab, slice, table): float sums; lane 4 r + c has column r of tokens 2 c and
 //       2 c + 1, then column r + 8
 //   Accumulator::store: a partial for each tile and warp along K
@@ -108,17 +108,9 @@ struct Walk {
   }
 };
 
-/// Slices of a warp: k_warp, k_warp + k_warps, ...
-__device__ __forceinline__ int my_slices(const Params& p, const Place& at) {
-  int count = 0;
-#pragma unroll 1
-  for (int slice = at.k_warp; slice < p.slices; slice += p.k_warps) ++count;
-  return count;
-}
-
 // ---- shared memory: header ---------------------------------------------------------------------
-//     0: step barrier   8: activations   16: (warp, stage) ring   512: scales of tokens
-inline constexpr int kStepBarrier = 0, kActivationBarrier = 8, kRingBarriers = 16;
+//     0: step barrier   16: (warp, stage) ring   512: scales of tokens
+inline constexpr int kStepBarrier = 0, kRingBarriers = 16;
 inline constexpr int kWarpBarriers = 400, kTokenScales = 544;
 static_assert(kRingBarriers + 8 * kSlabWarps * kSlabStages <= kWarpBarriers);
 static_assert(kWarpBarriers + 8 * kSlabWarps <= kTokenScales);

@@ -56,25 +56,6 @@ struct HeldSlice {
   }
 };
 
-/// The same, left in shared memory until it is needed. Not for folded tokens.
-template <class S>
-struct SharedSlice {
-  uint32_t from;
-  int row_bytes, m;
-
-  __device__ __forceinline__ Fragments<S> block(const Place& at, int u) const {
-    Fragments<S> f;
-#pragma unroll
-    for (int h = 0; h < S::kHalves; ++h) {
-      const int token = min(at.r + 8 * h, m - 1);
-      load_row(
-          from + token * row_bytes + at.c * 8 + u * kBlockDepth,
-          [](uint32_t p) { return ptx::load8_shared(p); }, f.word[h]);
-    }
-    return f;
-  }
-};
-
 // ---- table of a slice: minus the sums, and the scales, of the activations of its groups --------
 // Not folded: (group, token) words, so that the pair 2 c, 2 c + 1 is 8 bytes; the scales follow
 // all sums. Folded: (token, group), so that the groups of two neighbouring blocks are neighbours.

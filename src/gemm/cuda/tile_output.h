@@ -21,9 +21,9 @@ struct TileOutputParams {
   uint32_t* arrived;  // [block][math warpgroup]
 };
 
-/// A block multiplies 64 columns a math warpgroup with kTokens tokens; thread 4 r + c of warp w of a
-/// warpgroup holds in f[4 j + 2 h + i] column 16 w + r + 8 h, token 8 j + 2 c + i. Two blocks, of
-/// ranks 0 and 1, make a worker.
+/// A block multiplies 64 columns a math warpgroup with kTokens tokens; thread 4 r + c of warp w of
+/// a warpgroup holds in f[4 j + 2 h + i] column 16 w + r + 8 h, token 8 j + 2 c + i. Two blocks,
+/// of ranks 0 and 1, make a worker.
 template <int kTokens, int kMathGroups>
 struct TileOutput {
   static constexpr int kSums = kTokens / 2;

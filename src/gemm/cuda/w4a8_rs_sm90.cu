@@ -405,7 +405,8 @@ cudaError_t launch_one(const GemmArgs& args, const RsConfig& config, void* scrat
 cudaError_t launch_w4a8_rs_sm90(const GemmArgs& args, const RsConfig& config, void* scratch,
                                 cudaStream_t stream) {
   return launch_one<Shape<96, 3, 128, false>, Shape<64, 3, 128, false>, Shape<64, 2, 128, true>,
-                    Shape<64, 2, 64, false>, Shape<64, 2, 32, false>>(args, config, scratch, stream);
+                    Shape<64, 2, 64, false>, Shape<64, 2, 32, false>>(args, config, scratch,
+                                                                      stream);
 }
 
 }  // namespace nibble::cuda
