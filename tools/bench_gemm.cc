@@ -111,6 +111,7 @@ void add_kernel_options(CLI::App& command, GemmBenchOptions& o) {
   command.add_option("--act", o.activations, "Activation scales")
       ->check(CLI::IsMember({"token", "group", "tensor"}))
       ->capture_default_str();
+  command.add_flag("--symmetric", o.symmetric, "w4a4: int4 activations without zero points");
 }
 
 /// Options that mean nothing to a GPU are refused there: a run must not look as if they counted.

@@ -20,6 +20,7 @@ struct GemmBenchOptions {
   std::vector<std::string> modes = {"w4a16", "w4a8", "w4a4"}, kernels;
   std::string isa;  // empty: no limit
   std::string activations = "token", output = "md", json_file;
+  bool symmetric = false;  // w4a4
   std::vector<std::string> peers;
   int peer_types = 3;
   double peer_timeout = 300;

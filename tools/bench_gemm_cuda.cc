@@ -182,7 +182,7 @@ class Point {
             .x_dtype = Dtype::bf16,
             .y_dtype = Dtype::bf16,
             .granularity = granularities_by_name().at(o_.activations),
-            .symmetric = mode != Mode::w4a4};
+            .symmetric = mode != Mode::w4a4 || o_.symmetric};
   }
   void add(const std::string& kernel, const std::string& mode, const cuda::Plan* plan,
            int64_t copies, std::function<void(int64_t, cudaStream_t)> launch);

@@ -64,7 +64,7 @@ Status prepare(const GemmBenchOptions& o, const GemmShape& shape, const Choice& 
                   .group_size = shape.packed.group_size,
                   .mode = choice.first,
                   .granularity = granularities_by_name().at(o.activations),
-                  .symmetric = choice.first != Mode::w4a4};
+                  .symmetric = choice.first != Mode::w4a4 || o.symmetric};
   Result<Plan> plan = plan_gemm(p, choice.second, o.threads);
   if (!plan.ok()) return plan.status();
   run.plan = *plan;
