@@ -21,6 +21,21 @@ namespace {
   return products;
 }
 
+// Functions of their own: clang takes no captured variable as an operand in a generic lambda.
+[[gnu::always_inline]] inline void add_words(__m256i& sums, __m256i more) {
+  __asm__ volatile("vpaddw %1, %0, %0" : "+x"(sums) : "x"(more));
+}
+
+[[gnu::always_inline]] inline void add_pairs(__m256i& sums, __m256i words, __m256i ones) {
+  __m256i wide;
+  __asm__ volatile("vpmaddwd %2, %1, %0" : "=x"(wide) : "x"(words), "x"(ones));
+  __asm__ volatile("vpaddd %1, %0, %0" : "+x"(sums) : "x"(wide));
+}
+
+[[gnu::always_inline]] inline void fma(__m256& sums, __m256 w, __m256 x) {
+  __asm__ volatile("vfmadd231ps %2, %1, %0" : "+x"(sums) : "x"(w), "x"(x));
+}
+
 /// One iteration: `chains` sums of `depth` products each.
 template <int chains, int depth>
 [[gnu::always_inline]] inline void run_maddubs(int64_t iterations) {
@@ -31,13 +46,8 @@ template <int chains, int depth>
   for (int64_t i = 0; i < iterations; ++i) {
     unroll<chains>([&](auto c) NIBBLE_INLINE {
       __m256i narrow = maddubs(codes, x);
-      unroll<depth - 1>([&](auto) NIBBLE_INLINE {
-        const __m256i more = maddubs(codes, x);
-        __asm__ volatile("vpaddw %1, %0, %0" : "+x"(narrow) : "x"(more));
-      });
-      __m256i wide;
-      __asm__ volatile("vpmaddwd %2, %1, %0" : "=x"(wide) : "x"(narrow), "x"(ones));
-      __asm__ volatile("vpaddd %1, %0, %0" : "+x"(sums[c]) : "x"(wide));
+      unroll<depth - 1>([&](auto) NIBBLE_INLINE { add_words(narrow, maddubs(codes, x)); });
+      add_pairs(sums[c], narrow, ones);
     });
   }
 }
@@ -54,9 +64,7 @@ void run_peak_fma_ymm(int64_t iterations) {
   __m256 sums[kChains];
   unroll<kChains>([&](auto c) NIBBLE_INLINE { sums[c] = _mm256_setzero_ps(); });
   for (int64_t i = 0; i < iterations; ++i) {
-    unroll<kChains>([&](auto c) NIBBLE_INLINE {
-      __asm__ volatile("vfmadd231ps %2, %1, %0" : "+x"(sums[c]) : "x"(w), "x"(x));
-    });
+    unroll<kChains>([&](auto c) NIBBLE_INLINE { fma(sums[c], w, x); });
   }
 }
 
