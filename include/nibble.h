@@ -216,8 +216,10 @@ NIBBLE_API const char* nibble_kernel_missing(int32_t index);
  *     those of the stream.
  *   - A workspace is zeroed once before its first use, whatever plans share it. Products that run
  *     at the same time need workspaces of their own.
+ *   - What a product reads and writes, the weight too, lives until the stream is past it.
  *   - Integer sums are exact. The order of the float operations is the plan's: the same plan gives
- *     the same bits. NaN or infinity in a row of x makes that row of y NaN; nothing is reported.
+ *     the same bits, but, unlike above, another plan (another m, another kernel) may round
+ *     differently. NaN or infinity in a row of x makes that row of y NaN; nothing is reported.
  *   - No function leaves another device current than it found. */
 
 typedef struct nibble_cuda_info {

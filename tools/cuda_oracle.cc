@@ -17,7 +17,9 @@ std::string compare_cuda_row(const cuda::Plan& plan, const ref::Weights& weights
   // docs/cuda.md: a rounding for each promoted group and each slice, and a few at the end
   const int64_t depth = cuda::promoted_depth(p.group_size);
   const int64_t promoted = plan.padded_k / depth;
-  const auto steps = static_cast<double>(promoted + plan.padded_k / cuda::kSlabDepth + 4);
+  const bool is_ss = plan.family == cuda::KernelFamily::ss;
+  const int64_t slice = is_ss ? cuda::kBlockDepth : cuda::kSlabDepth;  // the least depth of a part
+  const auto steps = static_cast<double>(promoted + plan.padded_k / slice + 4);
   const double last = p.y_dtype == Dtype::f32   ? 0x1p-24
                       : p.y_dtype == Dtype::f16 ? 0x1p-11
                                                 : 0x1p-8;

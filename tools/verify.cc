@@ -224,7 +224,9 @@ int run_verify(Options options) {
     return fail(status);
   }
   if (const Status s = select_layers(options.layer_regex, model); !s.ok()) return fail(s);
-  if (options.device == "cuda") return verify_on_cuda(model.layers, options.check, options.json);
+  if (options.device == "cuda") {
+    return verify_on_cuda(model.layers, model.failures, options.check, options.json);
+  }
   if (!options.json) print_head(options, model);
 
   int passed = 0, failed = static_cast<int>(model.failures.size());

@@ -85,7 +85,8 @@ Status check_mode(const CudaLayer& l, const cuda::Plan& plan, bool timing, CudaR
 }
 
 Status check_layer_on(const cuda::DeviceInfo& device, const LayerToCheck& layer,
-                      const CheckOptions& options, std::vector<CudaResult>& results) {
+                      const CheckOptions& options, std::vector<CudaResult>& results,
+                      std::vector<std::string>& skipped) {
   const float* bias = layer.bias.empty() ? nullptr : layer.bias.data();
   Result<cuda::DeviceWeights> weights =
       cuda::DeviceWeights::create(device, *layer.matrix, bias, Dtype::f32);
@@ -100,7 +101,11 @@ Status check_layer_on(const cuda::DeviceInfo& device, const LayerToCheck& layer,
   for (const Mode mode : options.modes) {
     const Problem problem = problem_of(layer, mode, options);
     const Result<cuda::Plan> plan = cuda::plan_gemm(problem, device);
-    if (!plan.ok() && options.modes.size() > 1) continue;  // w4a16 has no kernel yet
+    if (!plan.ok() && plan.status().code() == Code::unsupported && options.modes.size() > 1) {
+      skipped.push_back(
+          fmt::format("{}, {}: {}", layer.name, mode_name(mode), plan.status().message()));
+      continue;
+    }
     if (!plan.ok()) return plan.status();
     CudaResult result;
     result.layer = layer.name;
@@ -142,8 +147,16 @@ void print_result(const CudaResult& r) {
 
 }  // namespace
 
-int verify_on_cuda(const std::vector<LayerToCheck>& layers, const CheckOptions& options,
+int verify_on_cuda(const std::vector<LayerToCheck>& layers,
+                   const std::vector<std::string>& model_failures, const CheckOptions& options,
                    bool as_json) {
+  const Granularity chosen = options.activations.granularity;
+  const bool given = chosen == Granularity::static_tensor || chosen == Granularity::static_group;
+  if (!options.activations.mix && given) {
+    return fail(Status(Code::unsupported,
+                       "verify --device cuda does not measure static scales: leave out --device, "
+                       "or choose another --act"));
+  }
   const Result<cuda::DeviceInfo> device = cuda::device_info(0);
   if (!device.ok()) return fail(device.status());
   if (!as_json) {
@@ -153,13 +166,16 @@ int verify_on_cuda(const std::vector<LayerToCheck>& layers, const CheckOptions& 
                "mode", "kernel", "activation", "vs fp64", "us");
   }
   std::vector<CudaResult> results;
+  std::vector<std::string> skipped;
   for (const LayerToCheck& layer : layers) {
     if (interrupted()) return kExitInterrupted;
     const size_t before = results.size();
-    if (const Status s = check_layer_on(*device, layer, options, results); !s.ok()) return fail(s);
+    if (const Status s = check_layer_on(*device, layer, options, results, skipped); !s.ok()) {
+      return fail(s);
+    }
     for (size_t i = before; i < results.size() && !as_json; ++i) print_result(results[i]);
   }
-  int failed = 0;
+  auto failed = static_cast<int>(model_failures.size());
   json document = report_header();
   document["device"] = device->name;
   document["layers"] = json::array();
@@ -167,13 +183,17 @@ int verify_on_cuda(const std::vector<LayerToCheck>& layers, const CheckOptions& 
     failed += result.failure.empty() ? 0 : 1;
     document["layers"].push_back(to_json(result));
   }
-  const int passed = static_cast<int>(results.size()) - failed;
+  const int passed = static_cast<int>(results.size() + model_failures.size()) - failed;
   document["passed"] = passed;
   document["failed"] = failed;
+  document["failures"] = model_failures;
+  document["skipped"] = skipped;
   if (as_json) {
     fmt::print("{}\n", document.dump(1));
   } else {
-    fmt::print("\n{} passed, {} failed\n", passed, failed);
+    for (const std::string& failure : model_failures) fmt::print("FAILED: {}\n", failure);
+    for (const std::string& why : skipped) fmt::print("skipped: {}\n", why);
+    fmt::print("\n{} passed, {} failed, {} skipped\n", passed, failed, skipped.size());
   }
   return failed == 0 && passed > 0 ? kExitOk : kExitFailed;
 }

@@ -5,7 +5,8 @@
 
 namespace nibble::cli {
 
-int verify_on_cuda(const std::vector<LayerToCheck>&, const CheckOptions&, bool) {
+int verify_on_cuda(const std::vector<LayerToCheck>&, const std::vector<std::string>&,
+                   const CheckOptions&, bool) {
   return fail(cuda::device_count().status());
 }
 

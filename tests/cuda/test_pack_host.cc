@@ -1,5 +1,5 @@
 // packed.h's layout on the host: what a lane finds in a slab is what its comment says, and packing
-// loses nothing. tests/cuda compares the device's packing with it byte for byte.
+// loses nothing. The device's packing is checked by the products that read it (test_cuda).
 #include <gtest/gtest.h>
 
 #include <cstring>

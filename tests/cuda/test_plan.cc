@@ -231,12 +231,13 @@ TEST(CudaPlan, WorkspaceHoldsEverythingAligned) {
         const WorkspaceLayout w = workspace_layout(*plan);
         const int64_t groups = scales_per_group(granularity) ? p.k / group_size : 1;
         const int64_t promoted = promoted_depth(group_size);
+        EXPECT_EQ(w.scratch, 0u);  // its flags lie where those of every other plan do
+        EXPECT_GE(w.codes - w.scratch, kFlagBytes);
         EXPECT_GE(w.scales - w.codes, static_cast<size_t>(m * plan->padded_k));
         EXPECT_GE(w.sums - w.scales, static_cast<size_t>(m * groups * 4));
         EXPECT_GE(w.range - w.sums, static_cast<size_t>(m * plan->padded_k / promoted * 4));
-        EXPECT_GE(w.scratch - w.range, 16u);
-        EXPECT_GE(w.total, w.scratch);
-        for (const size_t offset : {w.scales, w.sums, w.range, w.scratch, w.total}) {
+        EXPECT_GE(w.total - w.range, 16u);
+        for (const size_t offset : {w.codes, w.scales, w.sums, w.range, w.total}) {
           EXPECT_EQ(offset % kWorkspaceAlignment, 0u);
         }
         EXPECT_EQ(plan->workspace_bytes, w.total);

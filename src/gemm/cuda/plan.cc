@@ -119,8 +119,8 @@ Status check(const Problem& p) {
   if (p.mixed_groups) {
     return Status(Code::unsupported, "w4a4 with some groups at 8 bits has no CUDA quantizer yet");
   }
-  // what 32-bit arithmetic of schedules and grids holds, with room
-  constexpr int64_t kMostRows = 1 << 24, kMostK = 1 << 22, kMostColumns = 1 << 24;
+  // what 32-bit arithmetic of schedules holds, and what 65535 blocks of a grid's y hold
+  constexpr int64_t kMostRows = 1 << 24, kMostK = 1 << 22, kMostColumns = 1'000'000;
   if (p.m > kMostRows || p.k > kMostK || p.n > kMostColumns) {
     return Status(Code::unsupported,
                   fmt::format("M={} N={} K={}: the CUDA kernels take up to M={}, N={}, K={}", p.m,
