@@ -20,7 +20,6 @@ namespace {
 
 using nlohmann::json;
 
-constexpr int64_t kForwardTokens = 512;  // of a prompt that go through the layers at once
 constexpr size_t kProbeBytes = size_t{1} << 30, kProbeSliceBytes = size_t{16} << 20;
 constexpr int kProbeSlices = 4;  // timed after every run; short ones, to fit between interruptions
 
@@ -84,7 +83,7 @@ std::vector<Test> tests_of(const Options& options) {
 }
 
 /// Bytes of weights, head, keys and values that decoding must read at least once.
-double decode_bytes(Model& model, const Test& test, Dtype kv_dtype) {
+double decode_bytes(const Runner& model, const Test& test, Dtype kv_dtype) {
   const ModelConfig& config = model.config();
   const double position_bytes =
       2.0 * static_cast<double>(config.kv_heads * config.head_dim * dtype_bytes(kv_dtype));
@@ -99,36 +98,26 @@ double decode_bytes(Model& model, const Test& test, Dtype kv_dtype) {
          static_cast<double>(test.batch) * positions * position_bytes;
 }
 
-uint64_t parameters(const Model& model) {
-  const ModelConfig& config = model.config();
-  auto count = static_cast<uint64_t>(config.vocab * config.hidden) * (config.tied_head ? 1 : 2);
-  for (int64_t i = 0; i < config.layers; ++i) {
-    for (const LinearGroup& group : model.layer(i).groups) {
-      for (const Linear& linear : group.linears)
-        count += static_cast<uint64_t>(linear.k * linear.n);
-    }
-  }
-  return count;
+uint64_t parameters(const ModelConfig& c) {
+  const int64_t attention = (2 * c.heads + 2 * c.kv_heads) * c.head_dim * c.hidden;
+  return static_cast<uint64_t>(c.vocab * c.hidden * (c.tied_head ? 1 : 2) +
+                               c.layers * (attention + 3 * c.hidden * c.intermediate));
 }
 
 class Bench {
  public:
-  explicit Bench(LoadedModel& loaded) : loaded_(loaded) {}
+  Bench(LoadedModel& loaded, int64_t pass_tokens)
+      : model_(loaded.runner()), pass_tokens_(pass_tokens) {}
 
-  /// Runs the test once: random tokens, as llama-bench; nothing is sampled.
+  /// Runs the test once, greedily: random prompts, as llama-bench; what is decoded follows itself.
   Status run(const NamedPlan& plan, const Test& test, double* microseconds) {
-    Model& model = loaded_.model();
-    const ModelConfig& config = model.config();
-    if (model.quantized()) NIBBLE_TRY(model.set_plan(plan.plan));
-    while (caches_.size() < static_cast<size_t>(test.batch)) caches_.push_back(model.make_cache());
-    for (KvCache& cache : caches_) cache.set_length(0);
-    const int64_t rows = std::max(test.batch, std::min(kForwardTokens, test.n_prompt));
-    hidden_.resize(static_cast<size_t>(rows * config.hidden));
-    logits_.resize(static_cast<size_t>(test.batch * config.vocab));
+    if (model_.quantized()) NIBBLE_TRY(model_.set_plan(plan.plan));
+    caches_.clear();
+    for (int64_t i = 0; i < test.batch; ++i) caches_.push_back(model_.make_cache());
     std::mt19937 random(1);
-    std::vector<int32_t> tokens(static_cast<size_t>(test.tokens()));
+    std::vector<int32_t> tokens(static_cast<size_t>(std::max(test.n_prompt, test.batch)));
     for (int32_t& token : tokens) {
-      token = static_cast<int32_t>(random() % static_cast<uint64_t>(config.vocab));
+      token = static_cast<int32_t>(random() % static_cast<uint64_t>(model_.config().vocab));
     }
     const double start = now_seconds();
     NIBBLE_TRY(test.n_gen > 0 ? decode(test, tokens) : read_prompt(test, tokens));
@@ -138,34 +127,30 @@ class Bench {
 
  private:
   Status read_prompt(const Test& test, const std::vector<int32_t>& tokens) {
-    Model& model = loaded_.model();
-    int64_t count = 0;
-    for (int64_t at = 0; at < test.n_prompt; at += count) {
-      count = std::min(kForwardTokens, test.n_prompt - at);
-      const BatchItem item{caches_.data(), {tokens.data() + at, static_cast<size_t>(count)}};
-      NIBBLE_TRY(model.forward({&item, 1}, hidden_.data()));
-    }
-    return model.logits(hidden_.data() + (count - 1) * model.config().hidden, 1, logits_.data());
-  }
-
-  Status decode(const Test& test, const std::vector<int32_t>& tokens) {
-    Model& model = loaded_.model();
-    std::vector<BatchItem> items(static_cast<size_t>(test.batch));
-    for (int64_t step = 0; step < test.n_gen; ++step) {
-      if (interrupted()) return Status(Code::interrupted, "interrupted");
-      for (size_t i = 0; i < items.size(); ++i) {
-        const size_t at = static_cast<size_t>(step) * items.size() + i;
-        items[i] = {&caches_[i], {tokens.data() + at, 1}};
-      }
-      NIBBLE_TRY(model.forward(items, hidden_.data()));
-      NIBBLE_TRY(model.logits(hidden_.data(), test.batch, logits_.data()));
+    int32_t next = 0;
+    for (int64_t at = 0; at < test.n_prompt; at += pass_tokens_) {
+      const int64_t count = std::min(pass_tokens_, test.n_prompt - at);
+      const SequenceItem item{caches_[0].get(), {tokens.data() + at, static_cast<size_t>(count)}};
+      const bool last = at + count == test.n_prompt;
+      NIBBLE_TRY(last ? model_.greedy({&item, 1}, {&next, 1})
+                      : model_.forward({&item, 1}, HiddenRows::none, nullptr));
     }
     return {};
   }
 
-  LoadedModel& loaded_;
-  std::vector<KvCache> caches_;
-  std::vector<float> hidden_, logits_;
+  Status decode(const Test& test, std::vector<int32_t> tokens) {
+    std::vector<SequenceItem> items(static_cast<size_t>(test.batch));
+    for (size_t i = 0; i < items.size(); ++i) items[i] = {caches_[i].get(), {&tokens[i], 1}};
+    for (int64_t step = 0; step < test.n_gen; ++step) {
+      if (interrupted()) return Status(Code::interrupted, "interrupted");
+      NIBBLE_TRY(model_.greedy(items, tokens));
+    }
+    return {};
+  }
+
+  Runner& model_;
+  int64_t pass_tokens_;
+  std::vector<std::unique_ptr<SequenceCache>> caches_;
 };
 
 /// What holds for all rows of one run.
@@ -181,14 +166,14 @@ struct Run {
     const double us = row.samples.median();
     if (row.test.n_gen == 0 || read_gb_per_s <= 0 || us <= 0) return 0;
     const Dtype kv = options->model.model_options(0, 1).kv_dtype;
-    return decode_bytes(loaded->model(), row.test, kv) / us * 1e-3 / read_gb_per_s;
+    return decode_bytes(loaded->runner(), row.test, kv) / us * 1e-3 / read_gb_per_s;
   }
   std::string model_name() const {
     const std::filesystem::path path(loaded->directory());
     return printable((path.has_filename() ? path : path.parent_path()).filename().string());
   }
   std::vector<std::string> kernels_of_row(const Row& row) const {
-    return kernels_of(loaded->model(), row.plan->plan);
+    return loaded->runner().kernels(&row.plan->plan);
   }
 };
 
@@ -222,10 +207,10 @@ json to_json(const Run& run, const Row& row) {
           {"model_filename", run.loaded->directory()},
           {"model_type", architecture_name(run.loaded->config().architecture)},
           {"model_size", run.loaded->checkpoint().bytes()},
-          {"model_n_params", parameters(run.loaded->model())},
-          {"weight_bytes", run.loaded->model().weight_bytes()},
-          {"head_bytes", run.loaded->model().head_bytes()},
-          {"head", run.loaded->model().head_name()},
+          {"model_n_params", parameters(run.loaded->config())},
+          {"weight_bytes", run.loaded->runner().weight_bytes()},
+          {"head_bytes", run.loaded->runner().head_bytes()},
+          {"head", run.loaded->runner().head_name()},
           {"type_k", run.options->model.kv},
           {"type_v", run.options->model.kv}};
 }
@@ -267,7 +252,7 @@ void print_markdown(const Run& run, const std::vector<Row>& rows) {
     const double share = run.byte_limit_share(row);
     fmt::print("| {} | {} | {} | CPU | {} | {} | {} | {:.2f} ± {:.2f} | {:.2f} | {} |\n",
                run.model_name(), bytes_text(run.loaded->checkpoint().bytes()),
-               count_text(parameters(run.loaded->model())), run.threads,
+               count_text(parameters(run.loaded->config())), run.threads,
                mode_text(row.plan->mode, run.options->model), row.test.name(),
                row.avg(Row::tokens_per_second), row.stddev(Row::tokens_per_second),
                Row::tokens_per_second(row, row.samples.median()),
@@ -285,7 +270,7 @@ void print_markdown(const Run& run, const std::vector<Row>& rows) {
 
 /// All tests of all modes in turn, round after round.
 Status measure(const Options& options, std::vector<Row>& rows, Run& run) {
-  Bench bench(*run.loaded);
+  Bench bench(*run.loaded, options.model.pass_tokens());
   Progress progress(options.progress, "run",
                     static_cast<int64_t>(rows.size()) * (options.repetitions + 1));
   const auto run_row = [&](Row& row, double* us) -> Status {
@@ -338,7 +323,7 @@ int run_bench(const Options& options) {
   if (!loaded.ok()) return fail(loaded.status());
   Result<std::vector<NamedPlan>> plans = plans_of(**loaded, options.model);
   if (!plans.ok()) return fail(plans.status());
-  const Status status = (*loaded)->load(options.model.model_options(context, sequences));
+  const Status status = (*loaded)->load(options.model.model_options(context, sequences), options.model.device);
   if (!status.ok()) return fail(status);
 
   std::vector<Row> rows;

@@ -8,14 +8,14 @@
 namespace nibble {
 namespace {
 
-/// Prompt tokens that go through the layers at once.
+/// Tokens that go through the layers at once when comparing.
 constexpr int64_t kForwardTokens = 512;
 /// Rows of logits that are looked at together when comparing.
 constexpr int64_t kCompareRows = 64;
 
 class Generator {
  public:
-  Generator(Model& model, std::span<Sequence> sequences, const GenerateOptions& options)
+  Generator(Runner& model, std::span<Sequence> sequences, const GenerateOptions& options)
       : model_(model), sequences_(sequences), options_(options) {
     for (size_t i = 0; i < sequences.size(); ++i) {
       SamplerOptions sampler = options.sampler;
@@ -42,59 +42,72 @@ class Generator {
 
  private:
   int64_t width() const { return model_.config().hidden; }
+  size_t vocab() const { return static_cast<size_t>(model_.config().vocab); }
 
   /// All prompts through the layers, packed into forward passes whatever their lengths, and the
   /// first token of each.
   Status read_prompts(GenerateTimes& times) {
     std::vector<float> last(sequences_.size() * static_cast<size_t>(width()));
-    std::vector<float> hidden(static_cast<size_t>(kForwardTokens * width()));
     std::vector<size_t> done(sequences_.size());  // tokens of each prompt
     size_t first = 0;                             // sequence that is not done
     while (first < sequences_.size()) {
       if (options_.stop && options_.stop()) return {};
-      std::vector<BatchItem> items;
+      std::vector<SequenceItem> items;
       int64_t rows = 0;
-      for (size_t i = first; i < sequences_.size() && rows < kForwardTokens; ++i) {
+      for (size_t i = first; i < sequences_.size() && rows < options_.pass_tokens; ++i) {
         const std::vector<int32_t>& prompt = sequences_[i].prompt;
         const size_t count =
-            std::min(prompt.size() - done[i], static_cast<size_t>(kForwardTokens - rows));
-        items.push_back({&caches_[i], {prompt.data() + done[i], count}});
+            std::min(prompt.size() - done[i], static_cast<size_t>(options_.pass_tokens - rows));
+        items.push_back({caches_[i].get(), {prompt.data() + done[i], count}});
         rows += static_cast<int64_t>(count);
       }
-      NIBBLE_TRY(model_.forward(items, hidden.data()));
+      // Of an item whose prompt goes on, the row is overwritten by a later pass.
+      NIBBLE_TRY(model_.forward(items, HiddenRows::last,
+                                last.data() + first * static_cast<size_t>(width())));
       times.prompt_tokens += rows;
-      int64_t row = 0;
       const size_t started = first;
       for (size_t i = started; i < started + items.size(); ++i) {
-        const size_t count = items[i - started].tokens.size();
-        row += static_cast<int64_t>(count);
-        done[i] += count;
-        if (done[i] < sequences_[i].prompt.size()) break;
-        std::copy_n(hidden.data() + (row - 1) * width(), width(),
-                    last.data() + static_cast<int64_t>(i) * width());
-        first = i + 1;
+        done[i] += items[i - started].tokens.size();
+        if (done[i] == sequences_[i].prompt.size()) first = i + 1;
       }
     }
     for (size_t i = 0; i < sequences_.size(); ++i) active_.push_back(i);
-    return choose(last.data());
+    logits_.resize(sequences_.size() * vocab());
+    NIBBLE_TRY(model_.logits(last.data(), static_cast<int64_t>(sequences_.size()), logits_.data()));
+    return choose();
   }
 
   /// One more token of every active sequence.
   Status decode(GenerateTimes& times) {
-    std::vector<BatchItem> items;
-    for (const size_t i : active_)
-      items.push_back({&caches_[i], {&sequences_[i].tokens.back(), 1}});
-    hidden_.resize(active_.size() * static_cast<size_t>(width()));
-    NIBBLE_TRY(model_.forward(items, hidden_.data()));
+    std::vector<SequenceItem> items;
+    for (const size_t i : active_) {
+      items.push_back({caches_[i].get(), {&sequences_[i].tokens.back(), 1}});
+    }
     times.decode_tokens += static_cast<int64_t>(active_.size());
-    return choose(hidden_.data());
+    if (options_.sampler.temperature == 0) {
+      next_.resize(active_.size());
+      NIBBLE_TRY(model_.greedy(items, next_));
+      return take(next_);
+    }
+    hidden_.resize(active_.size() * static_cast<size_t>(width()));
+    NIBBLE_TRY(model_.forward(items, HiddenRows::last, hidden_.data()));
+    NIBBLE_TRY(
+        model_.logits(hidden_.data(), static_cast<int64_t>(active_.size()), logits_.data()));
+    return choose();
   }
 
-  /// Samples a token for every active sequence from its row of `hidden`; drops those that end.
-  Status choose(const float* hidden) {
-    const auto vocab = static_cast<size_t>(model_.config().vocab);
-    logits_.resize(active_.size() * vocab);
-    NIBBLE_TRY(model_.logits(hidden, static_cast<int64_t>(active_.size()), logits_.data()));
+  /// Samples a token for every active sequence from its row of logits.
+  Status choose() {
+    next_.clear();
+    for (size_t row = 0; row < active_.size(); ++row) {
+      const std::span<const float> logits(logits_.data() + row * vocab(), vocab());
+      next_.push_back(samplers_[active_[row]].sample(logits));
+    }
+    return take(next_);
+  }
+
+  /// Appends the tokens that were chosen for the active sequences; drops those that end.
+  Status take(std::span<const int32_t> next) {
     std::vector<size_t> still;
     for (size_t row = 0; row < active_.size(); ++row) {
       const size_t i = active_[row];
@@ -103,7 +116,7 @@ class Generator {
         sequence.finish = Finish::length;
         continue;
       }
-      const int32_t token = samplers_[i].sample({logits_.data() + row * vocab, vocab});
+      const int32_t token = next[row];
       sequence.tokens.push_back(token);
       if (std::binary_search(options_.stop_tokens.begin(), options_.stop_tokens.end(), token)) {
         sequence.finish = Finish::eos;
@@ -120,28 +133,29 @@ class Generator {
     return {};
   }
 
-  Model& model_;
+  Runner& model_;
   std::span<Sequence> sequences_;
   const GenerateOptions& options_;
   std::vector<Sampler> samplers_;
-  std::vector<KvCache> caches_;
+  std::vector<std::unique_ptr<SequenceCache>> caches_;
   std::vector<size_t> active_;  // sequences that go on
   std::vector<float> hidden_, logits_;
+  std::vector<int32_t> next_;
   bool stopped_ = false;
 };
 
 /// Hidden states of the last `rows` tokens, (rows, hidden).
-Result<std::vector<float>> hidden_states(Model& model, std::span<const int32_t> tokens,
+Result<std::vector<float>> hidden_states(Runner& model, std::span<const int32_t> tokens,
                                          int64_t rows, const std::function<bool()>& stop) {
   const int64_t width = model.config().hidden;
   const auto length = static_cast<int64_t>(tokens.size());
   std::vector<float> hidden(static_cast<size_t>(length * width));
-  KvCache cache = model.make_cache();
+  const std::unique_ptr<SequenceCache> cache = model.make_cache();
   for (int64_t at = 0; at < length; at += kForwardTokens) {
     if (stop && stop()) return Status(Code::interrupted, "interrupted");
     const auto count = static_cast<size_t>(std::min(kForwardTokens, length - at));
-    const BatchItem item{&cache, tokens.subspan(static_cast<size_t>(at), count)};
-    NIBBLE_TRY(model.forward({&item, 1}, hidden.data() + at * width));
+    const SequenceItem item{cache.get(), tokens.subspan(static_cast<size_t>(at), count)};
+    NIBBLE_TRY(model.forward({&item, 1}, HiddenRows::all, hidden.data() + at * width));
   }
   hidden.erase(hidden.begin(), hidden.begin() + (length - rows) * width);
   return hidden;
@@ -159,12 +173,12 @@ const char* finish_name(Finish finish) {
   return "?";
 }
 
-Status generate(Model& model, std::span<Sequence> sequences, const GenerateOptions& options,
+Status generate(Runner& model, std::span<Sequence> sequences, const GenerateOptions& options,
                 GenerateTimes& times) {
   return Generator(model, sequences, options).run(times);
 }
 
-Result<std::optional<Divergence>> first_divergence(Model& model, const ModelPlan& plan,
+Result<std::optional<Divergence>> first_divergence(Runner& model, const ModelPlan& plan,
                                                    const ModelPlan& other, const Sequence& sequence,
                                                    const SamplerOptions& sampler_options,
                                                    const std::function<bool()>& stop) {

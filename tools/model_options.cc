@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "format/linear_format.h"
+#include "model/cuda/runner.h"
 #include "model/plan_config.h"
 #include "text.h"
 #include "timing.h"
@@ -89,6 +90,10 @@ void add_model_arguments(CLI::App& command, ModelArguments& arguments, bool many
       ->check(CLI::IsMember({"16", "int8"}))
       ->capture_default_str()
       ->group("Model");
+  command.add_option("--device", arguments.device, "where the model runs; cuda: the first GPU")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str()
+      ->group("Model");
   command.add_option("--threads", arguments.threads, "threads; 0: all CPUs")
       ->check(CLI::Range(0, kMaxThreads))
       ->capture_default_str()
@@ -111,7 +116,8 @@ Result<std::unique_ptr<LoadedModel>> LoadedModel::open(const std::string& direct
   return std::unique_ptr<LoadedModel>(new LoadedModel(std::move(*checkpoint), std::move(*config)));
 }
 
-Status LoadedModel::load(const ModelOptions& options) {
+Status LoadedModel::load(const ModelOptions& options, const std::string& device) {
+  if (device == "cuda") return load_cuda(options);
   Result<MemoryEstimate> memory = Model::estimate(checkpoint_, options);
   if (!memory.ok()) return memory.status();
   memory_ = *memory;
@@ -121,6 +127,20 @@ Status LoadedModel::load(const ModelOptions& options) {
   if (!model.ok()) return model.status();
   load_seconds_ = now_seconds() - start;
   model_.emplace(std::move(*model));
+  runner_ = std::make_unique<CpuRunner>(*model_);
+  return {};
+}
+
+Status LoadedModel::load_cuda(const ModelOptions& options) {
+  Result<MemoryEstimate> memory = cuda::estimate_runner(checkpoint_, options);
+  if (!memory.ok()) return memory.status();
+  memory_ = *memory;
+  print_memory(directory(), options, memory_);
+  const double start = now_seconds();
+  Result<std::unique_ptr<Runner>> runner = cuda::make_runner(checkpoint_, options);
+  if (!runner.ok()) return runner.status();
+  load_seconds_ = now_seconds() - start;
+  runner_ = std::move(*runner);
   return {};
 }
 
@@ -172,27 +192,6 @@ Result<std::vector<NamedPlan>> plans_of(const LoadedModel& loaded,
 std::string mode_text(const std::string& mode, const ModelArguments& arguments) {
   return mode == "w4a8" || mode == "w4a4" ? fmt::format("{} {}", mode, arguments.activations)
                                           : mode;
-}
-
-std::vector<std::string> kernels_of(const Model& model, const ModelPlan& plan) {
-  std::vector<Mode> modes;
-  if (model.head_name() == mode_name(Mode::w4a16)) modes.push_back(Mode::w4a16);
-  for (const LinearSpec& spec : plan.specs) {
-    if (!model.quantized()) break;
-    // groups of 8 and of 4 bits side by side run in the kernels for 8
-    modes.push_back(spec.wide_groups.empty() ? spec.mode : Mode::w4a8);
-  }
-  const std::vector<KernelInfo> table = kernel_table();
-  std::vector<std::string> names;
-  for (const std::string& name : model.kernels()) {
-    const auto info = std::find_if(table.begin(), table.end(),
-                                   [&](const KernelInfo& kernel) { return name == kernel.name; });
-    if (info == table.end() ||  // of 16-bit weights: the same in every mode
-        std::find(modes.begin(), modes.end(), info->mode) != modes.end()) {
-      names.push_back(name);
-    }
-  }
-  return names;
 }
 
 nlohmann::json memory_json(const MemoryEstimate& memory) {

@@ -208,6 +208,25 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   return d;
 }
 
+/// d += A * B of 16-bit elements, A (16 x 16), B (16 x 8). With lane = 4 r + c: a[0] holds row r,
+/// k 2 c and 2 c + 1; a[1] row r + 8; a[2], a[3] the same, k + 8; b0 column r, k 2 c and 2 c + 1;
+/// b1 k + 8; d row r, columns 2 c and 2 c + 1, then row r + 8. sm_80.
+template <bool bf16>
+__device__ __forceinline__ void mma16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                      uint32_t b1) {
+  if constexpr (bf16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
 /// d += A * B, A (16 x 32) u8, B (32 x 8) s8. With lane = 4 r + c: a.x holds rows r, k 4 c ..;
 /// a.y row r + 8; a.z row r, k 16 + 4 c ..; a.w row r + 8; b0, b1 column r, the same k; d row r,
 /// columns 2 c and 2 c + 1, then row r + 8.
