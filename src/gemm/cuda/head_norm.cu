@@ -89,6 +89,20 @@ __global__ void __launch_bounds__(kThreads)
   if (at < count) store_parts<type>(to, at, x[at]);
 }
 
+template <Element type>
+__global__ void __launch_bounds__(kThreads)
+    add_bias(void* y, int64_t y_stride, int64_t n, const float* bias) {
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (column >= n) return;
+  const int64_t at = blockIdx.y * y_stride + column;
+  const float sum = load_value(y, type, at) + bias[column];
+  if constexpr (type == Element::bf16) {
+    static_cast<__nv_bfloat16*>(y)[at] = __float2bfloat16_rn(sum);
+  } else {
+    static_cast<__half*>(y)[at] = __float2half_rn(sum);
+  }
+}
+
 bool is_16bit(Element type) { return type == Element::f16 || type == Element::bf16; }
 
 }  // namespace
@@ -116,6 +130,18 @@ cudaError_t launch_head_norm(const HeadNormArgs& args, cudaStream_t stream) {
                    .programmatic = args.programmatic};
   return args.parts.type == Element::f16 ? launch_kernel(norm_rows<Element::f16>, how, args)
                                          : launch_kernel(norm_rows<Element::bf16>, how, args);
+}
+
+cudaError_t launch_add_bias(Element type, void* y, int64_t y_stride, int64_t rows, int64_t n,
+                            const float* bias, cudaStream_t stream) {
+  if (!is_16bit(type) || rows > 65535) return cudaErrorInvalidValue;
+  const Launch how{.grid = dim3(static_cast<unsigned>((n + kThreads - 1) / kThreads),
+                                static_cast<unsigned>(rows)),
+                   .threads = kThreads,
+                   .stream = stream};
+  return type == Element::f16
+             ? launch_kernel(add_bias<Element::f16>, how, y, y_stride, n, bias)
+             : launch_kernel(add_bias<Element::bf16>, how, y, y_stride, n, bias);
 }
 
 }  // namespace nibble::cuda

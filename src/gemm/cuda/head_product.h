@@ -52,4 +52,9 @@ struct HeadArgs {
 /// w16_head_mma_sm80.cu
 cudaError_t launch_w16_head_mma_sm80(const HeadArgs& args, cudaStream_t stream);
 
+/// y += bias, for 16-bit products that were made elsewhere: y (rows, n) of `type`, rows y_stride
+/// elements apart; bias (n) float.
+cudaError_t launch_add_bias(Element type, void* y, int64_t y_stride, int64_t rows, int64_t n,
+                            const float* bias, cudaStream_t stream);
+
 }  // namespace nibble::cuda

@@ -21,6 +21,10 @@ Result<DeviceWeights> DeviceWeights::create(const DeviceInfo&, const QuantMatrix
   return no_cuda();
 }
 
+Result<DeviceWeights> DeviceWeights::create(const DeviceInfo&, std::span<const WeightPart>) {
+  return no_cuda();
+}
+
 DeviceWeights& DeviceWeights::operator=(DeviceWeights&&) noexcept { return *this; }
 
 DeviceWeights::~DeviceWeights() = default;

@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "gemm/cuda/device_buffer.h"
 #include "gemm/cuda/gemm_cuda.h"
 #include "gemm/cuda/kernels.h"
 #include "gemm/cuda/limits.h"
@@ -11,46 +12,6 @@
 
 namespace nibble::cuda {
 namespace {
-
-/// Device memory that is freed with its owner, unless released.
-class DeviceBuffer {
- public:
-  DeviceBuffer() = default;
-  ~DeviceBuffer() {
-    if (data_ != nullptr) (void)cudaFree(data_);
-  }
-  DeviceBuffer(const DeviceBuffer&) = delete;
-  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
-
-  Status allocate(size_t bytes, const DeviceInfo& device) {
-    const cudaError_t error = cudaMalloc(&data_, bytes);
-    if (error != cudaErrorMemoryAllocation) return to_status(error, "cudaMalloc");
-    (void)cudaGetLastError();
-    size_t free = 0, total = 0;
-    (void)cudaMemGetInfo(&free, &total);
-    return Status(Code::out_of_memory,
-                  fmt::format("{}: {} bytes of device memory are wanted, {} of {} are free",
-                              device.name, bytes, free, total));
-  }
-
-  /// allocate() and a copy of host memory.
-  Status upload(const void* from, size_t bytes, const DeviceInfo& device) {
-    NIBBLE_TRY(allocate(bytes, device));
-    return to_status(cudaMemcpy(data_, from, bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
-  }
-
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(data_);
-  }
-  template <class T>
-  T* release() {
-    return static_cast<T*>(std::exchange(data_, nullptr));
-  }
-
- private:
-  void* data_ = nullptr;
-};
 
 Status pack(const QuantMatrix& matrix, const PackedLayout& layout, const DeviceInfo& device,
             uint8_t* slabs) {
@@ -69,37 +30,86 @@ Status pack(const QuantMatrix& matrix, const PackedLayout& layout, const DeviceI
   return to_status(cudaStreamSynchronize(nullptr), "packing weights");
 }
 
-Status upload_bias(const void* bias, Dtype dtype, int64_t n, const DeviceInfo& device,
-                   DeviceBuffer& to) {
-  std::vector<float> values(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) values[i] = load_as_float(bias, i, dtype);
-  return to.upload(values.data(), values.size() * sizeof(float), device);
+/// The biases of all parts side by side, zeros where a part has none; empty if none has one.
+std::vector<float> join_biases(std::span<const WeightPart> parts, int64_t n) {
+  std::vector<float> values;
+  int64_t column = 0;
+  for (const WeightPart& part : parts) {
+    if (part.bias != nullptr) values.resize(static_cast<size_t>(n));
+    for (int64_t i = 0; part.bias != nullptr && i < part.matrix.n; ++i) {
+      values[static_cast<size_t>(column + i)] = load_as_float(part.bias, i, part.bias_dtype);
+    }
+    column += part.matrix.n;
+  }
+  return values;
+}
+
+/// What lies side by side in one weight must agree, and begin with a tile of columns.
+Status check_parts(std::span<const WeightPart> parts) {
+  if (parts.empty()) return Status(Code::invalid_argument, "a weight without parts");
+  const QuantMatrix& first = parts.front().matrix;
+  for (const WeightPart& part : parts) {
+    const QuantMatrix& m = part.matrix;
+    NIBBLE_TRY(check_quant_matrix(m, "weight"));
+    if (m.n % 8 != 0) {
+      return Status(Code::unsupported, fmt::format("N = {} is not a multiple of 8", m.n));
+    }
+    NIBBLE_TRY(check_group_size(m.group_size, m.k));
+    if (m.k != first.k || m.group_size != first.group_size || m.scale_dtype != first.scale_dtype) {
+      return Status(Code::invalid_argument,
+                    fmt::format("weights with K={} group size {} {} scales and K={} {} {} cannot "
+                                "be one",
+                                first.k, first.group_size, dtype_name(first.scale_dtype), m.k,
+                                m.group_size, dtype_name(m.scale_dtype)));
+    }
+    if (&part != &parts.back() && m.n % kSlabColumns != 0) {
+      return Status(Code::unsupported, fmt::format("N = {} of a weight that others follow is not "
+                                                   "a multiple of {}",
+                                                   m.n, kSlabColumns));
+    }
+  }
+  return {};
 }
 
 }  // namespace
 
 Result<DeviceWeights> DeviceWeights::create(const DeviceInfo& device, const QuantMatrix& matrix,
                                             const void* bias, Dtype bias_dtype) {
-  NIBBLE_TRY(check_quant_matrix(matrix, "weight"));
-  if (matrix.n % 8 != 0) {
-    return Status(Code::unsupported, fmt::format("N = {} is not a multiple of 8", matrix.n));
-  }
-  NIBBLE_TRY(check_group_size(matrix.group_size, matrix.k));
+  const WeightPart part{matrix, bias, bias_dtype};
+  return create(device, {&part, 1});
+}
+
+Result<DeviceWeights> DeviceWeights::create(const DeviceInfo& device,
+                                            std::span<const WeightPart> parts) {
+  NIBBLE_TRY(check_parts(parts));
   const CurrentDevice current(device.ordinal);
   NIBBLE_TRY(current.status());
+  const QuantMatrix& first = parts.front().matrix;
+  int64_t n = 0;
+  for (const WeightPart& part : parts) n += part.matrix.n;
   DeviceWeights weights;
-  weights.layout_ = packed_layout(matrix.n, matrix.k, matrix.group_size);
-  weights.bf16_scales_ = matrix.scale_dtype == Dtype::bf16;
+  weights.layout_ = packed_layout(n, first.k, first.group_size);
+  weights.bf16_scales_ = first.scale_dtype == Dtype::bf16;
   weights.device_ = device.ordinal;
   DeviceBuffer slabs, bias_values;
   NIBBLE_TRY(slabs.allocate(static_cast<size_t>(weights.layout_.bytes()), device));
-  if (matrix.layout == WeightLayout::awq_gemm) {
-    NIBBLE_TRY(pack(matrix, weights.layout_, device, slabs.as<uint8_t>()));
-  } else {
-    const AwqTensors tensors = to_awq_gemm(matrix);
-    NIBBLE_TRY(pack(tensors.view(), weights.layout_, device, slabs.as<uint8_t>()));
+  // Tiles of columns follow each other, so weights side by side are one behind the other.
+  uint8_t* to = slabs.as<uint8_t>();
+  for (const WeightPart& part : parts) {
+    const QuantMatrix& matrix = part.matrix;
+    const PackedLayout layout = packed_layout(matrix.n, matrix.k, matrix.group_size);
+    if (matrix.layout == WeightLayout::awq_gemm) {
+      NIBBLE_TRY(pack(matrix, layout, device, to));
+    } else {
+      const AwqTensors tensors = to_awq_gemm(matrix);
+      NIBBLE_TRY(pack(tensors.view(), layout, device, to));
+    }
+    to += layout.bytes();
   }
-  if (bias != nullptr) NIBBLE_TRY(upload_bias(bias, bias_dtype, matrix.n, device, bias_values));
+  const std::vector<float> biases = join_biases(parts, n);
+  if (!biases.empty()) {
+    NIBBLE_TRY(bias_values.upload(biases.data(), biases.size() * sizeof(float), device));
+  }
   weights.slabs_ = slabs.release<uint8_t>();
   weights.bias_ = bias_values.release<float>();
   return weights;
