@@ -21,7 +21,7 @@ using nlohmann::json;
 struct Options {
   ModelArguments model;
   std::vector<std::string> prompts, files;
-  int64_t count = 128;
+  int64_t count = 128, batch = 0;
   SamplerOptions sampler;
   bool ignore_eos = false, as_json = false;
   std::string compare;
@@ -157,6 +157,9 @@ Status prepare(const Options& options, Setup& setup) {
   ModelOptions load_options = options.model.model_options(0, 1);
   load_options.context = std::max<int64_t>(1, std::min(longest, model.config().max_positions));
   load_options.sequences = static_cast<int64_t>(setup.sequences.size());
+  if (options.batch > 0) {
+    load_options.sequences = std::min(load_options.sequences, options.batch);
+  }
   NIBBLE_TRY(model.load(load_options, options.model.device));
   if (model.quantized()) return model.runner().set_plan(setup.plan.plan);
   return {};
@@ -329,6 +332,7 @@ Status run(const Options& options, Setup& setup) {
   generation.stop_tokens = stop_tokens(options, setup);
   generation.stop = interrupted;
   generation.pass_tokens = options.model.pass_tokens();
+  generation.batch = options.batch;
   generation.on_token = [&](size_t i, int32_t token) {
     setup.answers[i].text += setup.answers[i].stream->push(token);
     return options.as_json || printer.update();
@@ -406,6 +410,12 @@ void add_generate_command(CLI::App& app, int& exit_code) {
   command
       ->add_option("-c,--context", options->model.context,
                    "longest text, prompt included; 0: what the prompt and -n need")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str()
+      ->group("Model");
+  command
+      ->add_option("-b,--batch", options->batch,
+                   "prompts that are decoded together at most, the others wait; 0: all")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str()
       ->group("Model");

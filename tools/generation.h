@@ -30,11 +30,13 @@ struct GenerateOptions {
   /// Every token but a stop token; false ends generation as `stop` does. May be empty.
   std::function<bool(size_t sequence, int32_t token)> on_token;
   int64_t pass_tokens = 512;  // prompt tokens that go through the layers at once, at most
+  // Sequences that are decoded together, at most; the others wait until one ends. 0: all of them
+  int64_t batch = 0;
 };
 
 struct GenerateTimes {
   int64_t prompt_tokens = 0, decode_tokens = 0;  // the latter without each sequence's first
-  double prompt_seconds = 0;  // until the first token of every sequence was known
+  double prompt_seconds = 0;  // reading prompts, each up to its first token
   double decode_seconds = 0;  // of all later ones
 };
 

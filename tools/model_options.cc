@@ -144,6 +144,16 @@ Status LoadedModel::load_cuda(const ModelOptions& options) {
   return {};
 }
 
+Status LoadedModel::load_dequantized(const ModelOptions& options) {
+  const double start = now_seconds();
+  Result<std::unique_ptr<Runner>> runner =
+      cuda::make_runner(checkpoint_, options, cuda::WeightForm::dequantized);
+  if (!runner.ok()) return runner.status();
+  load_seconds_ += now_seconds() - start;
+  dequantized_ = std::move(*runner);
+  return {};
+}
+
 bool LoadedModel::has_plan() const { return nibble::has_plan(checkpoint_.config()); }
 
 std::string LoadedModel::default_mode() const {
@@ -152,7 +162,8 @@ std::string LoadedModel::default_mode() const {
 }
 
 Result<ModelPlan> LoadedModel::plan(const std::string& mode,
-                                    std::optional<Granularity> granularity) const {
+                                    std::optional<Granularity> granularity,
+                                    bool dequantizes) const {
   if (!quantized_) {
     if (mode == kMode16Bit || mode == "auto") return uniform_plan(config_.layers, Mode::w4a16);
     return Status(Code::unsupported,
@@ -160,6 +171,7 @@ Result<ModelPlan> LoadedModel::plan(const std::string& mode,
                               "quantize makes a 4-bit checkpoint)",
                               printable(directory()), mode));
   }
+  if (mode == kMode16Bit && dequantizes) return uniform_plan(config_.layers, Mode::w4a16);
   if (mode == kMode16Bit) {
     return Status(Code::unsupported, fmt::format("{} is quantized: mode 16bit is for checkpoints "
                                                  "with 16-bit weights, w4a16 is the nearest",
@@ -177,12 +189,12 @@ Result<ModelPlan> LoadedModel::plan(const std::string& mode,
 }
 
 Result<std::vector<NamedPlan>> plans_of(const LoadedModel& loaded,
-                                        const ModelArguments& arguments) {
+                                        const ModelArguments& arguments, bool dequantizes) {
   std::vector<std::string> modes = arguments.modes;
   if (modes.empty()) modes.push_back(loaded.default_mode());
   std::vector<NamedPlan> plans;
   for (const std::string& mode : modes) {
-    Result<ModelPlan> plan = loaded.plan(mode, arguments.granularity());
+    Result<ModelPlan> plan = loaded.plan(mode, arguments.granularity(), dequantizes);
     if (!plan.ok()) return plan.status();
     plans.push_back({mode, std::move(*plan)});
   }

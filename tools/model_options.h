@@ -59,10 +59,20 @@ class LoadedModel {
   const MemoryEstimate& memory() const { return memory_; }
   double load_seconds() const { return load_seconds_; }
 
+  /// A second runner beside the first, of the same weights dequantized to 16 bits: what
+  /// `bench model --device cuda --mode 16bit` compares with.
+  Status load_dequantized(const ModelOptions& options);
+  /// The one that runs `mode`.
+  Runner& runner_of(const std::string& mode) {
+    return dequantized_ != nullptr && mode == kMode16Bit ? *dequantized_ : *runner_;
+  }
+
   /// "auto" with a saved plan, else "w4a8"; "16bit" if nothing is quantized.
   std::string default_mode() const;
-  /// What `mode` means here. unsupported: w4a8 of an unquantized checkpoint, or the reverse.
-  Result<ModelPlan> plan(const std::string& mode, std::optional<Granularity> granularity) const;
+  /// What `mode` means here. unsupported: w4a8 of an unquantized checkpoint, or, unless
+  /// load_dequantized() is going to be called, the reverse.
+  Result<ModelPlan> plan(const std::string& mode, std::optional<Granularity> granularity,
+                         bool dequantizes = false) const;
 
  private:
   LoadedModel(Checkpoint checkpoint, ModelConfig config);
@@ -73,7 +83,7 @@ class LoadedModel {
   MemoryEstimate memory_;
   double load_seconds_ = 0;
   std::optional<Model> model_;
-  std::unique_ptr<Runner> runner_;
+  std::unique_ptr<Runner> runner_, dequantized_;
 };
 
 /// arguments.modes, or the default one; every one checked against the checkpoint.
@@ -81,7 +91,8 @@ struct NamedPlan {
   std::string mode;
   ModelPlan plan;
 };
-Result<std::vector<NamedPlan>> plans_of(const LoadedModel& loaded, const ModelArguments& arguments);
+Result<std::vector<NamedPlan>> plans_of(const LoadedModel& loaded, const ModelArguments& arguments,
+                                        bool dequantizes = false);
 
 /// "w4a8 mix": mode and activation scales, the latter only where they have a meaning.
 std::string mode_text(const std::string& mode, const ModelArguments& arguments);

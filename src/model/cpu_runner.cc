@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "base/memory.h"
 #include "model/sampler.h"
 
 namespace nibble {
@@ -50,6 +51,12 @@ Status CpuRunner::greedy(std::span<const SequenceItem> items, std::span<int32_t>
   }
   return {};
 }
+
+Result<std::vector<OperationTime>> CpuRunner::profile(std::span<const SequenceItem>) {
+  return Status(Code::unsupported, "operations are timed on a GPU only");
+}
+
+uint64_t CpuRunner::peak_memory() const { return peak_memory_bytes(); }
 
 std::vector<std::string> CpuRunner::kernels(const ModelPlan* plan) const {
   if (plan == nullptr) return model_->kernels();

@@ -26,6 +26,13 @@ struct SequenceItem {
 /// the order of items.
 enum class HiddenRows { none, last, all };
 
+/// What the launches of one kind took of a call.
+struct OperationTime {
+  std::string name;  // "gate_up product", "attention", ...
+  double microseconds = 0;
+  int64_t launches = 0;
+};
+
 class Runner {
  public:
   virtual ~Runner() = default;
@@ -47,6 +54,10 @@ class Runner {
   /// lowest of several) into next (items). Only tokens need leave the device.
   virtual Status greedy(std::span<const SequenceItem> items, std::span<int32_t> next) = 0;
 
+  /// greedy(), with the time of every operation: they add up to the call's time on the device,
+  /// and are together a little longer than without being timed. unsupported on a CPU.
+  virtual Result<std::vector<OperationTime>> profile(std::span<const SequenceItem> items) = 0;
+
   virtual uint64_t weight_bytes() const = 0;  // layers as packed
   virtual uint64_t head_bytes() const = 0;
   virtual std::string head_name() const = 0;  // "bf16", "int8", ...
@@ -54,6 +65,8 @@ class Runner {
   /// for when the model ran several.
   virtual std::vector<std::string> kernels(const ModelPlan* plan = nullptr) const = 0;
   virtual std::string device_name() const = 0;  // "CPU", "NVIDIA H200"
+  /// The most that was taken of the device's memory; on a CPU, by the whole process.
+  virtual uint64_t peak_memory() const = 0;
 };
 
 }  // namespace nibble

@@ -18,6 +18,16 @@ int64_t width16(const ModelConfig& c) {
   return std::max({c.hidden, c.intermediate, c.heads * c.head_dim});
 }
 
+const char* product_name(Slot slot) {
+  switch (slot) {
+    case Slot::qkv: return "qkv product";
+    case Slot::o: return "o product";
+    case Slot::gate_up: return "gate_up product";
+    case Slot::down: return "down product";
+  }
+  return "product";
+}
+
 bool runs_16bit(const DeviceLinear& linear, const LinearSpec& spec) {
   return !linear.quantized || spec.mode == Mode::w4a16;
 }
@@ -32,6 +42,13 @@ struct Forward::Source {
   const void* delta = nullptr;
   const void* x = nullptr;
   int64_t width = 0;
+
+  const char* operation() const { return kind == Kind::norm ? "norm" : "gate"; }
+  const char* quantizing() const {
+    return kind == Kind::norm   ? "norm, quantizing"
+           : kind == Kind::gate ? "gate, quantizing"
+                                : "quantizing";
+  }
 };
 
 Forward::Forward(const DeviceModel& model, const KvPool& pool, int64_t rows)
@@ -300,6 +317,7 @@ Status Forward::run_slot(int64_t layer, Slot slot, const Source& source, int64_t
       int64_t x_stride = 0;
       NIBBLE_TRY(make_rows(now, rows, &now.x, &x_stride, stream));
       now.kind = Source::Kind::rows;
+      NIBBLE_TRY(mark(source.operation(), stream));
     }
     if (part.quantized) {
       const Result<const Plan*> found = plan_for(part, spec, rows, dtype_of(model_.type));
@@ -312,6 +330,7 @@ Status Forward::run_slot(int64_t layer, Slot slot, const Source& source, int64_t
         NIBBLE_TRY(run_gemm(plan, input, part.weights, to, stride, workspace_.as<>(), stream));
       } else {
         NIBBLE_TRY(make_operand(now, first, plan, spec, scales, stream));
+        NIBBLE_TRY(mark(source.quantizing(), stream));
         NIBBLE_TRY(run_gemm_quantized(plan, workspace_operand(plan, workspace_.as<>()),
                                       part.weights, to, stride, workspace_.as<>(), stream));
       }
@@ -320,6 +339,7 @@ Status Forward::run_slot(int64_t layer, Slot slot, const Source& source, int64_t
     }
     first = false;
     to += part.n;
+    NIBBLE_TRY(mark(product_name(slot), stream));
   }
   return {};
 }
@@ -350,6 +370,7 @@ Status Forward::attend(int64_t layer, const PassInputs& inputs, int64_t rows,
   rope.faults = faults();
   rope.programmatic = true;
   NIBBLE_TRY(to_status(launch_rope(rope, stream), "rope"));
+  NIBBLE_TRY(mark("rope, keys and values", stream));
   AttentionArgs attention;
   attention.q = q_.as<>();
   attention.q_stride = q_width;
@@ -390,7 +411,9 @@ Status Forward::layers(const PassInputs& inputs, int64_t rows, cudaStream_t stre
   embedding.scale = model_.embedding_scale;
   embedding.hidden = hidden_.as<float>();
   embedding.programmatic = true;
+  NIBBLE_TRY(mark("start", stream));
   NIBBLE_TRY(to_status(launch_embedding(embedding, stream), "embedding"));
+  NIBBLE_TRY(mark("embedding", stream));
   Source norm;
   norm.kind = Source::Kind::norm;
   norm.width = c.hidden;
@@ -402,6 +425,7 @@ Status Forward::layers(const PassInputs& inputs, int64_t rows, cudaStream_t stre
         i == 0 ? nullptr : model_.layers[static_cast<size_t>(i - 1)].norms.post_mlp.as<float>();
     NIBBLE_TRY(run_slot(i, Slot::qkv, norm, rows, qkv_.as<>(), stream));
     NIBBLE_TRY(attend(i, inputs, rows, stream));
+    NIBBLE_TRY(mark("attention", stream));
     Source attended;
     attended.x = attention_.as<>();
     attended.width = c.heads * c.head_dim;

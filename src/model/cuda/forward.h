@@ -13,6 +13,7 @@
 #include "gemm/cuda/head_product.h"
 #include "model/config.h"
 #include "model/cuda/kv_pool.h"
+#include "model/cuda/profile.h"
 #include "model/cuda/weights.h"
 
 namespace nibble::cuda {
@@ -80,6 +81,12 @@ class Forward {
   /// Faults of sequences, see RopeArgs.
   int32_t* faults() const { return faults_.as<int32_t>(); }
 
+  /// Marks the operations that are enqueued from now on; null: no longer.
+  void set_profile(Profile* profile) { profile_ = profile; }
+  Status mark(const char* operation, cudaStream_t stream) {
+    return profile_ == nullptr ? Status() : profile_->mark(operation, stream);
+  }
+
   /// Kernels that have been launched, by mode ("" for those that are not of one).
   const std::map<std::string, std::string>& kernels() const { return kernels_; }
 
@@ -116,6 +123,7 @@ class Forward {
   DeviceBuffer hidden_, qkv_, q_, attention_, delta_, gate_up_, rows16_, workspace_;
   DeviceBuffer states_, high_, low_, logits_, decode_scratch_, faults_;
   std::map<std::string, std::string> kernels_;
+  Profile* profile_ = nullptr;
 };
 
 }  // namespace nibble::cuda

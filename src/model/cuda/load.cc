@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "base/cpu_features.h"
 #include "format/message.h"
 #include "gemm/cuda/runtime.h"
 #include "model/rope.h"
@@ -44,8 +45,8 @@ Status check_shape(const ModelConfig& c, const ModelOptions& options) {
   return {};
 }
 
-uint64_t linear_bytes(const LinearSource& linear) {
-  if (!linear.quantized) return static_cast<uint64_t>(linear.n * linear.k * 2);
+uint64_t linear_bytes(const LinearSource& linear, WeightForm form = WeightForm::as_stored) {
+  if (!linear.quantized || form == WeightForm::dequantized) return static_cast<uint64_t>(linear.n * linear.k * 2);
   const QuantMatrix& m = *linear.quantized;
   return static_cast<uint64_t>(packed_layout(m.n, m.k, m.group_size).bytes());
 }
@@ -58,8 +59,11 @@ Status scan_layers(const Checkpoint& checkpoint, LoadPlan& plan) {
     if (!layer.ok()) return layer.status();
     for (const auto& group : layer->groups) {
       for (const LinearSource& linear : group) {
-        plan.memory.weights += linear_bytes(linear);
-        if (linear.quantized) continue;
+        plan.memory.weights += linear_bytes(linear, plan.form);
+        if (linear.quantized) {
+          if (plan.form == WeightForm::dequantized) dense = Dtype::bf16;
+          continue;
+        }
         if (linear.dense_dtype == Dtype::f32 || (dense && *dense != linear.dense_dtype)) {
           return unsupported(fmt::format("{}: 16-bit weights of one model must be of one type on "
                                          "a GPU, f16 or bf16; found {}",
@@ -115,8 +119,11 @@ Result<DeviceBuffer> rope_table(const DeviceInfo& device, const RopeConfig& rope
 
 }  // namespace
 
-Result<LoadPlan> plan_load(const Checkpoint& checkpoint, const ModelOptions& options) {
+Result<LoadPlan> plan_load(const Checkpoint& checkpoint, const ModelOptions& options,
+                           WeightForm form) {
   LoadPlan plan;
+  plan.form = form;
+  plan.threads = options.threads > 0 ? options.threads : available_cpus();
   Result<DeviceInfo> device = device_info(0);
   if (!device.ok()) return device.status();
   plan.device = *device;
@@ -183,7 +190,7 @@ Status load_model(const Checkpoint& checkpoint, const LoadPlan& plan, DeviceMode
     const Result<LinearSource> head =
         find_linear(checkpoint, plan.names.lm_head, c.hidden, c.vocab, false);
     if (!head.ok()) return head.status();
-    Result<DeviceGroup> group = upload_group(model.device, {&*head, 1});
+    Result<DeviceGroup> group = upload_group(model.device, {&*head, 1}, WeightForm::as_stored, plan.threads);
     if (!group.ok()) return group.status();
     model.head = std::move(group->parts.front());
     drop_pages(checkpoint, head->name);
@@ -191,7 +198,7 @@ Status load_model(const Checkpoint& checkpoint, const LoadPlan& plan, DeviceMode
   for (int64_t i = 0; i < c.layers; ++i) {
     const Result<LayerSource> source = find_layer(checkpoint, plan.names, c, i);
     if (!source.ok()) return source.status();
-    Result<DeviceLayer> layer = upload_layer(model.device, *source);
+    Result<DeviceLayer> layer = upload_layer(model.device, *source, plan.form, plan.threads);
     if (!layer.ok()) return layer.status();
     model.layers.push_back(std::move(*layer));
     for (const auto& group : source->groups) {

@@ -3,6 +3,7 @@
 
 #include "format/checkpoint.h"
 #include "model/cuda/forward.h"
+#include "model/cuda/runner.h"
 #include "model/model.h"
 
 namespace nibble::cuda {
@@ -15,12 +16,15 @@ struct LoadPlan {
   Element type = Element::bf16;  // see DeviceModel
   KvShape kv;
   int64_t pass_rows = 0;
+  WeightForm form = WeightForm::as_stored;
+  int threads = 1;  // that load
   MemoryEstimate memory;
 };
 
 /// unsupported: no GPU, a shape or an option that does not run there; corrupt_file as
 /// parse_model_config() and find_layer().
-Result<LoadPlan> plan_load(const Checkpoint& checkpoint, const ModelOptions& options);
+Result<LoadPlan> plan_load(const Checkpoint& checkpoint, const ModelOptions& options,
+                           WeightForm form);
 /// out_of_memory, with the parts, if the estimate exceeds what is free.
 Status check_fits(const LoadPlan& plan);
 /// Uploads everything but keys, values and workspace. The plan's device is current.

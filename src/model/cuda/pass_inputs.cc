@@ -63,7 +63,7 @@ Result<PassInputs> PassStaging::stage(std::span<const SequenceItem> items,
   const size_t pitch = static_cast<size_t>(capacity_) * sizeof(int32_t);
   NIBBLE_TRY(to_status(
       cudaMemcpy2DAsync(device_.as<>(), pitch, host_, pitch, rows * sizeof(int32_t),
-                        decode ? 3 : kArrays, cudaMemcpyHostToDevice, stream),
+                        kArrays, cudaMemcpyHostToDevice, stream),
       "copying tokens"));
   PassInputs inputs = decode_inputs();
   if (decode) return inputs;

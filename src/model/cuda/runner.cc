@@ -56,9 +56,9 @@ constexpr int64_t kGraphRows = 64;
 class CudaRunner : public Runner {
  public:
   static Result<std::unique_ptr<Runner>> create(const Checkpoint& checkpoint,
-                                                const ModelOptions& options) {
+                                                const ModelOptions& options, WeightForm form) {
     std::unique_ptr<CudaRunner> runner(new CudaRunner);
-    NIBBLE_TRY(runner->load(checkpoint, options));
+    NIBBLE_TRY(runner->load(checkpoint, options, form));
     return std::unique_ptr<Runner>(std::move(runner));
   }
   ~CudaRunner() override {
@@ -76,6 +76,8 @@ class CudaRunner : public Runner {
   Status logits(const float* hidden, int64_t rows, float* logits) override;
   Status greedy(std::span<const SequenceItem> items, std::span<int32_t> next) override;
 
+  Result<std::vector<OperationTime>> profile(std::span<const SequenceItem> items) override;
+
   uint64_t weight_bytes() const override;
   uint64_t head_bytes() const override;
   std::string head_name() const override {
@@ -83,10 +85,11 @@ class CudaRunner : public Runner {
   }
   std::vector<std::string> kernels(const ModelPlan* plan) const override;
   std::string device_name() const override { return model_.device.name; }
+  uint64_t peak_memory() const override;
 
  private:
   CudaRunner() = default;
-  Status load(const Checkpoint& checkpoint, const ModelOptions& options);
+  Status load(const Checkpoint& checkpoint, const ModelOptions& options, WeightForm form);
 
   /// Part of a call: whole items, or pieces of them.
   using Pass = std::vector<PassSpan>;
@@ -105,6 +108,7 @@ class CudaRunner : public Runner {
   DeviceModel model_;
   bool quantized_ = false;
   int64_t pass_rows_ = 0;
+  uint64_t free_at_first_ = 0;
   std::unique_ptr<KvPool> pool_;
   std::unique_ptr<Forward> forward_;
   std::unique_ptr<PassStaging> staging_;
@@ -124,8 +128,9 @@ class CudaRunner : public Runner {
   std::vector<int64_t> last_lengths_;
 };
 
-Status CudaRunner::load(const Checkpoint& checkpoint, const ModelOptions& options) {
-  Result<LoadPlan> plan = plan_load(checkpoint, options);
+Status CudaRunner::load(const Checkpoint& checkpoint, const ModelOptions& options,
+                        WeightForm form) {
+  Result<LoadPlan> plan = plan_load(checkpoint, options, form);
   if (!plan.ok()) return plan.status();
   NIBBLE_TRY(check_fits(*plan));
   const CurrentDevice current(plan->device.ordinal);
@@ -140,6 +145,7 @@ Status CudaRunner::load(const Checkpoint& checkpoint, const ModelOptions& option
   if (!pool.ok()) return pool.status();
   pool_ = std::make_unique<KvPool>(std::move(*pool));
   pass_rows_ = plan->pass_rows;
+  free_at_first_ = plan->memory.available;
   Result<std::unique_ptr<Forward>> forward = Forward::create(model_, *pool_, pass_rows_);
   if (!forward.ok()) return forward.status();
   forward_ = std::move(*forward);
@@ -313,9 +319,11 @@ Status CudaRunner::logits(const float* hidden, int64_t rows, float* logits) {
 /// and their way to the host.
 Status CudaRunner::enqueue_choice(const int32_t* gather, int64_t count) {
   NIBBLE_TRY(forward_->finish(gather, count, stream_));
+  NIBBLE_TRY(forward_->mark("last norm", stream_));
   for (int64_t first = 0; first < count; first += kHeadRows) {
     const int64_t rows = std::min<int64_t>(kHeadRows, count - first);
     NIBBLE_TRY(forward_->head(first, rows, stream_));
+    NIBBLE_TRY(forward_->mark("head", stream_));
     ArgmaxArgs args;
     args.logits = forward_->logits();
     args.stride = forward_->logits_stride();
@@ -326,6 +334,7 @@ Status CudaRunner::enqueue_choice(const int32_t* gather, int64_t count) {
     args.scratch = staging_->argmax_scratch();
     args.programmatic = true;
     NIBBLE_TRY(to_status(launch_argmax(args, stream_), "argmax"));
+    NIBBLE_TRY(forward_->mark("argmax", stream_));
   }
   NIBBLE_TRY(staging_->fetch_faults(forward_->faults(), pool_->shape().sequences, stream_));
   return staging_->fetch_chosen(count, stream_);
@@ -412,6 +421,50 @@ Status CudaRunner::greedy(std::span<const SequenceItem> items, std::span<int32_t
   return {};
 }
 
+Result<std::vector<OperationTime>> CudaRunner::profile(std::span<const SequenceItem> items) {
+  const CurrentDevice current(model_.device.ordinal);
+  NIBBLE_TRY(current.status());
+  NIBBLE_TRY(check_items(items));
+  last_.clear();
+  const std::vector<Pass> passes = cut(items);
+  if (passes.size() != 1) {
+    return Status(Code::invalid_argument,
+                  fmt::format("operations are timed in one pass of 1 to {} rows", pass_rows_));
+  }
+  const Pass& pass = passes.front();
+  const int64_t rows = pass.back().row + pass.back().count;
+  const bool decode = rows == static_cast<int64_t>(items.size());
+  NIBBLE_TRY(prepare(rows));
+  NIBBLE_TRY(wait("the pass before"));
+  NIBBLE_TRY(pool_->sync_table(stream_));
+  Result<PassInputs> inputs = staging_->stage(items, pass, decode, stream_);
+  if (!inputs.ok()) return inputs.status();
+  Profile profile;
+  Graph graph;
+  forward_->set_profile(&profile);
+  const Status captured = graph.capture(stream_, [&]() -> Status {
+    NIBBLE_TRY(forward_->layers(*inputs, rows, stream_));
+    return enqueue_choice(staging_->gather(), static_cast<int64_t>(pass.size()));
+  });
+  forward_->set_profile(nullptr);
+  NIBBLE_TRY(captured);
+  NIBBLE_TRY(graph.launch(stream_));
+  NIBBLE_TRY(wait("timing operations"));
+  for (const PassSpan& span : pass) {
+    SequenceCache& cache = *items[span.item].cache;
+    cache.set_length(cache.length() + span.count);
+  }
+  return profile.times();
+}
+
+uint64_t CudaRunner::peak_memory() const {
+  const CurrentDevice current(model_.device.ordinal);
+  size_t free = 0, total = 0;
+  // Nothing is freed before the end, so now is the peak.
+  if (cudaMemGetInfo(&free, &total) != cudaSuccess) return 0;
+  return free_at_first_ > free ? free_at_first_ - free : 0;
+}
+
 uint64_t CudaRunner::weight_bytes() const {
   uint64_t bytes = 0;
   for (const DeviceLayer& layer : model_.layers) {
@@ -440,15 +493,16 @@ std::vector<std::string> CudaRunner::kernels(const ModelPlan* plan) const {
 
 }  // namespace
 
-Result<MemoryEstimate> estimate_runner(const Checkpoint& checkpoint, const ModelOptions& options) {
-  const Result<LoadPlan> plan = plan_load(checkpoint, options);
+Result<MemoryEstimate> estimate_runner(const Checkpoint& checkpoint, const ModelOptions& options,
+                                       WeightForm form) {
+  const Result<LoadPlan> plan = plan_load(checkpoint, options, form);
   if (!plan.ok()) return plan.status();
   return plan->memory;
 }
 
 Result<std::unique_ptr<Runner>> make_runner(const Checkpoint& checkpoint,
-                                            const ModelOptions& options) {
-  return CudaRunner::create(checkpoint, options);
+                                            const ModelOptions& options, WeightForm form) {
+  return CudaRunner::create(checkpoint, options, form);
 }
 
 }  // namespace nibble::cuda

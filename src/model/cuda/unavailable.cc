@@ -11,11 +11,11 @@ Status without_cuda() {
 
 }  // namespace
 
-Result<MemoryEstimate> estimate_runner(const Checkpoint&, const ModelOptions&) {
+Result<MemoryEstimate> estimate_runner(const Checkpoint&, const ModelOptions&, WeightForm) {
   return without_cuda();
 }
 
-Result<std::unique_ptr<Runner>> make_runner(const Checkpoint&, const ModelOptions&) {
+Result<std::unique_ptr<Runner>> make_runner(const Checkpoint&, const ModelOptions&, WeightForm) {
   return without_cuda();
 }
 

@@ -3,6 +3,10 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
+#include "base/half.h"
+#include "base/thread_pool.h"
 #include "format/message.h"
 
 namespace nibble::cuda {
@@ -35,18 +39,41 @@ Status upload_quantized(const DeviceInfo& device, std::span<const LinearSource> 
   return {};
 }
 
-Status upload_dense(const DeviceInfo& device, std::span<const LinearSource> linears,
+/// (n, k) of bf16.
+std::vector<std::byte> dequantized_rows(const QuantMatrix& matrix, int threads) {
+  constexpr int64_t kColumns = 16;
+  std::vector<std::byte> rows(static_cast<size_t>(matrix.n * matrix.k * 2));
+  auto* to = reinterpret_cast<uint16_t*>(rows.data());
+  parallel_for(threads, (matrix.n + kColumns - 1) / kColumns, [&](int64_t block) {
+    const int64_t n0 = block * kColumns, count = std::min(kColumns, matrix.n - n0);
+    std::vector<float> values(static_cast<size_t>(matrix.k * count));
+    dequantize(matrix, n0, count, values.data());
+    for (int64_t n = 0; n < count; ++n) {
+      for (int64_t k = 0; k < matrix.k; ++k) {
+        to[(n0 + n) * matrix.k + k] = bf16_from_float(values[static_cast<size_t>(k * count + n)]);
+      }
+    }
+  });
+  return rows;
+}
+
+Status upload_dense(const DeviceInfo& device, std::span<const LinearSource> linears, int threads,
                     DeviceLinear& to) {
-  if (linears.front().dense_dtype == Dtype::f32) {
+  if (!linears.front().quantized && linears.front().dense_dtype == Dtype::f32) {
     return Status(Code::unsupported, "F32 weights do not run on a GPU: 16-bit ones do");
   }
-  to.dense_type = linears.front().dense_dtype;
+  to.dense_type = linears.front().quantized ? Dtype::bf16 : linears.front().dense_dtype;
   std::vector<std::byte> rows;
   std::vector<float> bias;
   int64_t column = 0;
   for (const LinearSource& linear : linears) {
-    rows.insert(rows.end(), linear.dense,
-                linear.dense + linear.n * linear.k * dtype_bytes(linear.dense_dtype));
+    if (linear.quantized) {
+      const std::vector<std::byte> part = dequantized_rows(*linear.quantized, threads);
+      rows.insert(rows.end(), part.begin(), part.end());
+    } else {
+      rows.insert(rows.end(), linear.dense,
+                  linear.dense + linear.n * linear.k * dtype_bytes(linear.dense_dtype));
+    }
     if (linear.bias != nullptr) bias.resize(static_cast<size_t>(to.n));
     for (int64_t i = 0; linear.bias != nullptr && i < linear.n; ++i) {
       bias[static_cast<size_t>(column + i)] = load_as_float(linear.bias, i, linear.bias_dtype);
@@ -69,7 +96,8 @@ int64_t DeviceGroup::n() const {
   return n;
 }
 
-Result<DeviceGroup> upload_group(const DeviceInfo& device, std::span<const LinearSource> linears) {
+Result<DeviceGroup> upload_group(const DeviceInfo& device, std::span<const LinearSource> linears,
+                                 WeightForm form, int threads) {
   DeviceGroup group;
   for (size_t first = 0; first < linears.size();) {
     size_t last = first + 1;
@@ -79,8 +107,9 @@ Result<DeviceGroup> upload_group(const DeviceInfo& device, std::span<const Linea
     linear.name = part.front().name;
     linear.k = part.front().k;
     for (const LinearSource& source : part) linear.n += source.n;
-    const Status status = part.front().quantized ? upload_quantized(device, part, linear)
-                                                 : upload_dense(device, part, linear);
+    const bool packed = part.front().quantized && form == WeightForm::as_stored;
+    const Status status = packed ? upload_quantized(device, part, linear)
+                                 : upload_dense(device, part, threads, linear);
     if (!status.ok()) return named(part.front(), status);
     group.parts.push_back(std::move(linear));
     first = last;
@@ -94,10 +123,11 @@ Result<DeviceBuffer> upload_floats(const DeviceInfo& device, const std::vector<f
   return buffer;
 }
 
-Result<DeviceLayer> upload_layer(const DeviceInfo& device, const LayerSource& source) {
+Result<DeviceLayer> upload_layer(const DeviceInfo& device, const LayerSource& source,
+                                 WeightForm form, int threads) {
   DeviceLayer layer;
   for (int slot = 0; slot < kSlots; ++slot) {
-    Result<DeviceGroup> group = upload_group(device, source.groups[slot]);
+    Result<DeviceGroup> group = upload_group(device, source.groups[slot], form, threads);
     if (!group.ok()) return group.status();
     layer.groups[slot] = std::move(*group);
   }

@@ -8,6 +8,7 @@
 #include "gemm/cuda/device_buffer.h"
 #include "gemm/cuda/gemm_cuda.h"
 #include "gemm/cuda/kernels.h"
+#include "model/cuda/runner.h"
 #include "model/layer_source.h"
 
 namespace nibble::cuda {
@@ -42,8 +43,10 @@ struct DeviceLayer {
 
 /// Uploads linears that share an input; neighbours that can be one product become one.
 /// unsupported: 16-bit weights that are F32; and what DeviceWeights refuses, named.
-Result<DeviceGroup> upload_group(const DeviceInfo& device, std::span<const LinearSource> linears);
-Result<DeviceLayer> upload_layer(const DeviceInfo& device, const LayerSource& source);
+Result<DeviceGroup> upload_group(const DeviceInfo& device, std::span<const LinearSource> linears,
+                                 WeightForm form, int threads);
+Result<DeviceLayer> upload_layer(const DeviceInfo& device, const LayerSource& source,
+                                 WeightForm form, int threads);
 
 /// Floats in device memory.
 Result<DeviceBuffer> upload_floats(const DeviceInfo& device, const std::vector<float>& values);
