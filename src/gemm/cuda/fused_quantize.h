@@ -19,7 +19,7 @@ namespace nibble::cuda {
 /// fused multiply-adds; the 32 chunks of 256 elements pairwise (lanes 16 apart first, then 8, 4, 2,
 /// 1); blocks i, i + 32, ... of 256 one after the other; those 32 sums pairwise again.
 struct NormArgs {
-  int64_t m = 0, k = 0;              // k <= 32768, a multiple of 8
+  int64_t m = 0, k = 0;              // k <= 16384, a multiple of 8
   float* hidden = nullptr;           // (rows, k), contiguous
   const void* delta = nullptr;       // (rows, k) of `type`, contiguous, or null: d = 0
   Element type = Element::bf16;      // 16 bits

@@ -72,7 +72,7 @@ struct RopeArgs {
   int64_t q_stride = 0;  // its stride, if the types are equal
   KvPages kv;
   const int32_t* sequence = nullptr;  // (rows): row of the page table
-  const int32_t* position = nullptr;  // (rows)
+  const int32_t* position = nullptr;  // (rows); a row with position < 0 is left out
   const float* cosine = nullptr;      // (positions, head_dim / 2), from rope_angles()
   const float* sine = nullptr;
   const float* q_norm = nullptr;  // (head_dim) or null; both or none
@@ -135,7 +135,8 @@ struct PrefillTile {
 struct PrefillArgs {
   AttentionArgs attention;
   const PrefillTile* tiles = nullptr;  // (num_tiles), device memory
-  int64_t num_tiles = 0;
+  int64_t num_tiles = 0;               // at most 65535
+  bool wgmma = false;                  // compute capability 9.0; else mma.sync, 8.0 and later
 };
 cudaError_t launch_attention_prefill(const PrefillArgs& args, cudaStream_t stream);
 
