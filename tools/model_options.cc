@@ -53,7 +53,8 @@ ModelOptions ModelArguments::model_options(int64_t default_context, int64_t sequ
           .kv_dtype = kKvTypes.at(kv),
           .int8_head = head == "int8",
           .context = context > 0 ? context : default_context,
-          .sequences = sequences};
+          .sequences = sequences,
+          .batch_invariant = batch_invariant};
 }
 
 void add_model_arguments(CLI::App& command, ModelArguments& arguments, bool many_modes) {
@@ -93,6 +94,11 @@ void add_model_arguments(CLI::App& command, ModelArguments& arguments, bool many
   command.add_option("--device", arguments.device, "where the model runs; cuda: the first GPU")
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str()
+      ->group("Model");
+  command
+      .add_flag("--batch-invariant", arguments.batch_invariant,
+                "on a GPU: the same bits for a sequence alone and beside others (--batch of them at "
+                "most), at the cost of a full batch's steps; a CPU always gives them")
       ->group("Model");
   command.add_option("--threads", arguments.threads, "threads; 0: all CPUs")
       ->check(CLI::Range(0, kMaxThreads))

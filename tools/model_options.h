@@ -25,6 +25,7 @@ struct ModelArguments {
   std::string activations = "mix", kv = "bf16", head = "16", device = "cpu";
   int threads = 0;
   int64_t context = 0;
+  bool batch_invariant = false;
 
   /// activations as uniform_plan() takes it.
   std::optional<Granularity> granularity() const;

@@ -184,6 +184,52 @@ TEST(CudaModel, SameInputSameBits) {
   EXPECT_EQ(all_logits(*pair.gpu, tokens, 13), all_logits(*pair.gpu, tokens, 13));
 }
 
+/// States after reading a prompt and after each of `steps` tokens that follow it, greedily; beside
+/// `others` sequences.
+std::vector<float> states_beside(Runner& runner, const std::vector<int32_t>& prompt, int steps,
+                                 size_t others) {
+  const auto width = static_cast<size_t>(runner.config().hidden);
+  std::vector<std::vector<int32_t>> texts = {prompt};
+  for (size_t i = 0; i < others; ++i) {
+    texts.push_back(random_tokens(static_cast<int64_t>(3 + 5 * i), 80, static_cast<uint32_t>(i)));
+  }
+  std::vector<std::unique_ptr<SequenceCache>> caches;
+  std::vector<SequenceItem> items;
+  for (const auto& text : texts) {
+    caches.push_back(runner.make_cache());
+    items.push_back({caches.back().get(), text});
+  }
+  std::vector<float> all, states(texts.size() * width);
+  std::vector<int32_t> next(texts.size());
+  const auto keep = [&] { all.insert(all.end(), states.begin(), states.begin() + width); };
+  EXPECT_TRUE(runner.forward(items, HiddenRows::last, states.data()).ok());
+  keep();
+  for (size_t i = 0; i < texts.size(); ++i) items[i].tokens = {&next[i], 1};
+  for (int step = 0; step < steps; ++step) {
+    EXPECT_TRUE(runner.forward(items, HiddenRows::last, states.data()).ok());
+    keep();
+    EXPECT_TRUE(runner.greedy(items, next).ok());
+  }
+  return all;
+}
+
+TEST(CudaModel, BatchInvariantMeansTheSameBits) {
+  NIBBLE_NEEDS_GPU();
+  for (const char* name : {"llama_awq", "gemma3_awq"}) {
+    Pair pair;
+    ASSERT_NO_FATAL_FAILURE(
+        load(name, {.threads = 2, .context = 128, .sequences = 6, .batch_invariant = true}, pair));
+    for (const Mode mode : {Mode::w4a16, Mode::w4a8, Mode::w4a4}) {
+      SCOPED_TRACE(std::string(name) + " " + mode_name(mode));
+      ASSERT_TRUE(set_mode(*pair.gpu, mode).ok());
+      const std::vector<int32_t> prompt = random_tokens(30, 80, 9);
+      const std::vector<float> alone = states_beside(*pair.gpu, prompt, 8, 0);
+      EXPECT_EQ(states_beside(*pair.gpu, prompt, 8, 2), alone);
+      EXPECT_EQ(states_beside(*pair.gpu, prompt, 8, 5), alone);
+    }
+  }
+}
+
 size_t free_memory() {
   size_t free = 0, total = 0;
   NIBBLE_CHECK_CUDA(cudaMemGetInfo(&free, &total));

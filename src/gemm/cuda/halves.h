@@ -77,7 +77,11 @@ __device__ __forceinline__ uint4 pair_activations(uint4 x) {
 template <Element type>
 __device__ __forceinline__ void mma_halves(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                            uint32_t b1) {
-  ptx::mma16<type == Element::bf16>(d, a, b0, b1);
+  if constexpr (type == Element::f16) {
+    ptx::mma_f16(d, a, b0, b1);
+  } else {
+    ptx::mma_bf16(d, a, b0, b1);
+  }
 }
 
 }  // namespace nibble::cuda

@@ -4,6 +4,7 @@
 // in registers; the parts of up to 64 rows of x, the B side, go through shared memory, two stages
 // of 128 k. Which k a lane's registers hold is free as long as A and B agree: lane 4 r + c takes
 // the 8 neighbours from 32 j + 8 c on, so that w and x are read 16 bytes at a time.
+#include "gemm/cuda/halves.h"
 #include "gemm/cuda/head_product.h"
 #include "gemm/cuda/launch.h"
 #include "gemm/cuda/ptx.h"
@@ -28,7 +29,7 @@ struct Rows {
   uint4 upper[kSteps], lower[kSteps];  // of w: rows r and r + 8
 };
 
-template <bool bf16, int kTiles>
+template <Element type, int kTiles>
 __global__ void __launch_bounds__(kThreads, kTiles > 4 ? 1 : 2)
     head_product(const __grid_constant__ HeadArgs a) {
   extern __shared__ __align__(16) uint8_t shared[];
@@ -91,10 +92,10 @@ __global__ void __launch_bounds__(kThreads, kTiles > 4 ? 1 : 2)
       for (int t = 0; t < kTiles; ++t) {
         const uint4 h = ptx::load16_shared(high + t * 8 * kRowBytes + j * 64);
         const uint4 o = ptx::load16_shared(low + t * 8 * kRowBytes + j * 64);
-        ptx::mma16<bf16>(acc[t], first, h.x, h.y);
-        ptx::mma16<bf16>(acc[t], second, h.z, h.w);
-        ptx::mma16<bf16>(acc[t], first, o.x, o.y);
-        ptx::mma16<bf16>(acc[t], second, o.z, o.w);
+        mma_halves<type>(acc[t], first, h.x, h.y);
+        mma_halves<type>(acc[t], second, h.z, h.w);
+        mma_halves<type>(acc[t], first, o.x, o.y);
+        mma_halves<type>(acc[t], second, o.z, o.w);
       }
     }
     stage ^= 1;
@@ -109,17 +110,17 @@ __global__ void __launch_bounds__(kThreads, kTiles > 4 ? 1 : 2)
   }
 }
 
-template <bool bf16>
+template <Element type>
 cudaError_t launch_rows(const HeadArgs& args, const Launch& how) {
   const auto with = [&](auto kernel, int tiles) {
     Launch sized = how;
     sized.shared_bytes = kStages * stage_bytes(tiles);
     return launch_kernel(kernel, sized, args);
   };
-  if (args.rows <= 8) return with(head_product<bf16, 1>, 1);
-  if (args.rows <= 16) return with(head_product<bf16, 2>, 2);
-  if (args.rows <= 32) return with(head_product<bf16, 4>, 4);
-  return with(head_product<bf16, 8>, 8);
+  if (args.rows <= 8) return with(head_product<type, 1>, 1);
+  if (args.rows <= 16) return with(head_product<type, 2>, 2);
+  if (args.rows <= 32) return with(head_product<type, 4>, 4);
+  return with(head_product<type, 8>, 8);
 }
 
 }  // namespace
@@ -138,7 +139,8 @@ cudaError_t launch_w16_head_mma_sm80(const HeadArgs& args, cudaStream_t stream) 
                      .threads = kThreads,
                      .stream = stream,
                      .programmatic = args.programmatic};
-    const cudaError_t error = bf16 ? launch_rows<true>(part, how) : launch_rows<false>(part, how);
+    const cudaError_t error = bf16 ? launch_rows<Element::bf16>(part, how)
+                                   : launch_rows<Element::f16>(part, how);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

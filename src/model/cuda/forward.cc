@@ -91,7 +91,8 @@ Status Forward::allocate() {
   NIBBLE_TRY(hidden_.allocate(bytes(c.hidden, 4), device));
   NIBBLE_TRY(qkv_.allocate(bytes(q + 2 * kv, 2), device));
   NIBBLE_TRY(q_.allocate(bytes(q, 2), device));
-  NIBBLE_TRY(attention_.allocate(bytes(q, 2), device));
+  // Rows that are left out of attention keep what is there.
+  NIBBLE_TRY(attention_.allocate_zeroed(bytes(q, 2), device));
   NIBBLE_TRY(delta_.allocate(bytes(c.hidden, 2), device));
   NIBBLE_TRY(gate_up_.allocate(bytes(2 * c.intermediate, 2), device));
   NIBBLE_TRY(rows16_.allocate(bytes(width16(c), 2), device));
@@ -383,8 +384,10 @@ Status Forward::attend(int64_t layer, const PassInputs& inputs, int64_t rows,
   attention.out_stride = q_width;
   attention.programmatic = true;
   if (inputs.num_tiles > 0) {
-    const PrefillArgs args{attention, inputs.tiles, inputs.num_tiles};
-    note("attention_prefill");
+    // num_tiles fits: see PassStaging.
+    const bool wgmma = model_.device.capability == 90;
+    const PrefillArgs args{attention, inputs.tiles, inputs.num_tiles, wgmma};
+    note(wgmma ? "attention_prefill_sm90" : "attention_prefill_sm80");
     return to_status(launch_attention_prefill(args, stream), "attention_prefill");
   }
   DecodeArgs args;

@@ -1,6 +1,7 @@
 // See pass_inputs.h.
 #include "model/cuda/pass_inputs.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "gemm/cuda/runtime.h"
@@ -38,7 +39,7 @@ PassStaging::~PassStaging() {
 }
 
 Result<PassInputs> PassStaging::stage(std::span<const SequenceItem> items,
-                                      std::span<const PassSpan> spans, bool decode,
+                                      std::span<const PassSpan> spans, int64_t step_rows,
                                       cudaStream_t stream) {
   int32_t* const tokens = host_;
   int32_t* const sequence = host_ + capacity_;
@@ -59,14 +60,19 @@ Result<PassInputs> PassStaging::stage(std::span<const SequenceItem> items,
     prefill.push_back({slot, static_cast<int32_t>(span.row), start,
                        static_cast<int32_t>(span.count)});
   }
-  const auto rows = static_cast<size_t>(spans.back().row + spans.back().count);
+  const int64_t taken = spans.back().row + spans.back().count;
+  for (int64_t row = taken; row < step_rows; ++row) {
+    tokens[row] = sequence[row] = 0;
+    position[row] = -1;
+  }
+  const auto rows = static_cast<size_t>(std::max(taken, step_rows));
   const size_t pitch = static_cast<size_t>(capacity_) * sizeof(int32_t);
   NIBBLE_TRY(to_status(
       cudaMemcpy2DAsync(device_.as<>(), pitch, host_, pitch, rows * sizeof(int32_t),
                         kArrays, cudaMemcpyHostToDevice, stream),
       "copying tokens"));
   PassInputs inputs = decode_inputs();
-  if (decode) return inputs;
+  if (step_rows > 0) return inputs;
   const std::vector<PrefillTile> tiles = prefill_tiles(prefill);
   auto* host_tiles = reinterpret_cast<PrefillTile*>(host_ + kArrays * capacity_);
   auto* device_tiles = reinterpret_cast<PrefillTile*>(device_.as<int32_t>() + kArrays * capacity_);

@@ -25,11 +25,12 @@ class PassStaging {
   static Result<std::unique_ptr<PassStaging>> create(const DeviceInfo& device, int64_t rows);
   ~PassStaging();
 
-  /// Copies what a pass reads, on `stream`; spans are in the order of rows. decode: every span is
-  /// one row, and there are no tiles. The last row of every span goes into gather(). The stream
+  /// Copies what a pass reads, on `stream`; spans are in the order of rows. The last row of every
+  /// span goes into gather(). step_rows > 0: a decoding step of that many rows, of which every span
+  /// is one and those behind them have no position, so nothing comes of them; no tiles. The stream
   /// must be past the pass before.
   Result<PassInputs> stage(std::span<const SequenceItem> items, std::span<const PassSpan> spans,
-                           bool decode, cudaStream_t stream);
+                           int64_t step_rows, cudaStream_t stream);
   /// What stage() of a decoding step has put: chosen tokens become the next step's.
   PassInputs decode_inputs() { return {tokens(), sequence(), position(), nullptr, 0}; }
   int32_t* position() { return device_.as<int32_t>() + 2 * capacity_; }

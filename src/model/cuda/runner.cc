@@ -95,20 +95,22 @@ class CudaRunner : public Runner {
   using Pass = std::vector<PassSpan>;
   Status check_items(std::span<const SequenceItem> items) const;
   std::vector<Pass> cut(std::span<const SequenceItem> items) const;
-  /// Everything of a pass up to the layers' end; `decode`: one row of each sequence.
-  Status run_pass(std::span<const SequenceItem> items, const Pass& pass, bool decode);
+  /// Everything of a pass of prompts up to the layers' end.
+  Status run_pass(std::span<const SequenceItem> items, const Pass& pass);
   Status decode_step(std::span<const SequenceItem> items, bool choose);
   Status enqueue_choice(const int32_t* gather, int64_t count);
   Status prepare(int64_t rows);
   Status wait(const char* what);
   Status check_faults(std::span<const SequenceItem> items);
   Status copy_states(float* hidden, int64_t rows);
+  bool is_step(std::span<const SequenceItem> items) const;
   bool follows_last_step(std::span<const SequenceItem> items) const;
 
   DeviceModel model_;
   bool quantized_ = false;
   int64_t pass_rows_ = 0;
   uint64_t free_at_first_ = 0;
+  int64_t invariant_rows_ = 0;  // of every decoding step; 0: as many as it has sequences
   std::unique_ptr<KvPool> pool_;
   std::unique_ptr<Forward> forward_;
   std::unique_ptr<PassStaging> staging_;
@@ -146,6 +148,7 @@ Status CudaRunner::load(const Checkpoint& checkpoint, const ModelOptions& option
   pool_ = std::make_unique<KvPool>(std::move(*pool));
   pass_rows_ = plan->pass_rows;
   free_at_first_ = plan->memory.available;
+  if (options.batch_invariant) invariant_rows_ = options.sequences;
   Result<std::unique_ptr<Forward>> forward = Forward::create(model_, *pool_, pass_rows_);
   if (!forward.ok()) return forward.status();
   forward_ = std::move(*forward);
@@ -197,6 +200,7 @@ std::vector<CudaRunner::Pass> CudaRunner::cut(std::span<const SequenceItem> item
   int64_t room = 0;
   for (size_t i = 0; i < items.size(); ++i) {
     const auto count = static_cast<int64_t>(items[i].tokens.size());
+    if (invariant_rows_ > 0) room = 0;  // every prompt by itself
     for (int64_t at = 0; at < count;) {
       if (room == 0) {
         passes.emplace_back();
@@ -218,12 +222,12 @@ Status CudaRunner::prepare(int64_t rows) {
   return {};
 }
 
-Status CudaRunner::run_pass(std::span<const SequenceItem> items, const Pass& pass, bool decode) {
+Status CudaRunner::run_pass(std::span<const SequenceItem> items, const Pass& pass) {
   const int64_t rows = pass.back().row + pass.back().count;
   NIBBLE_TRY(prepare(rows));
   NIBBLE_TRY(wait("the pass before"));  // it may still read what is staged now
   NIBBLE_TRY(pool_->sync_table(stream_));
-  Result<PassInputs> inputs = staging_->stage(items, pass, decode, stream_);
+  Result<PassInputs> inputs = staging_->stage(items, pass, 0, stream_);
   if (!inputs.ok()) return inputs.status();
   NIBBLE_TRY(forward_->layers(*inputs, rows, stream_));
   for (const PassSpan& span : pass) {
@@ -261,9 +265,16 @@ Status CudaRunner::forward(std::span<const SequenceItem> items, HiddenRows rows,
   NIBBLE_TRY(current.status());
   NIBBLE_TRY(check_items(items));
   last_.clear();
+  if (rows == HiddenRows::last && is_step(items)) {
+    NIBBLE_TRY(decode_step(items, false));
+    NIBBLE_TRY(copy_states(hidden, static_cast<int64_t>(items.size())));
+    NIBBLE_TRY(staging_->fetch_faults(forward_->faults(), pool_->shape().sequences, stream_));
+    NIBBLE_TRY(wait("decoding"));
+    return check_faults(items);
+  }
   int64_t rows_before = 0;
   for (const Pass& pass : cut(items)) {
-    NIBBLE_TRY(run_pass(items, pass, false));
+    NIBBLE_TRY(run_pass(items, pass));
     const int64_t count = pass.back().row + pass.back().count;
     if (rows == HiddenRows::all) {
       NIBBLE_TRY(forward_->finish(nullptr, count, stream_));
@@ -340,6 +351,13 @@ Status CudaRunner::enqueue_choice(const int32_t* gather, int64_t count) {
   return staging_->fetch_chosen(count, stream_);
 }
 
+/// One token of every item.
+bool CudaRunner::is_step(std::span<const SequenceItem> items) const {
+  return static_cast<int64_t>(items.size()) <= pass_rows_ &&
+         std::all_of(items.begin(), items.end(),
+                     [](const SequenceItem& item) { return item.tokens.size() == 1; });
+}
+
 bool CudaRunner::follows_last_step(std::span<const SequenceItem> items) const {
   if (items.size() != last_.size()) return false;
   for (size_t i = 0; i < items.size(); ++i) {
@@ -353,13 +371,14 @@ bool CudaRunner::follows_last_step(std::span<const SequenceItem> items) const {
 
 /// One token of every item, by a graph; `choose`: the next ones too.
 Status CudaRunner::decode_step(std::span<const SequenceItem> items, bool choose) {
-  const auto rows = static_cast<int64_t>(items.size());
+  const int64_t rows = std::max(static_cast<int64_t>(items.size()), invariant_rows_);
   NIBBLE_TRY(prepare(rows));
   NIBBLE_TRY(pool_->sync_table(stream_));
-  Pass pass;
-  for (size_t i = 0; i < items.size(); ++i) pass.push_back({i, 0, 1, static_cast<int64_t>(i)});
   if (!choose || !follows_last_step(items)) {
-    Result<PassInputs> staged = staging_->stage(items, pass, true, stream_);
+    Pass pass;
+    for (size_t i = 0; i < items.size(); ++i) pass.push_back({i, 0, 1, static_cast<int64_t>(i)});
+    NIBBLE_TRY(wait("the step before"));
+    Result<PassInputs> staged = staging_->stage(items, pass, rows, stream_);
     if (!staged.ok()) return staged.status();
   }
   const auto enqueue = [&]() -> Status {
@@ -387,10 +406,7 @@ Status CudaRunner::greedy(std::span<const SequenceItem> items, std::span<int32_t
   const CurrentDevice current(model_.device.ordinal);
   NIBBLE_TRY(current.status());
   NIBBLE_TRY(check_items(items));
-  const bool decode = std::all_of(items.begin(), items.end(), [](const SequenceItem& item) {
-    return item.tokens.size() == 1;
-  });
-  if (decode && static_cast<int64_t>(items.size()) <= pass_rows_) {
+  if (is_step(items)) {
     NIBBLE_TRY(decode_step(items, true));
     NIBBLE_TRY(wait("decoding"));
     std::copy_n(staging_->host_chosen(), items.size(), next.begin());
@@ -404,7 +420,7 @@ Status CudaRunner::greedy(std::span<const SequenceItem> items, std::span<int32_t
   } else {
     last_.clear();
     for (const Pass& pass : cut(items)) {
-      NIBBLE_TRY(run_pass(items, pass, false));
+      NIBBLE_TRY(run_pass(items, pass));
       const auto count = static_cast<int64_t>(pass.size());
       NIBBLE_TRY(enqueue_choice(staging_->gather(), count));
       NIBBLE_TRY(wait("reading a prompt"));
@@ -437,7 +453,7 @@ Result<std::vector<OperationTime>> CudaRunner::profile(std::span<const SequenceI
   NIBBLE_TRY(prepare(rows));
   NIBBLE_TRY(wait("the pass before"));
   NIBBLE_TRY(pool_->sync_table(stream_));
-  Result<PassInputs> inputs = staging_->stage(items, pass, decode, stream_);
+  Result<PassInputs> inputs = staging_->stage(items, pass, decode ? rows : 0, stream_);
   if (!inputs.ok()) return inputs.status();
   Profile profile;
   Graph graph;
