@@ -288,6 +288,11 @@ __device__ __forceinline__ void barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+/// Arrives there without waiting.
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 /// Programmatic launch: until the kernels in front are complete and their writes visible. No-op if
 /// launched plainly, and below sm_90, where there is no such launch.
 __device__ __forceinline__ void grid_wait() {

@@ -2,7 +2,8 @@
 // one KV head; each warp of a block takes whole pages of it, all query heads of the KV head at
 // once, and begins to load its next page, of this item or the next, as soon as one has been read.
 // The warps' results are added in order in shared memory, those of a row's splits by the block that
-// finishes last, also in order: one launch, and the same bits in any batch.
+// finishes last, also in order: one launch, and the same bits in any batch. That last step is for a
+// warp of its own: a block that is late once would else be last, and merge, every time.
 //
 // Products: S^T (positions, heads) = K Q^T and O^T (channels, heads) += V^T P^T, m16n8k16: query
 // heads are the narrow side.
@@ -20,7 +21,8 @@ namespace {
 template <int kDim>
 struct Shape {
   static constexpr int kWarps = kDim <= 128 ? 4 : 2;
-  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kThreads = 32 * kWarps;                      // of those warps
+  static constexpr int kAllThreads = kThreads + 32;                 // and the one that merges
   static constexpr int kPageBytes = kDim / kKvSlice * kSliceBytes;  // of one head
   static constexpr int kResultStride = kDim + 4;  // floats of a head: all lanes in other banks
   static constexpr int kResultBytes = kWarps * kDecodeHeads * kResultStride * 4;
@@ -217,62 +219,159 @@ struct Warp {
   }
 };
 
-/// Adds results of other maxima: parts (count), `stride` apart. A part that saw nothing has the
-/// maximum -infinity, and its sums are not read.
-struct Merged {
-  float4 v = {0, 0, 0, 0};
-  float max = -INFINITY, sum = 0;
-};
-template <class State, class Value>
-__device__ __forceinline__ Merged merge(int count, const State& state, const Value& value) {
-  Merged m;
-  for (int i = 0; i < count; ++i) m.max = ptx::max_or_nan(m.max, state(i).x);
-  for (int i = 0; i < count; ++i) {
-    const float2 s = state(i);
-    if (s.x == -INFINITY) continue;
-    const float factor = ptx::exp2_fast(s.x - m.max);
-    const float4 v = value(i);
-    m.v.x = __fmaf_rn(v.x, factor, m.v.x);
-    m.v.y = __fmaf_rn(v.y, factor, m.v.y);
-    m.v.z = __fmaf_rn(v.z, factor, m.v.z);
-    m.v.w = __fmaf_rn(v.w, factor, m.v.w);
-    m.sum = __fmaf_rn(s.y, factor, m.sum);
-  }
-  return m;
+__device__ __forceinline__ uint32_t rounded_pair_of(Element type, float x, float y) {
+  return type == Element::f16 ? rounded_pair<Element::f16>(x, y)
+                              : rounded_pair<Element::bf16>(x, y);
 }
 
+/// Two results of `head`, from channel `channel` on.
 __device__ __forceinline__ void store_result(const AttentionArgs& a, int row, int head, int channel,
-                                             const Merged& m) {
+                                             float x, float y) {
   if (channel >= a.kv.head_dim) return;
-  const float factor = 1.0f / m.sum;
-  const float v[4] = {m.v.x * factor, m.v.y * factor, m.v.z * factor, m.v.w * factor};
   auto* to = static_cast<char*>(a.out) +
              (row * a.out_stride + int64_t{head} * a.kv.head_dim + channel) * 2;
-  *reinterpret_cast<uint2*>(to) =
-      a.type == Element::f16
-          ? uint2{rounded_pair<Element::f16>(v[0], v[1]), rounded_pair<Element::f16>(v[2], v[3])}
-          : uint2{rounded_pair<Element::bf16>(v[0], v[1]), rounded_pair<Element::bf16>(v[2], v[3])};
+  *reinterpret_cast<uint32_t*>(to) = rounded_pair_of(a.type, x, y);
 }
 
+/// Adds what the warps of a block have of an item: to out, or to scratch if there are other splits.
+template <int kDim>
+__device__ __forceinline__ void add_warps(const DecodeArgs& a, const DecodeItem& item,
+                                          const float* results, const float2* states,
+                                          const Scratch& scratch) {
+  using S = Shape<kDim>;
+  const int groups = static_cast<int>(a.attention.heads / a.attention.kv.kv_heads);
+  const int first_head = item.kv_head * groups + item.part * kDecodeHeads;
+  const int heads = min(kDecodeHeads, groups - item.part * kDecodeHeads);
+  for (int i = static_cast<int>(threadIdx.x); i < heads * (kDim / 4); i += S::kThreads) {
+    const int head = i / (kDim / 4), channel = i % (kDim / 4) * 4;
+    float max = -INFINITY, sum = 0;
+    float4 all = {0, 0, 0, 0};
+#pragma unroll
+    for (int w = 0; w < S::kWarps; ++w) {
+      max = ptx::max_or_nan(max, states[w * kDecodeHeads + head].x);
+    }
+#pragma unroll
+    for (int w = 0; w < S::kWarps; ++w) {  // a warp that saw nothing has zeros and the factor 0
+      const float2 s = states[w * kDecodeHeads + head];
+      const float factor = ptx::exp2_fast(s.x - max);
+      const float4 v = *reinterpret_cast<const float4*>(
+          results + (w * kDecodeHeads + head) * S::kResultStride + channel);
+      all.x = __fmaf_rn(v.x, factor, all.x);
+      all.y = __fmaf_rn(v.y, factor, all.y);
+      all.z = __fmaf_rn(v.z, factor, all.z);
+      all.w = __fmaf_rn(v.w, factor, all.w);
+      sum = __fmaf_rn(s.y, factor, sum);
+    }
+    if (item.count == 1) {
+      const float factor = 1.0f / sum;
+      const AttentionArgs& at = a.attention;
+      store_result(at, item.row, first_head + head, channel, all.x * factor, all.y * factor);
+      store_result(at, item.row, first_head + head, channel + 2, all.z * factor, all.w * factor);
+    } else {
+      const int64_t place = int64_t{item.unit} * scratch.heads + first_head + head;
+      *reinterpret_cast<float4*>(scratch.results + place * kDim + channel) = all;
+      if (channel == 0) scratch.states[place] = {max, sum};
+    }
+  }
+}
+
+/// Whether the block is the last one with an item of these, by one warp. The counter is then ready
+/// for the next launch.
+__device__ __forceinline__ bool is_last(const DecodeArgs& a, const DecodeItem& item, int parts,
+                                        const Scratch& scratch, int lane) {
+  uint32_t last = 0;
+  if (lane == 0) {
+    const int kv_heads = static_cast<int>(a.attention.kv.kv_heads);
+    uint32_t* arrived = scratch.arrived + (item.row * kv_heads + item.kv_head) * parts + item.part;
+    __threadfence();
+    last = atomicAdd(arrived, 1) + 1 == static_cast<uint32_t>(item.count);
+    if (last != 0) *arrived = 0;
+    __threadfence();
+  }
+  return __shfl_sync(kAllLanes, last, 0) != 0;
+}
+
+/// Adds the splits of an item's row and heads, in order, by one warp.
+template <int kDim>
+__device__ __forceinline__ void merge_splits(const DecodeArgs& a, const DecodeItem& item,
+                                             const Scratch& scratch, int lane) {
+  constexpr int kPairs = kDim / 64;              // of a lane: channels 64 i + 2 lane and the next
+  constexpr int kAtOnce = kDim <= 128 ? 16 : 8;  // splits whose loads are under way together
+  const int groups = static_cast<int>(a.attention.heads / a.attention.kv.kv_heads);
+  const int first_head = item.kv_head * groups + item.part * kDecodeHeads;
+  const int heads = min(kDecodeHeads, groups - item.part * kDecodeHeads);
+  const int64_t first = int64_t{item.unit - item.index} * scratch.heads + first_head;
+  for (int head = 0; head < heads; ++head) {
+    float max = -INFINITY, sum = 0;
+    float2 all[kPairs] = {};
+    for (int base = 0; base < item.count; base += kAtOnce) {
+      const int count = min(kAtOnce, item.count - base);
+      const auto place = [&](int j) { return first + int64_t{base + j} * scratch.heads + head; };
+      const float2 mine =
+          lane < count ? __ldcg(scratch.states + place(lane)) : float2{-INFINITY, 0};
+      float2 v[kAtOnce][kPairs];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+          v[j][i] = {0, 0};
+          if (j < count) {
+            v[j][i] = __ldcg(reinterpret_cast<const float2*>(scratch.results + place(j) * kDim) +
+                             i * 32 + lane);
+          }
+        }
+      }
+      float now = mine.x;
+#pragma unroll
+      for (int d = 16; d > 0; d /= 2) {
+        now = ptx::max_or_nan(now, __shfl_xor_sync(kAllLanes, now, d));
+      }
+      now = ptx::max_or_nan(now, max);
+      const float before = ptx::exp2_fast(max - now), own = ptx::exp2_fast(mine.x - now);
+      max = now;
+      sum = sum * before;
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) all[i] = {all[i].x * before, all[i].y * before};
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {  // from `count` on: zeros and the factor 0
+        const float factor = __shfl_sync(kAllLanes, own, j);
+        sum = __fmaf_rn(__shfl_sync(kAllLanes, mine.y, j), factor, sum);
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+          all[i].x = __fmaf_rn(v[j][i].x, factor, all[i].x);
+          all[i].y = __fmaf_rn(v[j][i].y, factor, all[i].y);
+        }
+      }
+    }
+    const float factor = 1.0f / sum;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      store_result(a.attention, item.row, first_head + head, i * 64 + 2 * lane, all[i].x * factor,
+                   all[i].y * factor);
+    }
+  }
+}
+
+constexpr int kWarpsDone = 1, kReadyToMerge = 2, kStored = 3;  // barriers
+
 template <Element type, int kDim>
-__global__ void __launch_bounds__(Shape<kDim>::kThreads, Shape<kDim>::kBlocks)
+__global__ void __launch_bounds__(Shape<kDim>::kAllThreads, Shape<kDim>::kBlocks)
     attention_decode(const __grid_constant__ DecodeArgs a) {
   using S = Shape<kDim>;
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ DecodeWork work;
   __shared__ float2 states[S::kWarps * kDecodeHeads];
   __shared__ alignas(8) uint64_t barriers[2 * S::kWarps];
-  __shared__ uint32_t last_one;
   ptx::grid_launch_dependents();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const AttentionArgs& at = a.attention;
-  const int groups = static_cast<int>(at.heads / at.kv.kv_heads), parts = decode_parts(groups);
+  const int parts = decode_parts(at.heads / at.kv.kv_heads);
   auto* results = reinterpret_cast<float*>(shared + 2 * S::kWarps * S::kPageBytes);
   const uint32_t keys = ptx::shared_address(shared) + warp * 2 * S::kPageBytes;
   const uint32_t values = keys + S::kPageBytes;
   PageLoads<S::kPageBytes> loads{ptx::shared_address(&barriers[2 * warp]), lane};
 #if __CUDA_ARCH__ >= 900
-  if (lane == 0) {
+  if (warp < S::kWarps && lane == 0) {
     ptx::mbarrier_init(loads.barrier, 1);
     ptx::mbarrier_init(loads.barrier + 8, 1);
     ptx::fence_mbarrier_init();
@@ -284,6 +383,18 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads, Shape<kDim>::kBlocks)
   const int units = work.before[a.rows];
   const int items = units * static_cast<int>(at.kv.kv_heads) * parts;
   const Scratch scratch(a, units);
+  if (warp == S::kWarps) {
+    for (int number = static_cast<int>(blockIdx.x); number < items;
+         number += static_cast<int>(gridDim.x)) {
+      const DecodeItem item = work.item(a, number, parts);
+      ptx::barrier_arrive(kReadyToMerge, S::kAllThreads);
+      ptx::barrier_sync(kStored, S::kAllThreads);
+      if (item.count > 1 && is_last(a, item, parts, scratch, lane)) {
+        merge_splits<kDim>(a, item, scratch, lane);
+      }
+    }
+    return;
+  }
   const float scale = at.scale * kLog2E;
 
   // The next page of this warp from (number, turn) on.
@@ -328,55 +439,10 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads, Shape<kDim>::kBlocks)
       loads.begin(1, values, next.values);
     }
     w.store(results + warp * kDecodeHeads * S::kResultStride, states + warp * kDecodeHeads, lane);
-    __syncthreads();
-
-    const int first_head = item.kv_head * groups + item.part * kDecodeHeads;
-    const int heads = min(kDecodeHeads, groups - item.part * kDecodeHeads);
-    for (int i = static_cast<int>(threadIdx.x); i < heads * (kDim / 4); i += S::kThreads) {
-      const int head = i / (kDim / 4), channel = i % (kDim / 4) * 4;
-      const Merged m = merge(
-          S::kWarps, [&](int j) { return states[j * kDecodeHeads + head]; },
-          [&](int j) {
-            return *reinterpret_cast<const float4*>(
-                results + (j * kDecodeHeads + head) * S::kResultStride + channel);
-          });
-      if (item.count == 1) {
-        store_result(at, item.row, first_head + head, channel, m);
-      } else {
-        const int64_t place = int64_t{item.unit} * at.heads + first_head + head;
-        *reinterpret_cast<float4*>(scratch.results + place * kDim + channel) = m.v;
-        if (channel == 0) scratch.states[place] = {m.max, m.sum};
-      }
-    }
-    if (item.count > 1) {
-      __threadfence();
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        uint32_t* arrived = scratch.arrived +
-                            (item.row * static_cast<int>(at.kv.kv_heads) + item.kv_head) * parts +
-                            item.part;
-        const uint32_t before = atomicAdd(arrived, 1);
-        last_one = before + 1 == static_cast<uint32_t>(item.count);
-        if (last_one != 0) *arrived = 0;
-        __threadfence();
-      }
-      __syncthreads();
-      if (last_one != 0) {
-        const int64_t first = int64_t{item.unit - item.index} * at.heads + first_head;
-        for (int i = static_cast<int>(threadIdx.x); i < heads * (kDim / 4); i += S::kThreads) {
-          const int head = i / (kDim / 4), channel = i % (kDim / 4) * 4;
-          const auto place = [&](int j) { return first + int64_t{j} * at.heads + head; };
-          const Merged m = merge(
-              item.count, [&](int j) { return __ldcg(scratch.states + place(j)); },
-              [&](int j) {
-                return __ldcg(
-                    reinterpret_cast<const float4*>(scratch.results + place(j) * kDim + channel));
-              });
-          store_result(at, item.row, first_head + head, channel, m);
-        }
-      }
-    }
-    __syncthreads();  // the results and states are free again
+    ptx::barrier_sync(kWarpsDone, S::kThreads);
+    add_warps<kDim>(a, item, results, states, scratch);
+    ptx::barrier_sync(kReadyToMerge, S::kAllThreads);  // also: the results are free again
+    ptx::barrier_arrive(kStored, S::kAllThreads);
   }
 }
 
@@ -389,7 +455,7 @@ cudaError_t launch(const DecodeArgs& a, cudaStream_t stream) {
   Launch how;
   how.grid = dim3(
       static_cast<unsigned>(std::min<int64_t>(items, int64_t{a.multiprocessors} * S::kBlocks)));
-  how.threads = S::kThreads;
+  how.threads = S::kAllThreads;
   how.shared_bytes = S::kSharedBytes;
   how.stream = stream;
   how.programmatic = a.attention.programmatic;
