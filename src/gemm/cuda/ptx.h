@@ -280,8 +280,8 @@ __device__ __forceinline__ uint4 load_matrices_transposed(uint32_t row_address) 
   return v;
 }
 
-/// Transposes an 8 x 8 matrix of 16-bit elements: in, word of lane 4 r + c is row r, columns 2 c and
-/// 2 c + 1; out, column r, rows 2 c and 2 c + 1.
+/// Transposes an 8 x 8 matrix of 16-bit elements: lane 4 r + c gives row r, columns 2 c and 2 c + 1,
+/// and gets column r, rows 2 c and 2 c + 1.
 __device__ __forceinline__ uint32_t transposed(uint32_t v) {
   uint32_t d;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
@@ -313,6 +313,11 @@ __device__ __forceinline__ void mma_s8s8(int (&d)[4], const uint32_t (&a)[4], ui
 /// Barrier `id` (1..15; 0 is __syncthreads) of `threads` threads of a block.
 __device__ __forceinline__ void barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+/// Arrives there without waiting.
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 /// Programmatic launch: until the kernels in front are complete and their writes visible. No-op if

@@ -111,6 +111,11 @@ __device__ __forceinline__ uint32_t rounded_pair(float x, float y) {
   }
 }
 
+__device__ __forceinline__ uint32_t rounded_pair(Element type, float x, float y) {
+  return type == Element::f16 ? rounded_pair<Element::f16>(x, y)
+                              : rounded_pair<Element::bf16>(x, y);
+}
+
 /// A chunk rounded to 16 bits.
 template <Element type>
 __device__ __forceinline__ uint4 rounded(const Chunk& c) {

@@ -2,7 +2,8 @@
 // one KV head; each warp of a block takes whole pages of it, all query heads of the KV head at
 // once, and begins to load its next page, of this item or the next, as soon as one has been read.
 // The warps' results are added in order in shared memory, those of a row's splits by the block that
-// finishes last, also in order: one launch, and the same bits in any batch.
+// finishes last, also in order: one launch, and the same bits in any batch. That last step is for a
+// warp of its own: a block that is late once would else be last, and merge, every time.
 //
 // Products: S^T (positions, heads) = K Q^T and O^T (channels, heads) += V^T P^T, m16n8k16: query
 // heads are the narrow side.
@@ -11,40 +12,12 @@
 #include "gemm/cuda/launch.h"
 #include "gemm/cuda/quantize_device.h"
 #include "model/cuda/check.h"
+#include "model/cuda/decode_merge.h"
 #include "model/cuda/decode_work.h"
 #include "model/cuda/kv_device.h"
 
 namespace nibble::cuda {
 namespace {
-
-template <int kDim>
-struct Shape {
-  static constexpr int kWarps = kDim <= 128 ? 4 : 2;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kPageBytes = kDim / kKvSlice * kSliceBytes;  // of one head
-  static constexpr int kResultStride = kDim + 4;  // floats of a head: all lanes in other banks
-  static constexpr int kResultBytes = kWarps * kDecodeHeads * kResultStride * 4;
-  static constexpr int kSharedBytes = 2 * kWarps * kPageBytes + kResultBytes;
-  static constexpr int kBlocks = std::min(4, 227 * 1024 / (kSharedBytes + 10 * 1024));
-};
-
-/// Scratch: counters, then (max, sum) of every (unit, head), then its unscaled result.
-struct Scratch {
-  uint32_t* arrived;
-  float2* states;
-  float* results;
-  int64_t heads;
-
-  __host__ __device__ static int64_t counter_bytes(int64_t heads) {
-    return int64_t{kDecodeRows} * heads * 4;
-  }
-  __device__ Scratch(const DecodeArgs& a, int64_t units) : heads(a.attention.heads) {
-    auto* base = static_cast<char*>(a.scratch);
-    arrived = reinterpret_cast<uint32_t*>(base);
-    states = reinterpret_cast<float2*>(base + counter_bytes(heads));
-    results = reinterpret_cast<float*>(states + (units * heads + 1) / 2 * 2);
-  }
-};
 
 /// Pages of one warp, one of keys and one of values at a time. Loads come in the order keys,
 /// values, keys, ... and are waited for in that order.
@@ -90,7 +63,7 @@ struct Cursor {
 
 template <Element type, int kDim>
 struct Warp {
-  using S = Shape<kDim>;
+  using S = DecodeShape<kDim>;
 
   uint32_t q[kDim / 16][2];  // B operands: channels, heads
   float sums[kDim / 16][4];  // O^T
@@ -217,62 +190,26 @@ struct Warp {
   }
 };
 
-/// Adds results of other maxima: parts (count), `stride` apart. A part that saw nothing has the
-/// maximum -infinity, and its sums are not read.
-struct Merged {
-  float4 v = {0, 0, 0, 0};
-  float max = -INFINITY, sum = 0;
-};
-template <class State, class Value>
-__device__ __forceinline__ Merged merge(int count, const State& state, const Value& value) {
-  Merged m;
-  for (int i = 0; i < count; ++i) m.max = ptx::max_or_nan(m.max, state(i).x);
-  for (int i = 0; i < count; ++i) {
-    const float2 s = state(i);
-    if (s.x == -INFINITY) continue;
-    const float factor = ptx::exp2_fast(s.x - m.max);
-    const float4 v = value(i);
-    m.v.x = __fmaf_rn(v.x, factor, m.v.x);
-    m.v.y = __fmaf_rn(v.y, factor, m.v.y);
-    m.v.z = __fmaf_rn(v.z, factor, m.v.z);
-    m.v.w = __fmaf_rn(v.w, factor, m.v.w);
-    m.sum = __fmaf_rn(s.y, factor, m.sum);
-  }
-  return m;
-}
-
-__device__ __forceinline__ void store_result(const AttentionArgs& a, int row, int head, int channel,
-                                             const Merged& m) {
-  if (channel >= a.kv.head_dim) return;
-  const float factor = 1.0f / m.sum;
-  const float v[4] = {m.v.x * factor, m.v.y * factor, m.v.z * factor, m.v.w * factor};
-  auto* to = static_cast<char*>(a.out) +
-             (row * a.out_stride + int64_t{head} * a.kv.head_dim + channel) * 2;
-  *reinterpret_cast<uint2*>(to) =
-      a.type == Element::f16
-          ? uint2{rounded_pair<Element::f16>(v[0], v[1]), rounded_pair<Element::f16>(v[2], v[3])}
-          : uint2{rounded_pair<Element::bf16>(v[0], v[1]), rounded_pair<Element::bf16>(v[2], v[3])};
-}
+constexpr int kWarpsDone = 1, kReadyToMerge = 2, kStored = 3;  // barriers
 
 template <Element type, int kDim>
-__global__ void __launch_bounds__(Shape<kDim>::kThreads, Shape<kDim>::kBlocks)
+__global__ void __launch_bounds__(DecodeShape<kDim>::kAllThreads, DecodeShape<kDim>::kBlocks)
     attention_decode(const __grid_constant__ DecodeArgs a) {
-  using S = Shape<kDim>;
+  using S = DecodeShape<kDim>;
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ DecodeWork work;
   __shared__ float2 states[S::kWarps * kDecodeHeads];
   __shared__ alignas(8) uint64_t barriers[2 * S::kWarps];
-  __shared__ uint32_t last_one;
   ptx::grid_launch_dependents();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const AttentionArgs& at = a.attention;
-  const int groups = static_cast<int>(at.heads / at.kv.kv_heads), parts = decode_parts(groups);
+  const int parts = decode_parts(at.heads / at.kv.kv_heads);
   auto* results = reinterpret_cast<float*>(shared + 2 * S::kWarps * S::kPageBytes);
   const uint32_t keys = ptx::shared_address(shared) + warp * 2 * S::kPageBytes;
   const uint32_t values = keys + S::kPageBytes;
   PageLoads<S::kPageBytes> loads{ptx::shared_address(&barriers[2 * warp]), lane};
 #if __CUDA_ARCH__ >= 900
-  if (lane == 0) {
+  if (warp < S::kWarps && lane == 0) {
     ptx::mbarrier_init(loads.barrier, 1);
     ptx::mbarrier_init(loads.barrier + 8, 1);
     ptx::fence_mbarrier_init();
@@ -283,7 +220,19 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads, Shape<kDim>::kBlocks)
   __syncthreads();
   const int units = work.before[a.rows];
   const int items = units * static_cast<int>(at.kv.kv_heads) * parts;
-  const Scratch scratch(a, units);
+  const DecodeScratch scratch(a, units);
+  if (warp == S::kWarps) {
+    for (int number = static_cast<int>(blockIdx.x); number < items;
+         number += static_cast<int>(gridDim.x)) {
+      const DecodeItem item = work.item(a, number, parts);
+      ptx::barrier_arrive(kReadyToMerge, S::kAllThreads);
+      ptx::barrier_sync(kStored, S::kAllThreads);
+      if (item.count > 1 && is_last(a, item, parts, scratch, lane)) {
+        merge_splits<kDim>(a, item, scratch, lane);
+      }
+    }
+    return;
+  }
   const float scale = at.scale * kLog2E;
 
   // The next page of this warp from (number, turn) on.
@@ -328,68 +277,23 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads, Shape<kDim>::kBlocks)
       loads.begin(1, values, next.values);
     }
     w.store(results + warp * kDecodeHeads * S::kResultStride, states + warp * kDecodeHeads, lane);
-    __syncthreads();
-
-    const int first_head = item.kv_head * groups + item.part * kDecodeHeads;
-    const int heads = min(kDecodeHeads, groups - item.part * kDecodeHeads);
-    for (int i = static_cast<int>(threadIdx.x); i < heads * (kDim / 4); i += S::kThreads) {
-      const int head = i / (kDim / 4), channel = i % (kDim / 4) * 4;
-      const Merged m = merge(
-          S::kWarps, [&](int j) { return states[j * kDecodeHeads + head]; },
-          [&](int j) {
-            return *reinterpret_cast<const float4*>(
-                results + (j * kDecodeHeads + head) * S::kResultStride + channel);
-          });
-      if (item.count == 1) {
-        store_result(at, item.row, first_head + head, channel, m);
-      } else {
-        const int64_t place = int64_t{item.unit} * at.heads + first_head + head;
-        *reinterpret_cast<float4*>(scratch.results + place * kDim + channel) = m.v;
-        if (channel == 0) scratch.states[place] = {m.max, m.sum};
-      }
-    }
-    if (item.count > 1) {
-      __threadfence();
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        uint32_t* arrived = scratch.arrived +
-                            (item.row * static_cast<int>(at.kv.kv_heads) + item.kv_head) * parts +
-                            item.part;
-        const uint32_t before = atomicAdd(arrived, 1);
-        last_one = before + 1 == static_cast<uint32_t>(item.count);
-        if (last_one != 0) *arrived = 0;
-        __threadfence();
-      }
-      __syncthreads();
-      if (last_one != 0) {
-        const int64_t first = int64_t{item.unit - item.index} * at.heads + first_head;
-        for (int i = static_cast<int>(threadIdx.x); i < heads * (kDim / 4); i += S::kThreads) {
-          const int head = i / (kDim / 4), channel = i % (kDim / 4) * 4;
-          const auto place = [&](int j) { return first + int64_t{j} * at.heads + head; };
-          const Merged m = merge(
-              item.count, [&](int j) { return __ldcg(scratch.states + place(j)); },
-              [&](int j) {
-                return __ldcg(
-                    reinterpret_cast<const float4*>(scratch.results + place(j) * kDim + channel));
-              });
-          store_result(at, item.row, first_head + head, channel, m);
-        }
-      }
-    }
-    __syncthreads();  // the results and states are free again
+    ptx::barrier_sync(kWarpsDone, S::kThreads);
+    add_warps<kDim>(a, item, results, states, scratch);
+    ptx::barrier_sync(kReadyToMerge, S::kAllThreads);  // also: the results are free again
+    ptx::barrier_arrive(kStored, S::kAllThreads);
   }
 }
 
 template <Element type, int kDim>
 cudaError_t launch(const DecodeArgs& a, cudaStream_t stream) {
-  using S = Shape<kDim>;
+  using S = DecodeShape<kDim>;
   const int64_t splits = (a.max_context + kDecodeSplit - 1) / kDecodeSplit;
   const int64_t groups = a.attention.heads / a.attention.kv.kv_heads;
   const int64_t items = a.rows * splits * a.attention.kv.kv_heads * decode_parts(groups);
   Launch how;
   how.grid = dim3(
       static_cast<unsigned>(std::min<int64_t>(items, int64_t{a.multiprocessors} * S::kBlocks)));
-  how.threads = S::kThreads;
+  how.threads = S::kAllThreads;
   how.shared_bytes = S::kSharedBytes;
   how.stream = stream;
   how.programmatic = a.attention.programmatic;
@@ -411,7 +315,7 @@ cudaError_t launch(const DecodeArgs& a, cudaStream_t stream) {
 
 int64_t decode_scratch_bytes(int64_t rows, int64_t heads, int64_t head_dim, int64_t max_context) {
   const int64_t splits = rows * ((max_context + kDecodeSplit - 1) / kDecodeSplit);
-  return Scratch::counter_bytes(heads) + (splits * heads + 1) * 8 +
+  return DecodeScratch::counter_bytes(heads) + (splits * heads + 1) * 8 +
          splits * heads * padded_head_dim(head_dim) * 4;
 }
 

@@ -109,15 +109,6 @@ struct Rows {
   }
 };
 
-__device__ __forceinline__ int first_position(int p, int64_t window) {
-  return window > 0 && p >= window ? p - static_cast<int>(window) + 1 : 0;
-}
-
-__device__ __forceinline__ uint32_t rounded_pair_of(Element type, float x, float y) {
-  return type == Element::f16 ? rounded_pair<Element::f16>(x, y)
-                              : rounded_pair<Element::bf16>(x, y);
-}
-
 template <int kDim>
 __device__ void load_page(const AttentionArgs& a, const PrefillTile& tile, int page, int kv_head,
                           uint32_t keys) {
@@ -210,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int j = 0; j < kDim / 8; ++j) {
       if (j * 8 >= a.kv.head_dim) continue;
       to[j * 4 + lane % 4] =
-          rounded_pair_of(a.type, rows.sums[j][2 * h] * inverse, rows.sums[j][2 * h + 1] * inverse);
+          rounded_pair(a.type, rows.sums[j][2 * h] * inverse, rows.sums[j][2 * h + 1] * inverse);
     }
   }
 }

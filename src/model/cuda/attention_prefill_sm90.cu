@@ -63,10 +63,6 @@ struct Turn {
   }
 };
 
-__device__ __forceinline__ int first_position(int p, int64_t window) {
-  return window > 0 && p >= window ? p - static_cast<int>(window) + 1 : 0;
-}
-
 /// One thread. A page past the end is the last one again: its scores are not looked at, but its
 /// values must be numbers.
 template <int kDim>

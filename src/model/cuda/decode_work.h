@@ -3,7 +3,7 @@
 // in the batch. Which block takes which item depends on the batch; what comes of an item does not.
 #pragma once
 
-#include "model/cuda/kernels.h"
+#include "model/cuda/kv_device.h"
 
 namespace nibble::cuda {
 
@@ -52,9 +52,6 @@ struct DecodeWork {
     if (lane == 0) before[rows] = total;
   }
 
-  __device__ static int first_position(int p, int64_t window) {
-    return window > 0 && p >= window ? p - static_cast<int>(window) + 1 : 0;
-  }
   __device__ static int splits(int p, int64_t window) {
     return p / kDecodeSplit - first_position(p, window) / kDecodeSplit + 1;
   }

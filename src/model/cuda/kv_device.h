@@ -27,6 +27,11 @@ __device__ __forceinline__ int64_t page_head_offset(const KvPages& kv, int seque
 
 // ---- attention ---------------------------------------------------------------------------------
 
+/// The first position that the query at position p sees; window 0: all.
+__device__ __forceinline__ int first_position(int p, int64_t window) {
+  return window > 0 && p >= window ? p - static_cast<int>(window) + 1 : 0;
+}
+
 inline constexpr float kLog2E = 1.4426950408889634f;
 
 /// d += A * B, m16n8k16.
