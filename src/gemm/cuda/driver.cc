@@ -159,6 +159,10 @@ cudaError_t launch(const Plan& plan, const GemmArgs& args, void* workspace, cuda
       return floats ? launch_w4a16_slab_sm90(args, plan.slab, stream)
                     : launch_w4a8_slab_sm90(args, plan.slab, stream);
     case KernelFamily::rs:
+      if (floats) {
+        return launch_w4a16_rs_sm90(args, plan.rs, workspace_scratch(plan, workspace),
+                                    workspace_operand(plan, workspace).codes, stream);
+      }
       return launch_w4a8_rs_sm90(args, plan.rs, workspace_scratch(plan, workspace), stream);
     case KernelFamily::ss:
       return launch_w4a8_ss_sm90(args, plan.ss, workspace_scratch(plan, workspace), stream);
