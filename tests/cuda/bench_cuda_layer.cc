@@ -1,8 +1,10 @@
 // Times the kernels around the products of a decoder layer at the shapes of Llama-3.1-8B (hidden
-// 4096, 32 heads of 128, 8 KV heads, MLP 14336): bench_cuda_layer [NAME-PREFIX]. Device memory is
-// rotated so that L2 does not hold what a kernel reads, launches are chained in a CUDA graph as in
-// a model, and medians of several replays are printed with what they move or compute a second.
+// 4096, 32 heads of 128, 8 KV heads, MLP 14336): bench_cuda_layer [NAME-PREFIX [--flashinfer
+// LIBRARY]], the library that scripts/flashinfer_peer.sh makes. Device memory is rotated so that L2
+// does not hold what a kernel reads, launches are chained in a CUDA graph as in a model, and
+// medians of several replays are printed with what they move or compute a second.
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -184,13 +186,25 @@ void decode(int64_t rows, int64_t context, int64_t max_context, int multiprocess
         2.0 * static_cast<double>(copy_bytes));
 }
 
-void prefill(int64_t count, int64_t before, bool wgmma) {
-  const int64_t context = before + count, pages = (context + kPagePositions - 1) / kPagePositions;
+struct Prefill {
+  int64_t count, before;
+  double bytes() const { return 4.0 * static_cast<double>((before + count) * kKvHeads * kHeadDim); }
+  double operations() const {
+    const auto n = static_cast<double>(count);
+    return 4.0 * n * (static_cast<double>(before) + (n + 1) / 2) * kHeads * kHeadDim;
+  }
+  std::string name(const char* kernel) const {
+    return fmt::format("prefill {} {} after {}", kernel, count, before);
+  }
+};
+
+void prefill(const Prefill& p, bool wgmma) {
+  const int64_t pages = (p.before + p.count + kPagePositions - 1) / kPagePositions;
   const int64_t bytes = pages * page_elements(kKvHeads, kHeadDim) * 2;
   const Memory keys(bytes), values(bytes), table(shuffled_table(pages));
-  const Memory q(count * kHeads * kHeadDim * 2), out(count * kHeads * kHeadDim * 2);
+  const Memory q(p.count * kHeads * kHeadDim * 2), out(p.count * kHeads * kHeadDim * 2);
   const std::vector<PrefillTile> tiles =
-      prefill_tiles({{0, 0, static_cast<int32_t>(before), static_cast<int32_t>(count)}});
+      prefill_tiles({{0, 0, static_cast<int32_t>(p.before), static_cast<int32_t>(p.count)}});
   const Memory device_tiles(tiles);
   PrefillArgs args;
   args.attention = attention_of(pages_of(keys, values, table, pages), q, out);
@@ -198,10 +212,33 @@ void prefill(int64_t count, int64_t before, bool wgmma) {
   args.num_tiles = static_cast<int64_t>(tiles.size());
   args.wgmma = wgmma;
   const double us = microseconds(8, [&](int) { return launch_attention_prefill(args, stream()); });
-  const double seen =
-      static_cast<double>(count) * (static_cast<double>(before) + (count + 1) / 2.0);
-  print(fmt::format("prefill {} {} after {}", wgmma ? "wgmma" : "mma", count, before), us,
-        2.0 * static_cast<double>(bytes), 4.0 * seen * kHeads * kHeadDim);
+  print(p.name(wgmma ? "wgmma" : "mma"), us, p.bytes(), p.operations());
+}
+
+using FlashinferPrefill = cudaError_t(const void* q, const void* k, const void* v, void* out,
+                                      int heads, int kv_heads, int queries, int keys, float scale,
+                                      cudaStream_t stream);
+
+/// The same with keys and values one after the other, which is what that library's kernel takes.
+void prefill(const Prefill& p, FlashinferPrefill* flashinfer) {
+  const int64_t keys = p.before + p.count;
+  const Memory k(keys * kKvHeads * kHeadDim * 2), v(keys * kKvHeads * kHeadDim * 2);
+  const Memory q(p.count * kHeads * kHeadDim * 2), out(p.count * kHeads * kHeadDim * 2);
+  const double us = microseconds(8, [&](int) {
+    return flashinfer(q.data, k.data, v.data, out.data, kHeads, kKvHeads, static_cast<int>(p.count),
+                      static_cast<int>(keys), 0.088388f, stream());
+  });
+  print(p.name("flashinfer"), us, p.bytes(), p.operations());
+}
+
+FlashinferPrefill* load_flashinfer(const char* path) {
+  void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  void* function = library != nullptr ? dlsym(library, "flashinfer_prefill") : nullptr;
+  if (function == nullptr) {
+    fmt::print(stderr, "{}\n", dlerror());
+    std::exit(1);
+  }
+  return reinterpret_cast<FlashinferPrefill*>(function);
 }
 
 void rope(int64_t rows) {
@@ -347,7 +384,7 @@ void copy() {
   print("copy (read + write)", 1e3 * best, 2.0 * static_cast<double>(bytes));
 }
 
-int run(const std::string& only) {
+int run(const std::string& only, FlashinferPrefill* flashinfer) {
   int device = 0, multiprocessors = 0, capability = 0;
   CHECK(cudaGetDevice(&device));
   CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
@@ -361,10 +398,11 @@ int run(const std::string& only) {
       for (const int64_t rows : {1, 8, 32, 64}) decode(rows, context, 8192, multiprocessors);
     }
   }
-  for (const bool wgmma : {true, false}) {
-    if (!wanted("prefill") || (wgmma && capability != 9)) continue;
-    for (const int64_t before : {0, 6144}) prefill(2048, before, wgmma);
-    if (wgmma) prefill(8192, 0, wgmma);
+  for (const Prefill& p : {Prefill{2048, 0}, Prefill{2048, 6144}, Prefill{8192, 0}}) {
+    if (!wanted("prefill")) break;
+    if (capability == 9) prefill(p, true);
+    prefill(p, false);
+    if (flashinfer != nullptr) prefill(p, flashinfer);
   }
   for (const int64_t rows : {1, 8, 32, 64, 512, 2048}) {
     if (wanted("rope")) rope(rows);
@@ -378,4 +416,12 @@ int run(const std::string& only) {
 }  // namespace
 }  // namespace nibble::cuda
 
-int main(int argc, char** argv) { return nibble::cuda::run(argc > 1 ? argv[1] : ""); }
+int main(int argc, char** argv) {
+  using namespace nibble::cuda;
+  const bool peer = argc == 4 && std::strcmp(argv[2], "--flashinfer") == 0;
+  if (argc > 2 && !peer) {
+    fmt::print(stderr, "usage: bench_cuda_layer [NAME-PREFIX [--flashinfer LIBRARY]]\n");
+    return 2;
+  }
+  return run(argc > 1 ? argv[1] : "", peer ? load_flashinfer(argv[3]) : nullptr);
+}
