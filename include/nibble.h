@@ -69,7 +69,8 @@ typedef enum nibble_dtype { NIBBLE_F32 = 0, NIBBLE_F16 = 1, NIBBLE_BF16 = 2 } ni
 typedef enum nibble_mode {
   NIBBLE_W4A16 = 0, /* float activations, fp32 accumulation */
   NIBBLE_W4A8 = 1,  /* int8 activations, exact int32 sums per group, fp32 epilogue */
-  NIBBLE_W4A4 = 2   /* int4 activations, likewise */
+  NIBBLE_W4A4 = 2,  /* int4 activations, likewise */
+  NIBBLE_W4A8_FP8 = 3 /* e4m3 activations, float sums; CUDA devices only */
 } nibble_mode;
 
 /* How many elements of x share one activation scale t (x ~ a * t). Ignored by NIBBLE_W4A16. */

@@ -47,7 +47,7 @@ static_assert(same(NIBBLE_OK, Code::ok) && same(NIBBLE_INVALID_ARGUMENT, Code::i
 static_assert(same(NIBBLE_F32, Dtype::f32) && same(NIBBLE_F16, Dtype::f16) &&
               same(NIBBLE_BF16, Dtype::bf16));
 static_assert(same(NIBBLE_W4A16, Mode::w4a16) && same(NIBBLE_W4A8, Mode::w4a8) &&
-              same(NIBBLE_W4A4, Mode::w4a4));
+              same(NIBBLE_W4A4, Mode::w4a4) && same(NIBBLE_W4A8_FP8, Mode::w4a8_fp8));
 static_assert(same(NIBBLE_TENSOR, Granularity::tensor) && same(NIBBLE_TOKEN, Granularity::token) &&
               same(NIBBLE_GROUP, Granularity::group) &&
               same(NIBBLE_STATIC_TENSOR, Granularity::static_tensor) &&

@@ -114,7 +114,7 @@ inline Result<QuantMatrix> matrix_from(const nibble_weight_desc* desc) {
 inline Result<Problem> problem_from(const nibble_problem* problem) {
   NIBBLE_TRY(require({{problem, "problem"}}));
   const nibble_problem& p = *problem;
-  NIBBLE_TRY(require_range("problem->mode", p.mode, NIBBLE_W4A16, NIBBLE_W4A4));
+  NIBBLE_TRY(require_range("problem->mode", p.mode, NIBBLE_W4A16, NIBBLE_W4A8_FP8));
   NIBBLE_TRY(require_range("problem->x_dtype", p.x_dtype, NIBBLE_F32, NIBBLE_BF16));
   NIBBLE_TRY(require_range("problem->y_dtype", p.y_dtype, NIBBLE_F32, NIBBLE_BF16));
   NIBBLE_TRY(

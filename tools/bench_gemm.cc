@@ -98,7 +98,7 @@ void add_peer_options(CLI::App& command, GemmBenchOptions& o) {
 void add_kernel_options(CLI::App& command, GemmBenchOptions& o) {
   command.add_option("--mode", o.modes, "Modes, each with its preferred kernel")
       ->delimiter(',')
-      ->check(CLI::IsMember({"w4a16", "w4a8", "w4a4"}))
+      ->check(CLI::IsMember({"w4a16", "w4a8", "w4a8-fp8", "w4a4"}))
       ->capture_default_str();
   CLI::Option* kernel =
       command

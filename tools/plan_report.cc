@@ -225,7 +225,8 @@ double share_of(const Candidate& candidate, int bits) {
                                 static_cast<double>(groups.size());
   switch (candidate.spec.mode) {
     case Mode::w4a16: return bits == 16 ? 1 : 0;
-    case Mode::w4a8: return bits == 8 ? 1 : 0;
+    case Mode::w4a8:
+    case Mode::w4a8_fp8: return bits == 8 ? 1 : 0;
     case Mode::w4a4: return bits == 4 ? 1 - wide : bits == 8 ? wide : 0;
   }
   return 0;

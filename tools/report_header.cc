@@ -171,7 +171,9 @@ void install_signal_handlers() {
 const std::map<std::string, Mode>& modes_by_name() {
   static const std::map<std::string, Mode> modes = [] {
     std::map<std::string, Mode> map;
-    for (const Mode mode : {Mode::w4a16, Mode::w4a8, Mode::w4a4}) map[mode_name(mode)] = mode;
+    for (const Mode mode : {Mode::w4a16, Mode::w4a8, Mode::w4a8_fp8, Mode::w4a4}) {
+      map[mode_name(mode)] = mode;
+    }
     return map;
   }();
   return modes;

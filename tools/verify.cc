@@ -269,7 +269,7 @@ void add_verify_command(CLI::App& app, int& exit_code) {
                       "Directory of the original 16-bit model: FP16 results come from it");
   command->add_option("--mode", options->modes, "Modes, e.g. w4a8,w4a4")
       ->delimiter(',')
-      ->check(CLI::IsMember({"w4a16", "w4a8", "w4a4"}))
+      ->check(CLI::IsMember({"w4a16", "w4a8", "w4a8-fp8", "w4a4"}))
       ->capture_default_str();
   command
       ->add_option("--device", options->device,

@@ -100,7 +100,8 @@ struct TokenScale {
   float value = 0.0f;
 
   __device__ void load(const Params& p) {
-    if (!S::kGroupScales && threadIdx.x < p.m) value = ptx::load_float(p.scales + threadIdx.x);
+    if (S::kGroupScales || threadIdx.x >= p.m) return;
+    value = p.scales == nullptr ? 1.0f : ptx::load_float(p.scales + threadIdx.x);
   }
   __device__ void store(uint32_t shared) const {
     if (!S::kGroupScales && threadIdx.x < kSlabTokens) {
