@@ -1,17 +1,22 @@
 // Whole models on a GPU against the same models on the CPU, and what a GPU adds: pages, passes,
-// graphs.
+// graphs. The same tests run on the device of host/host_device.h, where there is none.
+#include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <random>
 
-#include "cuda_testing.h"
+#include "gemm/cuda/gemm_cuda.h"
 #include "generation.h"
 #include "model/cpu_runner.h"
 #include "model/cuda/runner.h"
 
 namespace nibble::cuda::testing {
 namespace {
+
+#define NIBBLE_NEEDS_GPU() \
+  if (const auto device = device_info(0); !device.ok()) GTEST_SKIP() << device.status().message()
 
 /// One of the small models of tests/golden on both devices.
 struct Pair {
@@ -127,9 +132,10 @@ TEST(CudaModel, QuantizedActivationsCostWhatTheyCostOnTheCpu) {
       ASSERT_TRUE(set_mode(*pair.gpu, mode).ok());
       const std::vector<float> expected = all_logits(*pair.cpu, tokens, 64);
       const std::vector<float> found = all_logits(*pair.gpu, tokens, 64);
-      // A rounded row can fall to the next code, which is a step of quantization: a few do.
-      EXPECT_LE(rms_difference(found, expected), 0.7 * rms_difference(exact, expected));
-      EXPECT_NEAR(rms_difference(found, exact) / rms_difference(expected, exact), 1, 0.3);
+      // A rounded row can fall to the next code, which is a step of quantization; these models have
+      // few of them. So both are as far from w4a16, and no further apart than that.
+      EXPECT_LE(rms_difference(found, expected), rms_difference(exact, expected));
+      EXPECT_NEAR(rms_difference(found, exact) / rms_difference(expected, exact), 1, 0.5);
     }
   }
 }
@@ -232,7 +238,7 @@ TEST(CudaModel, BatchInvariantMeansTheSameBits) {
 
 size_t free_memory() {
   size_t free = 0, total = 0;
-  NIBBLE_CHECK_CUDA(cudaMemGetInfo(&free, &total));
+  EXPECT_EQ(cudaMemGetInfo(&free, &total), cudaSuccess);
   return free;
 }
 
@@ -264,6 +270,40 @@ TEST(CudaModel, AThousandRequestsLeaveNothingBehind) {
   const size_t before = free_memory();
   ASSERT_NO_FATAL_FAILURE(run(1000));
   EXPECT_EQ(free_memory(), before);
+}
+
+TEST(CudaModel, OperationsAreTimedWithoutChangingWhatComesOut) {
+  NIBBLE_NEEDS_GPU();
+  Pair pair;
+  ASSERT_NO_FATAL_FAILURE(load("qwen2_awq", {.threads = 2, .context = 64}, pair));
+  ASSERT_TRUE(set_mode(*pair.gpu, Mode::w4a8).ok());
+  const std::vector<int32_t> tokens = random_tokens(20, 80, 10);
+  const auto after = [&](bool timed) {
+    const std::unique_ptr<SequenceCache> cache = pair.gpu->make_cache();
+    std::vector<int32_t> next(1);
+    for (const size_t count : {size_t{19}, size_t{1}}) {  // a prompt, then a step
+      const SequenceItem item{cache.get(), {tokens.data() + 20 - count, count}};
+      if (!timed) {
+        EXPECT_TRUE(pair.gpu->greedy({&item, 1}, next).ok());
+        continue;
+      }
+      const auto times = pair.gpu->profile({&item, 1});
+      EXPECT_TRUE(times.ok()) << times.status().message();
+      if (!times.ok()) continue;
+      const auto found = std::find_if(
+          times->begin(), times->end(),
+          [](const OperationTime& time) { return time.name == "gate_up product"; });
+      EXPECT_NE(found, times->end());
+      if (found != times->end()) {
+        EXPECT_EQ(found->launches, pair.gpu->config().layers);
+      }
+    }
+    EXPECT_EQ(cache->length(), 20);
+    const SequenceItem item{cache.get(), {tokens.data(), 1}};
+    EXPECT_TRUE(pair.gpu->greedy({&item, 1}, next).ok());
+    return next[0];
+  };
+  EXPECT_EQ(after(true), after(false));
 }
 
 TEST(CudaModel, RefusesWhatDoesNotFit) {
