@@ -135,7 +135,16 @@ TEST(CudaPlan, W4a16ReadsXWhereItIs) {
       EXPECT_NE(plan->describe().find("act=bf16"), std::string::npos) << plan->describe();
     }
   }
-  Problem p = problem(1);
+  Problem p = problem(16, 57344, 8192);
+  p.mode = Mode::w4a16;
+  EXPECT_EQ(kernel_for(p, h200()), "w4a16_rs_sm90");
+  EXPECT_EQ(kernel_for(p, h200(), "w4a16_slab_sm90"), "w4a16_slab_sm90");
+  for (const auto& [n, k] : {std::pair{57344, 4096}, std::pair{8192, 28672}}) {
+    p.n = n;
+    p.k = k;
+    EXPECT_EQ(kernel_for(p, h200()), "w4a16_slab_sm90");
+  }
+  p = problem(1);
   p.mode = Mode::w4a16;
   expect_refused(p, h200(), "w4a8_mma_sm80", Code::unsupported, {"mode w4a8", "w4a16"});
   expect_refused(problem(1), h200(), "w4a16_mma_sm80", Code::unsupported, {"mode w4a16", "w4a8"});

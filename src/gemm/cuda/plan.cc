@@ -113,6 +113,15 @@ std::string refusal(const Candidate& kernel, const Problem& p, const DeviceInfo&
   return "";
 }
 
+/// Nine rows and more of 16 bits, deep K: eight warps, which read x again for every four tiles.
+/// Past some tiles a multiprocessor, rs is faster (docs/notes.md).
+bool rereads_too_much(const Candidate& kernel, const Problem& p, const DeviceInfo& device) {
+  constexpr int64_t kSlices = 8, kTiles = 16;
+  const PackedLayout layout = packed_layout(p.n, p.k, p.group_size);
+  return kernel.family == KernelFamily::slab && kernel.row.mode == Mode::w4a16 && p.m > 8 &&
+         layout.slices > kSlices && layout.tiles > kTiles * device.multiprocessors;
+}
+
 Result<Candidate> choose(const Problem& problem, const DeviceInfo& device, const char* force) {
   std::string reasons;
   bool known = force == nullptr;
@@ -125,6 +134,9 @@ Result<Candidate> choose(const Problem& problem, const DeviceInfo& device, const
     std::string reason = refusal(kernel, problem, device);
     if (reason.empty() && force == nullptr && problem.m < kernel.worth_rows) {
       reason = fmt::format("it is slower than others below {} rows", kernel.worth_rows);
+    }
+    if (reason.empty() && force == nullptr && rereads_too_much(kernel, problem, device)) {
+      reason = "it is slower than others for so many rows, columns and so deep a K";
     }
     if (reason.empty()) return kernel;
     reasons += fmt::format("{}{}: {}", reasons.empty() ? "" : "; ", kernel.row.name, reason);
