@@ -1,0 +1,147 @@
+"""One linear layer of a rank, as vLLM drives it: create_weights makes parameters of the checkpoint's
+own layout, vLLM fills them, process_weights_after_loading repacks them for the kernels, apply
+multiplies. Fused layers (qkv, gate_up) are one weight: columns do not see each other.
+
+Tensor parallelism cuts a row-parallel weight along K. The cut may fall inside a quantization group:
+then both ranks load that group's scales and zeros, and `pack_awq` is told where the first group
+began.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    RowParallelLinear,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
+
+import nibble.torch
+from nibble.plan import LinearSpec, check_spec
+from nibble.vllm.device import log_first_use
+
+if TYPE_CHECKING:
+    from nibble.vllm.config import NibbleConfig
+
+CODES_PER_WORD = 8
+
+
+class _GroupRows:
+    """A parameter with one row per group, of which a row-parallel rank loads those that its rows of
+    the weight touch: vLLM would take rank * count rows from the start, which is wrong where groups
+    straddle ranks. Refuses to convert what it loads."""
+
+    first_group = 0
+
+    def load_row_parallel_weight(self, loaded_weight: torch.Tensor) -> None:
+        rows = self.data.shape[self.input_dim]
+        self._copy(loaded_weight.narrow(self.input_dim, self.first_group, rows))
+
+    def load_column_parallel_weight(self, loaded_weight: torch.Tensor) -> None:
+        self._check_dtype(loaded_weight)
+        super().load_column_parallel_weight(loaded_weight)
+
+    def load_merged_column_weight(self, loaded_weight: torch.Tensor, **kwargs: Any) -> None:
+        self._check_dtype(loaded_weight)
+        super().load_merged_column_weight(loaded_weight, **kwargs)
+
+    def load_qkv_weight(self, loaded_weight: torch.Tensor, **kwargs: Any) -> None:
+        self._check_dtype(loaded_weight)
+        super().load_qkv_weight(loaded_weight, **kwargs)
+
+    def _copy(self, part: torch.Tensor) -> None:
+        self._check_dtype(part)
+        if part.shape != self.data.shape:
+            raise ValueError(f"{self.label}: expected shape {tuple(self.data.shape)} on rank "
+                             f"{self.tp_rank}, found {tuple(part.shape)}")
+        self.data.copy_(part)
+
+    def _check_dtype(self, loaded_weight: torch.Tensor) -> None:
+        if loaded_weight.dtype != self.data.dtype:
+            raise ValueError(f"{self.label}: expected {self.data.dtype}, found "
+                             f"{loaded_weight.dtype}")
+
+
+class GroupZeros(_GroupRows, PackedvLLMParameter):
+    """qzeros: (groups, N / 8) int32."""
+
+
+class GroupScales(_GroupRows, GroupQuantScaleParameter):
+    """scales: (groups, N), of the type they have in the file."""
+
+
+def groups_of_shard(k_offset: int, k: int, group_size: int) -> tuple[int, int]:
+    """First group, and number of groups, that rows [k_offset, k_offset + k) touch."""
+    first = k_offset // group_size
+    return first, (k_offset + k - 1) // group_size + 1 - first
+
+
+@register_weight_loader_v2_supported_method
+class NibbleLinearMethod(LinearMethodBase):
+    """A linear layer in 4 bits, run as its spec says."""
+
+    def __init__(self, config: NibbleConfig, prefix: str, spec: LinearSpec):
+        self.config = config
+        self.prefix = prefix
+        self.spec = spec
+
+    def create_weights(self, layer: torch.nn.Module, input_size_per_partition: int,
+                       output_partition_sizes: list[int], input_size: int, output_size: int,
+                       params_dtype: torch.dtype, **extra_weight_attrs: Any) -> None:
+        k, n = input_size_per_partition, sum(output_partition_sizes)
+        group_size = self.config.group_size if self.config.group_size != -1 else input_size
+        if input_size % group_size != 0:
+            raise ValueError(f"nibble: {self.prefix}: expected a multiple of the group size "
+                             f"{group_size} as input channels, found {input_size}")
+        for size in output_partition_sizes:
+            if size % CODES_PER_WORD != 0:
+                raise ValueError(f"nibble: {self.prefix}: expected a multiple of {CODES_PER_WORD} "
+                                 f"output channels on each rank, found {size}")
+        check_spec(self.spec, self.prefix, input_size, group_size)
+        layer.nibble_group_size = group_size
+        layer.nibble_k_offset = layer.tp_rank * k if k < input_size else 0
+        first, groups = groups_of_shard(layer.nibble_k_offset, k, group_size)
+
+        loader = extra_weight_attrs["weight_loader"]
+        packed = {"input_dim": 0, "output_dim": 1, "packed_dim": 1,
+                  "packed_factor": CODES_PER_WORD, "weight_loader": loader}
+        words = n // CODES_PER_WORD
+        parameters = {
+            "qweight": PackedvLLMParameter(data=torch.empty(k, words, dtype=torch.int32), **packed),
+            "qzeros": GroupZeros(data=torch.empty(groups, words, dtype=torch.int32), **packed),
+            "scales": GroupScales(data=torch.empty(groups, n, dtype=self.config.scale_dtype),
+                                  input_dim=0, output_dim=1, weight_loader=loader),
+        }
+        for name, parameter in parameters.items():
+            parameter.label = f"nibble: {self.prefix}.{name}"
+            parameter.first_group = first
+            layer.register_parameter(name, parameter)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        k, group_size = layer.qweight.shape[0], layer.nibble_group_size
+        k_offset = layer.nibble_k_offset
+        # On a row-parallel layer vLLM adds the bias on the first rank only. Packed, it is added in
+        # fp32 before y is rounded.
+        bias = layer.bias
+        if layer.skip_bias_add or (isinstance(layer, RowParallelLinear) and layer.tp_rank > 0):
+            bias = None
+        blob = nibble.torch.pack_awq(layer.qweight.data, layer.qzeros.data, layer.scales.data,
+                                     group_size, bias=None if bias is None else bias.data,
+                                     k_offset=k_offset, full_group_size=group_size)
+        layer.nibble_n = layer.scales.shape[1]
+        for name in ("qweight", "qzeros", "scales"):
+            delattr(layer, name)
+        layer.nibble_weight = Parameter(blob, requires_grad=False)
+        layer.nibble_bias_packed = bias is not None
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor,
+              bias: torch.Tensor | None = None) -> torch.Tensor:
+        if (bias is not None) != layer.nibble_bias_packed:
+            raise ValueError(f"nibble: {self.prefix}: expected a call "
+                             f"{'with' if layer.nibble_bias_packed else 'without'} its bias")
+        return torch.ops.nibble.linear(x, layer.nibble_weight, layer.nibble_n,
+                                       layer.nibble_group_size, 1, 1, True, 1.0, None)
