@@ -196,6 +196,12 @@ NIBBLE_API nibble_status nibble_gemm(const nibble_plan* plan, const nibble_input
                                      const nibble_target* targets, int32_t num_targets,
                                      void* workspace);
 
+/* The same for one weight that lies in memory of the caller, as nibble_weight_pack wrote it: it is
+ * checked as nibble_weight_open does, and has the n of the plan. */
+NIBBLE_API nibble_status nibble_gemm_packed(const nibble_plan* plan, const nibble_input* input,
+                                            const void* packed, size_t packed_bytes, void* y,
+                                            int64_t y_stride, void* workspace);
+
 /* The same for activations that are quantized already: codes (M, K) in -128..127, for NIBBLE_W4A4
  * in -15..15 with any zero point taken off; scales (M), or (M, K/group_size) for NIBBLE_GROUP and
  * NIBBLE_STATIC_GROUP. */

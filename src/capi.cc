@@ -92,6 +92,18 @@ nibble::PackSource pack_source(const nibble::QuantMatrix& matrix, const nibble_w
   return {matrix, desc.bias, static_cast<Dtype>(desc.bias_dtype)};
 }
 
+/// The weight in `bytes` of memory of the caller.
+Result<nibble::PackedWeights> open_packed(const void* memory, size_t bytes) {
+  if (memory != nullptr && bytes < sizeof(nibble::WeightHeader)) {
+    return invalid(fmt::format("weight: memory has {} bytes, less than a header", bytes));
+  }
+  Result<nibble::PackedWeights> view = nibble::open_weight_block(memory);
+  if (!view.ok()) return view;
+  const uint64_t needed = static_cast<const nibble_weight*>(memory)->header.bytes;
+  if (needed <= bytes) return view;
+  return invalid(fmt::format("weight: memory has {} bytes, expected {}", bytes, needed));
+}
+
 Result<nibble::GemmInput> input_from(const nibble_input* input, const Plan& plan) {
   NIBBLE_TRY(require({{input, "input"}}));
   NIBBLE_TRY(require_zero("input->reserved", input->reserved));
@@ -198,18 +210,10 @@ nibble_status nibble_weight_pack(void* memory, size_t bytes, const nibble_weight
 nibble_status nibble_weight_open(const nibble_weight** out, const void* memory, size_t bytes) {
   if (out != nullptr) *out = nullptr;
   return guarded([&]() -> Status {
-    NIBBLE_TRY(require({{out, "out"}, {memory, "memory"}}));
-    if (bytes < sizeof(nibble::WeightHeader)) {
-      return invalid(fmt::format("memory has {} bytes, less than a header", bytes));
-    }
-    const Result<nibble::PackedWeights> view = nibble::open_weight_block(memory);
+    NIBBLE_TRY(require({{out, "out"}}));
+    const Result<nibble::PackedWeights> view = open_packed(memory, bytes);
     if (!view.ok()) return view.status();
-    const auto* weight = static_cast<const nibble_weight*>(memory);
-    if (weight->header.bytes > bytes) {
-      return invalid(
-          fmt::format("memory has {} bytes, its weight {}", bytes, weight->header.bytes));
-    }
-    *out = weight;
+    *out = static_cast<const nibble_weight*>(memory);
     return {};
   });
 }
@@ -287,6 +291,25 @@ nibble_status nibble_gemm(const nibble_plan* plan, const nibble_input* input,
     return with_targets(*opened, targets, num_targets, [&](const auto& converted) {
       return nibble::run_gemm(*opened, *x, converted, workspace);
     });
+  });
+}
+
+nibble_status nibble_gemm_packed(const nibble_plan* plan, const nibble_input* input,
+                                 const void* packed, size_t packed_bytes, void* y, int64_t y_stride,
+                                 void* workspace) {
+  return guarded([&]() -> Status {
+    const Result<Plan> opened = plan_from(plan);
+    if (!opened.ok()) return opened.status();
+    const Result<nibble::GemmInput> x = input_from(input, *opened);
+    if (!x.ok()) return x.status();
+    const Result<nibble::PackedWeights> weights = open_packed(packed, packed_bytes);
+    if (!weights.ok()) return weights.status();
+    if (weights->n != opened->problem.n) {
+      return invalid(fmt::format("weight has N={}, the plan N={}", weights->n, opened->problem.n));
+    }
+    if (opened->problem.m > 0) NIBBLE_TRY(require({{y, "y"}}));
+    const nibble::GemmTarget target{&*weights, y, y_stride};
+    return nibble::run_gemm(*opened, *x, std::span(&target, 1), workspace);
   });
 }
 

@@ -195,7 +195,7 @@ TEST(CApiLibrary, ExportsTheCAbiAndNothingElse) {
     if (std::sscanf(line, "%*s %*s %1023s", name) == 1) names.push_back(name);
   }
   if (pclose(pipe) != 0) GTEST_SKIP() << "nm does not work here: " << line;
-  EXPECT_EQ(names.size(), 32u);
+  EXPECT_EQ(names.size(), 33u);
   for (const std::string& symbol : names) {
     EXPECT_EQ(symbol.rfind("nibble_", 0), 0u) << symbol << " is exported";
   }
@@ -256,6 +256,14 @@ TEST_F(CApi, AWeightIsABlockThatMayLieAnywhere) {
       EXPECT_EQ(nibble_weight_k(weight), kK);
       EXPECT_EQ(nibble_weight_bytes(weight), bytes);
       EXPECT_EQ(multiply(plan(), weight), expected);
+      const nibble_plan made_plan = plan();
+      Workspace workspace = workspace_of(made_plan);
+      std::vector<float> y(kM * kN);
+      expect_ok(nibble_gemm_packed(&made_plan, &input_, at, bytes, y.data(), kN, workspace.data()));
+      EXPECT_EQ(y, expected);
+      expect_error(
+          nibble_gemm_packed(&made_plan, &input_, at, bytes - 1, y.data(), kN, workspace.data()),
+          NIBBLE_INVALID_ARGUMENT, {std::to_string(bytes).c_str()});
     }
   }
   // A copy of what nibble_weight_create made is a weight too.
@@ -264,6 +272,13 @@ TEST_F(CApi, AWeightIsABlockThatMayLieAnywhere) {
   const nibble_weight* weight = nullptr;
   expect_ok(nibble_weight_open(&weight, copy.data(), bytes));
   EXPECT_EQ(multiply(plan(), weight), expected);
+  std::vector<float> y(2 * kM * kN);
+  problem_.n = 2 * kN;
+  const nibble_plan wider = plan();
+  Workspace workspace = workspace_of(wider);
+  expect_error(
+      nibble_gemm_packed(&wider, &input_, copy.data(), bytes, y.data(), 2 * kN, workspace.data()),
+      NIBBLE_INVALID_ARGUMENT, {"N=40", "N=80"});
 }
 
 TEST_F(CApi, MemoryThatIsNotAWeightIsRefused) {
