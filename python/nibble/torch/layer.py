@@ -47,8 +47,6 @@ class AwqLinear(nn.Module):
         buffer("scales", (groups, out_features), scale_dtype)
         buffer("bias", (out_features,), bias_dtype or scale_dtype, bias)
         self.register_buffer("packed", None)
-        self.register_buffer("static_scales", None, persistent=False)
-        self.register_buffer("wide_groups", None, persistent=False)
         self.set_mode(mode, **options)
 
     @classmethod
@@ -73,11 +71,7 @@ class AwqLinear(nn.Module):
             raise InvalidArgument(f"wide_groups: expected {groups} flags, found "
                                   f"{len(spec.wide_groups)}")
         self.spec = spec
-        device = None if self.packed is None else self.packed.device
-        static, wide = spec.static_scales, spec.wide_groups if any(spec.wide_groups) else ()
-        self.static_scales = torch.tensor(static, dtype=torch.float32, device=device) \
-            if static else None
-        self.wide_groups = torch.tensor(wide, dtype=torch.uint8, device=device) if wide else None
+        self._place()
         self._arguments = (self.out_features, self.group_size, int(spec.product_mode),
                            int(spec.granularity), spec.symmetric, spec.clip)
 
@@ -89,10 +83,24 @@ class AwqLinear(nn.Module):
     def _take(self, packed: torch.Tensor) -> None:
         self.qweight = self.qzeros = self.scales = self.bias = None
         self.packed = packed
-        if self.static_scales is not None:
-            self.static_scales = self.static_scales.to(packed.device)
-        if self.wide_groups is not None:
-            self.wide_groups = self.wide_groups.to(packed.device)
+        self._place()
+
+    def _place(self) -> None:
+        """The spec's arrays as tensors beside the weight. They are no buffers: a change of the
+        model's dtype would round them."""
+        static = wide = None
+        if self.packed is not None:
+            device = self.packed.device
+            if self.spec.static_scales:
+                static = torch.tensor(self.spec.static_scales, dtype=torch.float32, device=device)
+            if any(self.spec.wide_groups):
+                wide = torch.tensor(self.spec.wide_groups, dtype=torch.uint8, device=device)
+        self.static_scales, self.wide_groups = static, wide
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._place()
+        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed is None:
