@@ -4,6 +4,7 @@ against the C ABI bit for bit, the sum of the ranks against float64.
     build/venv-vllm/bin/python tests/python/test_vllm_layers.py
 """
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -15,6 +16,8 @@ from pathlib import Path
 import torch
 
 import awq_models
+import c_abi
+from nibble.plan import choose_plan
 from vllm_testing import ENVIRONMENT
 
 TOKENS = 5
@@ -66,13 +69,18 @@ def cases():
                   "static_scales": [0.03, 0.02, 0.025]}}]}
     planned = case("mlp.down_proj", "row", 384, [256], 128, nibble=plan)
     planned["options"] = {}
-    planned["spec"] = plan["layers"][0]["down"]
     good.append(planned)
+    wide = {"mode": "w4a4", "granularity": "group", "symmetric": False, "clip": 0.95,
+            "wide_groups": {"of": 3, "groups": [1]}}
+    mixed = case("mlp.down_proj", "row", 384, [256], 128,
+                 nibble={"schema_version": 1, "layers": [plan["layers"][0] | {"down": wide}]})
+    mixed["options"] = {"mode": "auto"}
+    good.append(mixed)
     refused = [
         (case("mlp.down_proj", "row", 96, [64], 32), {2: "group"}),
         (case("mlp.gate_up_proj", "merged", 128, [24, 24], 128), {2: "expected a multiple of 8"}),
         (case("mlp.down_proj", "row", 160, [64], 128), {1: "group size 128", 2: "group size 128"}),
-        (case("mlp.up_proj", "column", 256, [64], 128, mode="w8a8"), {1: '"w8a8"', 2: '"w8a8"'}),
+        (case("mlp.up_proj", "column", 256, [64], 128, mode="w8a8"), {1: "'w8a8'", 2: "'w8a8'"}),
     ]
     wrong_type = case("mlp.up_proj", "column", 256, [64], 128)
     wrong_type["parts"][0]["qzeros"] = wrong_type["parts"][0]["qzeros"].to(torch.int64)
@@ -107,6 +115,21 @@ def shard_of(case, rank, ranks):
         return whole, slice(0, case["k"])
     return ([slice(rank * n // ranks, (rank + 1) * n // ranks) for n in case["sizes"]],
             slice(0, case["k"]))
+
+
+def spec_of(case):
+    plan = choose_plan(case["options"].get("mode"), None, case["config"])
+    return plan.spec(f"model.layers.0.{case['name']}")
+
+
+def cut_spec(spec, rows, group, size):
+    """The spec of the rows of a rank."""
+    taken = [row // group for row in range(rows.start, rows.stop, size)]
+    scales, wide = spec.static_scales, spec.wide_groups
+    if len(scales) > 1:
+        scales = tuple(scales[i] for i in taken)
+    return dataclasses.replace(spec, static_scales=scales,
+                               wide_groups=tuple(wide[i] for i in taken) if wide else ())
 
 
 def exact_product(case):
@@ -151,6 +174,27 @@ class Layers(unittest.TestCase):
             self.assertEqual("NibbleLinearMethod", result.get("method"), result)
         return [result["y"] for result in found]
 
+    def test_every_bit_is_that_of_the_c_abi(self):
+        products = 0
+        for index, entry in enumerate(self.good):
+            group = entry["group"] if entry["group"] != -1 else entry["k"]
+            spec = spec_of(entry)
+            for ranks in (1, 2):
+                for rank, y in enumerate(self.outputs(index, ranks)):
+                    columns, rows = shard_of(entry, rank, ranks)
+                    *weight, size = shard_weight(entry["parts"], columns, rows, group)
+                    bias = None
+                    if entry["bias"] and (entry["kind"] != "row" or rank == 0):
+                        bias = torch.cat([part["bias"][cut] for part, cut
+                                          in zip(entry["parts"], columns, strict=True)])
+                    expected = c_abi.product(entry["x"][:, rows], *weight, size, bias,
+                                             cut_spec(spec, rows, group, size))
+                    self.assertEqual(y.dtype, entry["x"].dtype)
+                    self.assertTrue(torch.equal(y, expected),
+                                    f"{entry['name']} K={entry['k']} {spec} rank {rank} of {ranks}")
+                    products += 1
+        print(f"{products} products equal the C ABI's bit for bit", file=sys.stderr)
+
     def test_relative_error_on_two_ranks_is_that_on_one(self):
         for index, entry in enumerate(self.good):
             if entry["kind"] != "row":
@@ -164,7 +208,7 @@ class Layers(unittest.TestCase):
                       f"1 rank {errors[1]:.2g}, 2 ranks {errors[2]:.2g}", file=sys.stderr)
                 self.assertLess(errors[2], 1.5 * errors[1] + 1e-6)
                 self.assertLess(errors[1], {"w4a16": 4e-3, "w4a8": 0.02, "w4a4": 0.2}.get(
-                    entry["options"].get("mode"), 0.05))
+                    entry["options"].get("mode"), 0.1))
 
     def test_refused(self):
         for offset, (entry, messages) in enumerate(self.refused):

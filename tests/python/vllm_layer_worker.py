@@ -33,7 +33,9 @@ def build(case, config, dtype):
         return linear.ColumnParallelLinear(k, sizes[0], **common), None
     if case["kind"] == "replicated":
         return linear.ReplicatedLinear(k, sizes[0], **common), None
-    return linear.RowParallelLinear(k, sizes[0], reduce_results=False, **common), None
+    layer = linear.RowParallelLinear(k, sizes[0], **common)
+    layer.reduce_results = False  # each rank's part of the sum is looked at
+    return layer, None
 
 
 def load(layer, case, ids):

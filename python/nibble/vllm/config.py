@@ -19,7 +19,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from nibble.plan import MODES, LinearSpec, check_plan, place_of, read_plan, uniform_spec
+from nibble.errors import InvalidArgument
+from nibble.modes import Spec
+from nibble.plan import choose_plan
 from nibble.vllm.device import check_device
 
 NAME = "nibble"
@@ -31,11 +33,10 @@ SCALE_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 class NibbleConfig(QuantizationConfig):
     """What is known of one AWQ checkpoint."""
 
-    def __init__(self, group_size: int, plan: list[dict[str, LinearSpec]] | None,
-                 skipped: list[str]):
+    def __init__(self, group_size: int, quantization_config: dict[str, Any], skipped: list[str]):
         super().__init__()
         self.group_size = group_size  # -1: all of K
-        self.plan = plan
+        self.quantization_config = quantization_config
         # Names of modules, or parts of names, that are not quantized: what config.json says, until
         # the tensors of the files are known.
         self.skipped = skipped
@@ -85,12 +86,12 @@ class NibbleConfig(QuantizationConfig):
             raise ValueError("nibble: quantization_config.group_size: expected -1 or a positive "
                              f"integer, found {group_size!r}")
         skipped = cls.get_from_keys_or(config, ["modules_to_not_convert"], None)
-        return cls(group_size, read_plan(config), list(skipped or []))
+        return cls(group_size, config, list(skipped or []))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None,
                             revision: str | None = None) -> None:
         """Takes from the checkpoint what its config need not say: which modules have no qweight, and
-        the type of the scales. Checks the plan against the model."""
+        the type of the scales."""
         tensors = get_safetensors_params_metadata(model_name, revision=revision)
         modules: dict[str, set[str]] = {}
         for name in tensors:
@@ -110,8 +111,6 @@ class NibbleConfig(QuantizationConfig):
                              f"{', '.join(sorted(dtypes))}")
         for dtype in dtypes:
             self.scale_dtype = SCALE_DTYPES[dtype]
-        if self.plan is not None and hf_config is not None:
-            check_plan(self.plan, hf_config.get_text_config().num_hidden_layers)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.skipped = hf_to_vllm_mapper.apply_list(self.skipped)
@@ -130,25 +129,20 @@ class NibbleConfig(QuantizationConfig):
 
     # ---- modes ----------------------------------------------------------------------------------
 
-    def spec_of(self, prefix: str) -> LinearSpec:
+    def spec_of(self, prefix: str) -> Spec:
         """How the linear of this name is run: by --additional-config, else by the checkpoint's plan,
         else in w4a8, as the command-line tool does."""
         options = read_options(get_current_vllm_config().additional_config)
-        mode = options.get("mode", "auto" if self.plan is not None else "w4a8")
-        layer, slot = place_of(prefix)
-        if mode != "auto":
-            return uniform_spec(mode, slot, options.get("granularity"))
-        if self.plan is None:
-            raise ValueError('nibble: additional_config.nibble.mode is "auto", but config.json has '
-                             "no plan (quantization_config.nibble); `nibble plan` makes one")
-        if layer is None or slot is None or layer >= len(self.plan):
-            raise ValueError(f"nibble: {prefix}: the plan in config.json names no mode for it; "
-                             "additional_config.nibble.mode sets one for all layers")
-        return self.plan[layer][slot]
+        try:
+            plan = choose_plan(options.get("mode"), options.get("granularity"),
+                               self.quantization_config)
+            return plan.spec(prefix)
+        except InvalidArgument as error:
+            raise ValueError(f"nibble: {error} (additional_config.nibble is {options})") from None
 
 
 def read_options(additional_config: Any) -> dict[str, str]:
-    """The "nibble" part of --additional-config, checked: {"mode": ..., "granularity": ...}."""
+    """The "nibble" part of --additional-config: {"mode": ..., "granularity": ...}, both optional."""
     where = "nibble: additional_config.nibble"
     if not isinstance(additional_config, Mapping) or "nibble" not in additional_config:
         return {}
@@ -159,12 +153,4 @@ def read_options(additional_config: Any) -> dict[str, str]:
         if key not in OPTIONS:
             raise ValueError(f"{where}: unknown key {json.dumps(key)}; known are "
                              f"{', '.join(OPTIONS)}")
-    mode = options.get("mode")
-    if mode is not None and mode not in (*MODES, "auto"):
-        raise ValueError(f"{where}.mode: expected one of {', '.join(MODES)}, auto, found "
-                         f"{json.dumps(mode, default=repr)}")
-    granularity = options.get("granularity")
-    if granularity is not None and (mode is None or mode in ("auto", "w4a16")):
-        raise ValueError(f"{where}.granularity: expected a mode w4a8 or w4a4 beside it, found "
-                         f"{json.dumps(mode)}")
-    return {key: value for key, value in options.items() if value is not None}
+    return dict(options)

@@ -20,9 +20,11 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
 
-import nibble.torch
-from nibble.plan import LinearSpec, check_spec
-from nibble.vllm.device import log_first_use
+from nibble._shards import groups_met, shard_group_size
+from nibble.errors import NibbleError
+from nibble.modes import Granularity, Spec
+from nibble.torch import pack_awq
+from nibble.vllm.device import all_cpus, log_kernels
 
 if TYPE_CHECKING:
     from nibble.vllm.config import NibbleConfig
@@ -74,17 +76,17 @@ class GroupScales(_GroupRows, GroupQuantScaleParameter):
     """scales: (groups, N), of the type they have in the file."""
 
 
-def groups_of_shard(k_offset: int, k: int, group_size: int) -> tuple[int, int]:
-    """First group, and number of groups, that rows [k_offset, k_offset + k) touch."""
-    first = k_offset // group_size
-    return first, (k_offset + k - 1) // group_size + 1 - first
+def shard_values(values: tuple, k_offset: int, k: int, group_size: int, size: int) -> tuple:
+    """Of values per group of the whole weight, those per group of a shard, whose groups are of
+    `size` rows."""
+    return tuple(values[row // group_size] for row in range(k_offset, k_offset + k, size))
 
 
 @register_weight_loader_v2_supported_method
 class NibbleLinearMethod(LinearMethodBase):
     """A linear layer in 4 bits, run as its spec says."""
 
-    def __init__(self, config: NibbleConfig, prefix: str, spec: LinearSpec):
+    def __init__(self, config: NibbleConfig, prefix: str, spec: Spec):
         self.config = config
         self.prefix = prefix
         self.spec = spec
@@ -101,10 +103,14 @@ class NibbleLinearMethod(LinearMethodBase):
             if size % CODES_PER_WORD != 0:
                 raise ValueError(f"nibble: {self.prefix}: expected a multiple of {CODES_PER_WORD} "
                                  f"output channels on each rank, found {size}")
-        check_spec(self.spec, self.prefix, input_size, group_size)
-        layer.nibble_group_size = group_size
-        layer.nibble_k_offset = layer.tp_rank * k if k < input_size else 0
-        first, groups = groups_of_shard(layer.nibble_k_offset, k, group_size)
+        self._check_spec(input_size, group_size)
+        k_offset = layer.tp_rank * k if k < input_size else 0
+        try:
+            layer.nibble_group_size = shard_group_size(group_size, k_offset, k)
+        except NibbleError as error:
+            raise ValueError(f"nibble: {self.prefix} on rank {layer.tp_rank}: {error}") from None
+        layer.nibble_file_group_size, layer.nibble_k_offset = group_size, k_offset
+        groups = groups_met(group_size, k_offset, k)
 
         loader = extra_weight_attrs["weight_loader"]
         packed = {"input_dim": 0, "output_dim": 1, "packed_dim": 1,
@@ -118,30 +124,55 @@ class NibbleLinearMethod(LinearMethodBase):
         }
         for name, parameter in parameters.items():
             parameter.label = f"nibble: {self.prefix}.{name}"
-            parameter.first_group = first
+            parameter.first_group = k_offset // group_size
             layer.register_parameter(name, parameter)
 
+    def _check_spec(self, k: int, group_size: int) -> None:
+        spec, groups = self.spec, k // group_size
+        static = spec.granularity == Granularity.STATIC_GROUP
+        for key, values, needed in (("static_scales", spec.static_scales, static),
+                                    ("wide_groups", spec.wide_groups, bool(spec.wide_groups))):
+            if needed and len(values) != groups:
+                raise ValueError(f"nibble: {self.prefix}: {key} of the plan in config.json: "
+                                 f"expected {groups}, one per group, found {len(values)}")
+
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        k, group_size = layer.qweight.shape[0], layer.nibble_group_size
-        k_offset = layer.nibble_k_offset
         # On a row-parallel layer vLLM adds the bias on the first rank only. Packed, it is added in
         # fp32 before y is rounded.
         bias = layer.bias
         if layer.skip_bias_add or (isinstance(layer, RowParallelLinear) and layer.tp_rank > 0):
             bias = None
-        blob = nibble.torch.pack_awq(layer.qweight.data, layer.qzeros.data, layer.scales.data,
-                                     group_size, bias=None if bias is None else bias.data,
-                                     k_offset=k_offset, full_group_size=group_size)
-        layer.nibble_n = layer.scales.shape[1]
+        k, n = layer.qweight.shape[0], layer.scales.shape[1]
+        file_group, offset = layer.nibble_file_group_size, layer.nibble_k_offset
+        size, spec = layer.nibble_group_size, self.spec
+        try:
+            with all_cpus():
+                packed = pack_awq(layer.qweight.data, layer.qzeros.data, layer.scales.data,
+                                  file_group, bias=None if bias is None else bias.data,
+                                  k_offset=offset)
+            log_kernels(spec, n, k, size, layer.params_dtype)
+        except NibbleError as error:
+            raise ValueError(f"nibble: {self.prefix}: {error}") from error
         for name in ("qweight", "qzeros", "scales"):
             delattr(layer, name)
-        layer.nibble_weight = Parameter(blob, requires_grad=False)
-        layer.nibble_bias_packed = bias is not None
+        layer.nibble_weight = Parameter(packed, requires_grad=False)
+        layer.nibble_has_bias = bias is not None
+        layer.nibble_arguments = (n, size, int(spec.product_mode), int(spec.granularity),
+                                  spec.symmetric, spec.clip)
+        scales = spec.static_scales
+        if spec.granularity == Granularity.STATIC_GROUP:
+            scales = shard_values(scales, offset, k, file_group, size)
+        wide = shard_values(spec.wide_groups, offset, k, file_group, size) \
+            if any(spec.wide_groups) else ()
+        for name, values, dtype in (("nibble_static_scales", scales, torch.float32),
+                                    ("nibble_wide_groups", wide, torch.uint8)):
+            tensor = torch.tensor(values, dtype=dtype, device=packed.device) if values else None
+            layer.register_buffer(name, tensor, persistent=False)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor,
               bias: torch.Tensor | None = None) -> torch.Tensor:
-        if (bias is not None) != layer.nibble_bias_packed:
+        if (bias is not None) != layer.nibble_has_bias:
             raise ValueError(f"nibble: {self.prefix}: expected a call "
-                             f"{'with' if layer.nibble_bias_packed else 'without'} its bias")
-        return torch.ops.nibble.linear(x, layer.nibble_weight, layer.nibble_n,
-                                       layer.nibble_group_size, 1, 1, True, 1.0, None)
+                             f"{'with' if layer.nibble_has_bias else 'without'} its bias")
+        return torch.ops.nibble.linear(x, layer.nibble_weight, *layer.nibble_arguments,
+                                       layer.nibble_static_scales, layer.nibble_wide_groups)
