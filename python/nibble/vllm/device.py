@@ -21,6 +21,8 @@ logger = init_logger("vllm.nibble")  # vLLM shows only loggers below "vllm."
 
 DECODE_ROWS, PREFILL_ROWS = 1, 512
 
+said: set[str] = set()  # what this process has logged
+
 
 def check_device() -> None:
     """Refuses the device that vLLM runs on if Nibble has no operators for it."""
@@ -38,8 +40,11 @@ def log_kernels(spec: Spec, n: int, k: int, group_size: int, dtype: torch.dtype)
                int(spec.granularity), not spec.symmetric, torch.get_num_threads())
         names.append(lib.nibble_plan_kernel(plan(key)[2]).decode())
     kernels = " and ".join(dict.fromkeys(names))
-    logger.info_once("nibble %s (%s) runs 4-bit linears in %s with %s on %d threads",
-                     nibble.__version__, library_path(), spec, kernels, torch.get_num_threads())
+    line = (f"nibble {nibble.__version__} ({library_path()}) runs 4-bit linears in {spec} with "
+            f"{kernels} on {torch.get_num_threads()} threads")
+    if line not in said:
+        said.add(line)
+        logger.info(line)
 
 
 @contextlib.contextmanager

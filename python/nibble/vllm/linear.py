@@ -25,6 +25,7 @@ from nibble.errors import NibbleError
 from nibble.modes import Granularity, Spec
 from nibble.torch import pack_awq
 from nibble.vllm.device import all_cpus, log_kernels
+from nibble.vllm.ops import linear_or_nan
 
 if TYPE_CHECKING:
     from nibble.vllm.config import NibbleConfig
@@ -174,5 +175,5 @@ class NibbleLinearMethod(LinearMethodBase):
         if (bias is not None) != layer.nibble_has_bias:
             raise ValueError(f"nibble: {self.prefix}: expected a call "
                              f"{'with' if layer.nibble_has_bias else 'without'} its bias")
-        return torch.ops.nibble.linear(x, layer.nibble_weight, *layer.nibble_arguments,
-                                       layer.nibble_static_scales, layer.nibble_wide_groups)
+        return linear_or_nan(x, layer.nibble_weight, *layer.nibble_arguments,
+                             layer.nibble_static_scales, layer.nibble_wide_groups)
