@@ -272,7 +272,8 @@ typedef struct nibble_cuda_plan {
 } nibble_cuda_plan;
 
 /* kernel: a name that forces that kernel, or null. problem->threads is ignored; problem->n is that
- * of the one weight. NIBBLE_W4A16 is refused. On failure *out is untouched. */
+ * of the one weight. NIBBLE_W4A16 wants x of f16 or bf16 and K a multiple of 8; NaN and infinity in
+ * it go the way of IEEE arithmetic. On failure *out is untouched. */
 NIBBLE_API nibble_status nibble_cuda_gemm_plan(nibble_cuda_plan* out,
                                                const nibble_problem* problem, int32_t device,
                                                const char* kernel);
