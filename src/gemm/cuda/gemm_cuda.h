@@ -58,6 +58,14 @@ class DeviceWeights {
   static Result<DeviceWeights> create(const DeviceInfo& device, const QuantMatrix& matrix,
                                       const void* bias = nullptr, Dtype bias_dtype = Dtype::f32);
 
+  /// The same into `memory` of `device`, 256-byte aligned, of weight_block(...).bytes, which the
+  /// caller owns. Waits until done.
+  static Status pack(const DeviceInfo& device, const QuantMatrix& matrix, const void* bias,
+                     Dtype bias_dtype, void* memory, size_t bytes);
+  /// Such memory as weights of a plan's problem: owns nothing, touches no device.
+  static Result<DeviceWeights> view(const Problem& problem, int device, const void* memory,
+                                    size_t bytes);
+
   DeviceWeights() = default;
   DeviceWeights(DeviceWeights&& other) noexcept { *this = static_cast<DeviceWeights&&>(other); }
   DeviceWeights& operator=(DeviceWeights&& other) noexcept;
@@ -73,8 +81,9 @@ class DeviceWeights {
 
  private:
   PackedLayout layout_;
-  uint8_t* slabs_ = nullptr;
-  float* bias_ = nullptr;
+  const uint8_t* slabs_ = nullptr;
+  const float* bias_ = nullptr;
+  void* owned_ = nullptr;  // freed on destruction
   bool bf16_scales_ = false;
   int device_ = 0;
 };
