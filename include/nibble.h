@@ -235,13 +235,15 @@ NIBBLE_API const char* nibble_kernel_missing(int32_t index);
  *   - stream is a cudaStream_t; null: the default stream. nibble_cuda_gemm allocates nothing and
  *     waits for nothing; it may be captured into a CUDA graph. Errors of a kernel while it runs are
  *     those of the stream.
- *   - A workspace is zeroed once before its first use, whatever plans share it. Products that run
- *     at the same time need workspaces of their own.
+ *   - The first NIBBLE_CUDA_FLAG_BYTES of a workspace are zeroed once before its first use, whatever
+ *     plans share it. Products that run at the same time need workspaces of their own.
  *   - What a product reads and writes, the weight too, lives until the stream is past it.
  *   - Integer sums are exact. The order of the float operations is the plan's: the same plan gives
  *     the same bits, but, unlike above, another plan (another m, another kernel) may round
  *     differently. NaN or infinity in a row of x makes that row of y NaN; nothing is reported.
  *   - No function leaves another device current than it found. */
+
+#define NIBBLE_CUDA_FLAG_BYTES 4096
 
 typedef struct nibble_cuda_info {
   char name[256];          /* zero-terminated */
@@ -266,13 +268,21 @@ NIBBLE_API nibble_status nibble_cuda_weight_create(nibble_cuda_weight** out,
 NIBBLE_API void nibble_cuda_weight_destroy(nibble_cuda_weight* weight);
 NIBBLE_API size_t nibble_cuda_weight_bytes(const nibble_cuda_weight* weight);
 
+/* The same in device memory of the caller, 256-byte aligned, of exactly nibble_cuda_packed_bytes;
+ * pack returns when it is done. Nothing in the memory tells its shape: nibble_cuda_gemm_packed takes
+ * that from its plan, and the dtype of the scales and whether there is a bias from the size. */
+NIBBLE_API nibble_status nibble_cuda_packed_bytes(size_t* out, const nibble_weight_desc* desc);
+NIBBLE_API nibble_status nibble_cuda_pack(void* packed, size_t packed_bytes,
+                                          const nibble_weight_desc* desc, int32_t device);
+
 /* Like nibble_plan. */
 typedef struct nibble_cuda_plan {
   uint64_t opaque[64];
 } nibble_cuda_plan;
 
 /* kernel: a name that forces that kernel, or null. problem->threads is ignored; problem->n is that
- * of the one weight. NIBBLE_W4A16 is refused. On failure *out is untouched. */
+ * of the one weight. NIBBLE_W4A16 wants x of f16 or bf16 and K a multiple of 8; NaN and infinity in
+ * it go the way of IEEE arithmetic. On failure *out is untouched. */
 NIBBLE_API nibble_status nibble_cuda_gemm_plan(nibble_cuda_plan* out,
                                                const nibble_problem* problem, int32_t device,
                                                const char* kernel);
@@ -286,6 +296,32 @@ NIBBLE_API size_t nibble_cuda_workspace_bytes(const nibble_cuda_plan* plan);
 NIBBLE_API nibble_status nibble_cuda_gemm(const nibble_cuda_plan* plan, const nibble_input* input,
                                           const nibble_cuda_weight* weight, void* y,
                                           int64_t y_stride, void* workspace, void* stream);
+/* The same with a weight that nibble_cuda_pack wrote. */
+NIBBLE_API nibble_status nibble_cuda_gemm_packed(const nibble_cuda_plan* plan,
+                                                 const nibble_input* input, const void* packed,
+                                                 size_t packed_bytes, void* y, int64_t y_stride,
+                                                 void* workspace, void* stream);
+
+/* Quantized activations in device memory, as the kernel of one plan reads them. */
+typedef struct nibble_cuda_operand {
+  int8_t* codes;  /* (M, K rounded up to 512), 16-byte aligned, in the kernel's order: natural for
+                     w4a8_mma_sm80 */
+  float* scales;  /* (M), or (M, K/group_size) for NIBBLE_GROUP and NIBBLE_STATIC_GROUP */
+  int32_t* sums;  /* (M, K rounded up to 512 / P): of the codes of each group of P = group_size if
+                     that is 32 or 64, else 128 */
+  uint32_t* range; /* scratch of 4 words for NIBBLE_TENSOR, else null */
+} nibble_cuda_operand;
+
+/* The two halves of nibble_cuda_gemm_packed; not for NIBBLE_W4A16. */
+NIBBLE_API nibble_status nibble_cuda_quantize_activations(const nibble_cuda_plan* plan,
+                                                          const nibble_input* input,
+                                                          const nibble_cuda_operand* to,
+                                                          void* stream);
+NIBBLE_API nibble_status nibble_cuda_gemm_quantized(const nibble_cuda_plan* plan,
+                                                    const nibble_cuda_operand* operand,
+                                                    const void* packed, size_t packed_bytes,
+                                                    void* y, int64_t y_stride, void* workspace,
+                                                    void* stream);
 
 #ifdef __cplusplus
 }

@@ -92,16 +92,16 @@ nibble::PackSource pack_source(const nibble::QuantMatrix& matrix, const nibble_w
   return {matrix, desc.bias, static_cast<Dtype>(desc.bias_dtype)};
 }
 
-/// The weight in `bytes` of memory of the caller.
-Result<nibble::PackedWeights> open_packed(const void* memory, size_t bytes) {
+/// The weight in `bytes` of memory that the caller's argument `name` points to.
+Result<nibble::PackedWeights> open_packed(const void* memory, size_t bytes, const char* name) {
   if (memory != nullptr && bytes < sizeof(nibble::WeightHeader)) {
-    return invalid(fmt::format("weight: memory has {} bytes, less than a header", bytes));
+    return invalid(fmt::format("{} has {} bytes, less than a header", name, bytes));
   }
-  Result<nibble::PackedWeights> view = nibble::open_weight_block(memory);
+  Result<nibble::PackedWeights> view = nibble::open_weight_block(memory, name);
   if (!view.ok()) return view;
   const uint64_t needed = static_cast<const nibble_weight*>(memory)->header.bytes;
   if (needed <= bytes) return view;
-  return invalid(fmt::format("weight: memory has {} bytes, expected {}", bytes, needed));
+  return invalid(fmt::format("{} has {} bytes, expected {}", name, bytes, needed));
 }
 
 Result<nibble::GemmInput> input_from(const nibble_input* input, const Plan& plan) {
@@ -211,7 +211,7 @@ nibble_status nibble_weight_open(const nibble_weight** out, const void* memory, 
   if (out != nullptr) *out = nullptr;
   return guarded([&]() -> Status {
     NIBBLE_TRY(require({{out, "out"}}));
-    const Result<nibble::PackedWeights> view = open_packed(memory, bytes);
+    const Result<nibble::PackedWeights> view = open_packed(memory, bytes, "memory");
     if (!view.ok()) return view.status();
     *out = static_cast<const nibble_weight*>(memory);
     return {};
@@ -302,10 +302,10 @@ nibble_status nibble_gemm_packed(const nibble_plan* plan, const nibble_input* in
     if (!opened.ok()) return opened.status();
     const Result<nibble::GemmInput> x = input_from(input, *opened);
     if (!x.ok()) return x.status();
-    const Result<nibble::PackedWeights> weights = open_packed(packed, packed_bytes);
+    const Result<nibble::PackedWeights> weights = open_packed(packed, packed_bytes, "packed");
     if (!weights.ok()) return weights.status();
     if (weights->n != opened->problem.n) {
-      return invalid(fmt::format("weight has N={}, the plan N={}", weights->n, opened->problem.n));
+      return invalid(fmt::format("packed has N={}, the plan N={}", weights->n, opened->problem.n));
     }
     if (opened->problem.m > 0) NIBBLE_TRY(require({{y, "y"}}));
     const nibble::GemmTarget target{&*weights, y, y_stride};

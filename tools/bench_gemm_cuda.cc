@@ -181,7 +181,8 @@ class Point {
             .mode = mode,
             .x_dtype = Dtype::bf16,
             .y_dtype = Dtype::bf16,
-            .granularity = granularities_by_name().at(o_.activations),
+            .granularity = mode == Mode::w4a16 ? Granularity::token
+                                               : granularities_by_name().at(o_.activations),
             .symmetric = mode != Mode::w4a4 || o_.symmetric};
   }
   void add(const std::string& kernel, const std::string& mode, const cuda::Plan* plan,
@@ -210,7 +211,9 @@ void Point::add(const std::string& kernel, const std::string& mode, const cuda::
   row.n = weights_.tensors.n;
   row.k = weights_.tensors.k;
   row.group_size = weights_.tensors.group_size;
-  row.bytes = static_cast<double>(weights_.copies[0].bytes() + m_ * row.k + 2 * m_ * row.n);
+  const int64_t x_bytes = mode == mode_name(Mode::w4a16) ? 2 : 1;  // of an element
+  row.bytes =
+      static_cast<double>(weights_.copies[0].bytes() + x_bytes * m_ * row.k + 2 * m_ * row.n);
   rows_.push_back(row);
   contenders_.push_back({kernel, std::move(launch), copies});
 }
@@ -246,11 +249,15 @@ Status Point::add_kernels(const Sample& sample, const ref::Weights& reference,
       return {};
     }
     const auto& weights = weights_.copies;
-    add(plan->kernel_name(), mode_name(mode), &*plan, copies,
-        [&run, &weights, copies](int64_t i, cudaStream_t stream) {
-          check_status(run.product(weights[i % copies], stream));
-        });
-    add(fmt::format("quantize + {}", plan->kernel_name()), mode_name(mode), &*plan, copies,
+    const bool quantizes = mode != Mode::w4a16;
+    if (quantizes) {
+      add(plan->kernel_name(), mode_name(mode), &*plan, copies,
+          [&run, &weights, copies](int64_t i, cudaStream_t stream) {
+            check_status(run.product(weights[i % copies], stream));
+          });
+    }
+    add(fmt::format("{}{}", quantizes ? "quantize + " : "", plan->kernel_name()), mode_name(mode),
+        &*plan, copies,
         [&run, &weights, copies](int64_t i, cudaStream_t stream) {
           check_status(run.whole(weights[i % copies], stream));
         });

@@ -1,6 +1,6 @@
 // nibble verify --device cuda: each layer through the kernel that is planned for it on GPU 0. All
 // rows are compared with the oracle within what rounding can do; the error of quantizing the
-// activations is measured against fp64. Not here: FP16 models and W4A16, which the CPU side has.
+// activations is measured against fp64. Not here: FP16 models, which the CPU side has.
 #include "verify_cuda.h"
 
 #include <fmt/format.h>
@@ -39,7 +39,7 @@ Problem problem_of(const LayerToCheck& layer, Mode mode, const CheckOptions& opt
   p.mode = mode;
   p.x_dtype = Dtype::f16;
   p.y_dtype = Dtype::f32;
-  p.granularity = granularity_of(layer.name, mode, options.activations);
+  if (mode != Mode::w4a16) p.granularity = granularity_of(layer.name, mode, options.activations);
   p.symmetric = mode != Mode::w4a4;
   return p;
 }
@@ -110,8 +110,10 @@ Status check_layer_on(const cuda::DeviceInfo& device, const LayerToCheck& layer,
     CudaResult result;
     result.layer = layer.name;
     result.kernel = plan->kernel_name();
-    result.activation = fmt::format("{}{}", granularity_name(problem.granularity),
-                                    problem.symmetric ? "" : "-asym");
+    result.activation = mode == Mode::w4a16
+                            ? dtype_name(problem.x_dtype)
+                            : fmt::format("{}{}", granularity_name(problem.granularity),
+                                          problem.symmetric ? "" : "-asym");
     result.plan = plan->describe();
     result.mode = mode;
     result.k = problem.k;

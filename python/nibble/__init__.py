@@ -8,10 +8,17 @@ numpy and DLPack arrays here; nibble.torch and nibble.transformers are imported 
 torch. docs/python.md is the manual.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from ._library import lib as _lib
 from .errors import (InvalidArgument, LibraryNotFound, NibbleError, NonFinite, OutOfMemory,
                      Unsupported)
 from .modes import Granularity, Mode, Spec, make_spec
+
+if TYPE_CHECKING:
+    from .products import Weight, dequantize, linear, pack_awq, quantize
 
 __version__ = _lib.nibble_version().decode()
 
@@ -25,5 +32,15 @@ def kernels() -> dict[str, str | None]:
     return names
 
 
+def __getattr__(name: str):  # numpy is imported when it is first needed
+    if name in _WITH_NUMPY:
+        from . import products
+        globals().update({each: getattr(products, each) for each in _WITH_NUMPY})
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_WITH_NUMPY = ("Weight", "dequantize", "linear", "pack_awq", "quantize")
 __all__ = ["Granularity", "InvalidArgument", "LibraryNotFound", "Mode", "NibbleError", "NonFinite",
-           "OutOfMemory", "Spec", "Unsupported", "kernels", "make_spec"]
+           "OutOfMemory", "Spec", "Unsupported", "Weight", "dequantize", "kernels", "linear",
+           "make_spec", "pack_awq", "quantize"]

@@ -76,7 +76,7 @@ def library_path() -> Path:
     named = os.environ.get("NIBBLE_LIBRARY")
     if named:
         return Path(named)
-    inside = NATIVE / "libnibble.so"
+    inside = NATIVE / "lib" / "libnibble.so"
     if inside.exists():
         return inside
     raise LibraryNotFound(f"libnibble.so: {inside} does not exist and NIBBLE_LIBRARY is not set; "

@@ -112,8 +112,10 @@ std::string compare(const Plan& plan, const Expected& expected, const std::vecto
 std::string run_and_compare(const Plan& plan, const GpuWeight& weight, const Quantized& input,
                             const Expected& expected);
 
-/// Random input through every variant of every kernel.
-void expect_all_variants_right(Problem problem, const GpuWeight& weight, std::mt19937& random);
+/// Random input through every variant of every kernel; with int8 activations and a scale per token,
+/// also through those of w4a16, with x of integers.
+void expect_all_variants_right(const Problem& problem, const GpuWeight& weight,
+                               std::mt19937& random);
 
 /// Natural position (row-major) of what lies at `index` of a row in the plan's order.
 int64_t natural_index(OperandOrder order, int64_t index);

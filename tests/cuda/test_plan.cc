@@ -1,5 +1,6 @@
 // Plans of the CUDA path: which kernel, why not another, and where things lie in the workspace.
 // Pure host functions; no GPU is needed.
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -98,7 +99,11 @@ TEST(CudaPlan, AKernelCanBeForcedWhereItRuns) {
 TEST(CudaPlan, RefusalsNameWhatIsWrong) {
   Problem p = problem(1);
   p.mode = Mode::w4a16;
-  expect_refused(p, h200(), nullptr, Code::unsupported, {"w4a16", "no CUDA kernel yet"});
+  p.x_dtype = Dtype::f32;
+  expect_refused(p, h200(), nullptr, Code::unsupported, {"w4a16", "f32", "f16 and bf16"});
+  p = problem(1, 64, 204, 204);
+  p.mode = Mode::w4a16;
+  expect_refused(p, h200(), nullptr, Code::unsupported, {"w4a16", "204", "multiple of 8"});
   expect_refused(problem(1, 12), h200(), nullptr, Code::invalid_argument, {"12", "8"});
   expect_refused(problem(1, 64, 4096, 96), h200(), nullptr, Code::invalid_argument, {"96", "4096"});
   expect_refused(problem(1, 64, 960, 96), h200(), nullptr, Code::unsupported, {"96", "32, 64"});
@@ -113,6 +118,26 @@ TEST(CudaPlan, RefusalsNameWhatIsWrong) {
   Problem asymmetric = problem(1);
   asymmetric.symmetric = false;
   expect_refused(asymmetric, h200(), nullptr, Code::invalid_argument, {"asymmetric"});
+}
+
+TEST(CudaPlan, W4a16ReadsXWhereItIs) {
+  for (const int capability : {80, 86, 89, 90, 100}) {
+    for (const int64_t m : {1, 16, 17, 100, 4096}) {
+      Problem p = problem(m);
+      p.mode = Mode::w4a16;
+      p.granularity = Granularity::group;  // ignored
+      const Result<Plan> plan = plan_gemm(p, of_capability(capability));
+      ASSERT_TRUE(plan.ok()) << plan.status().message();
+      EXPECT_TRUE(std::string_view(plan->kernel_name()).starts_with("w4a16_"));
+      const WorkspaceLayout w = workspace_layout(*plan);
+      EXPECT_EQ(w.codes, w.total);  // nothing is quantized
+      EXPECT_NE(plan->describe().find("act=bf16"), std::string::npos) << plan->describe();
+    }
+  }
+  Problem p = problem(1);
+  p.mode = Mode::w4a16;
+  expect_refused(p, h200(), "w4a8_mma_sm80", Code::unsupported, {"mode w4a8", "w4a16"});
+  expect_refused(problem(1), h200(), "w4a16_mma_sm80", Code::unsupported, {"mode w4a16", "w4a8"});
 }
 
 TEST(CudaPlan, GroupSizesOfTheLayout) {
@@ -260,9 +285,9 @@ TEST(CudaPlan, TableNamesEveryKernel) {
   std::set<std::string> names;
   for (const KernelRow& row : kernel_table()) {
     EXPECT_TRUE(names.insert(row.name).second) << row.name;
-    EXPECT_EQ(std::string_view(row.name).substr(0, 4), mode_name(row.mode));
+    EXPECT_TRUE(std::string_view(row.name).starts_with(fmt::format("{}_", mode_name(row.mode))));
   }
-  EXPECT_EQ(names.size(), 6u);
+  EXPECT_EQ(names.size(), 8u);
 }
 
 }  // namespace

@@ -54,6 +54,31 @@ TEST(SlabPlan, EveryConfigurationIsOneThatAKernelTakes) {
   }
 }
 
+TEST(SlabPlan, EveryConfigurationOfHalvesIsOneThatAKernelTakes) {
+  for (const int64_t k : {96, 512, 1536, 4096, 8192, 8704, 14336, 18944, 27648, 53248, 131072}) {
+    for (const int64_t n : {8, 1000, 4096, 57344}) {
+      const PackedLayout layout = packed_layout(n, k, 32);
+      for (int64_t m = 1; m <= kSlabTokens; ++m) {
+        const SlabConfig c = slab_halves_config(layout, m, kMultiprocessors, kSharedBytes);
+        SCOPED_TRACE(c.describe());
+        EXPECT_TRUE(c.halves);
+        EXPECT_GE(c.k_warps, 1);
+        EXPECT_LE(c.warps(), slab_halves_warps(slab_token_columns(m, true), c.form));
+        EXPECT_GE(c.stages, 1);
+        EXPECT_GE(c.held_tiles, 1);
+        EXPECT_GE(c.blocks, 1);
+        EXPECT_LE(slab_shared_bytes(layout, m, false, c), kSharedBytes);
+        if (c.form == SlabForm::registers) {
+          EXPECT_EQ(c.k_warps, layout.slices);
+        } else {
+          EXPECT_LE(c.k_warps, layout.slices);
+          EXPECT_EQ(c.tile_warps, 1);
+        }
+      }
+    }
+  }
+}
+
 TEST(SlabPlan, EveryFusedConfigurationIsOneThatItsKernelTakes) {
   for (const int64_t k : {96, 512, 4096, 8192, 8704, 14336, 18944, 131072}) {
     for (const int64_t n : {8, 1000, 4096, 57344, 262144}) {

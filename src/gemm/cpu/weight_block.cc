@@ -82,13 +82,14 @@ Status write_weight_block(const PackSource& source, int threads, void* memory, s
   return {};
 }
 
-Result<PackedWeights> open_weight_block(const void* memory) {
-  if (memory == nullptr) return refuse("weight is null");
-  if (!aligned(memory)) return refuse("weight is not 64-byte aligned");
+Result<PackedWeights> open_weight_block(const void* memory, const char* name) {
+  if (memory == nullptr) return refuse(fmt::format("{} is null", name));
+  if (!aligned(memory)) return refuse(fmt::format("{} is not 64-byte aligned", name));
   WeightHeader header;
   std::memcpy(&header, memory, sizeof header);
   if (header.magic != kWeightMagic || header.check != header_check(header)) {
-    return refuse("weight was not made by nibble_weight_create or nibble_weight_pack");
+    return refuse(
+        fmt::format("{} was not made by nibble_weight_create or nibble_weight_pack", name));
   }
   QuantMatrix matrix;  // whose packed form this is
   matrix.k = header.k;
@@ -100,7 +101,8 @@ Result<PackedWeights> open_weight_block(const void* memory) {
   if (!w.ok()) return w;
   const bool has_bias = header.has_bias != 0;
   if (header.bytes != sizeof header + static_cast<uint64_t>(packed_bytes(*w, has_bias))) {
-    return refuse(fmt::format("weight says that it has {} bytes; its shape needs {}", header.bytes,
+    return refuse(fmt::format("{} says that it has {} bytes; its shape needs {}", name,
+                              header.bytes,
                               sizeof header + static_cast<uint64_t>(packed_bytes(*w, has_bias))));
   }
   attach(*w, static_cast<const std::byte*>(memory) + sizeof header, has_bias);

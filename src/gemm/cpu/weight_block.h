@@ -35,7 +35,7 @@ Status write_weight_block(const PackSource& source, int threads, void* memory, s
                           bool zeroed);
 
 /// A view of the block at `memory`, of which at least a header can be read. Null, unaligned memory
-/// and what is no block are refused. Allocates nothing if it succeeds.
-Result<PackedWeights> open_weight_block(const void* memory);
+/// and what is no block are refused, by `name`. Allocates nothing if it succeeds.
+Result<PackedWeights> open_weight_block(const void* memory, const char* name = "weight");
 
 }  // namespace nibble

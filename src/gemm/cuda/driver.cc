@@ -46,6 +46,7 @@ Status check_input(const Problem& p, const DeviceInput& input) {
   if (!(input.clip > 0.0f && input.clip <= 1.0f)) {
     return invalid(fmt::format("clip {} is outside (0, 1]", input.clip));
   }
+  if (p.mode == Mode::w4a16) return {};
   if (is_static(p.granularity) && input.static_scales == nullptr) {
     return invalid(
         fmt::format("granularity {} needs static scales", granularity_name(p.granularity)));
@@ -75,6 +76,11 @@ Status check_workspace(const Plan& plan, const void* workspace) {
     return invalid(fmt::format("workspace is not {}-byte aligned", kWorkspaceAlignment));
   }
   return {};
+}
+
+Status check_quantizes(const Plan& plan) {
+  if (plan.problem.mode != Mode::w4a16) return {};
+  return invalid("w4a16 quantizes nothing: run_gemm reads x where it is");
 }
 
 Status check_operand(const Plan& plan, const Operand& operand) {
@@ -134,22 +140,25 @@ GemmArgs gemm_args(const Plan& plan, const Operand& operand, const DeviceWeights
   args.bf16_scales = weights.bf16_scales();
   args.codes = operand.codes;
   args.scales = operand.scales;
-  args.sums = operand.sums;
-  args.group_scales = scales_per_group(p.granularity);
+  args.group_scales = has_group_scales(p);
   args.m = p.m;
   args.out = {y, y_stride, element_of(p.y_dtype), weights.bias()};
   return args;
 }
 
 cudaError_t launch(const Plan& plan, const GemmArgs& args, void* workspace, cudaStream_t stream) {
+  const bool floats = plan.problem.mode == Mode::w4a16;
   switch (plan.family) {
     case KernelFamily::slab:
-    case KernelFamily::slab_fused: return launch_w4a8_slab_sm90(args, plan.slab, stream);
+    case KernelFamily::slab_fused:
+      return floats ? launch_w4a16_slab_sm90(args, plan.slab, stream)
+                    : launch_w4a8_slab_sm90(args, plan.slab, stream);
     case KernelFamily::rs:
       return launch_w4a8_rs_sm90(args, plan.rs, workspace_scratch(plan, workspace), stream);
     case KernelFamily::ss:
       return launch_w4a8_ss_sm90(args, plan.ss, workspace_scratch(plan, workspace), stream);
-    case KernelFamily::mma: return launch_w4a8_mma_sm80(args, stream);
+    case KernelFamily::mma:
+      return floats ? launch_w4a16_mma_sm80(args, stream) : launch_w4a8_mma_sm80(args, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -169,9 +178,7 @@ Status launch_quantizer(const Plan& plan, const DeviceInput& input, const Operan
       "quantizing activations");
 }
 
-Status launch_product(const Plan& plan, const Operand& operand, const DeviceWeights& weights,
-                      void* y, int64_t y_stride, void* workspace, Stream stream) {
-  const GemmArgs args = gemm_args(plan, operand, weights, y, y_stride);
+Status launch_product(const Plan& plan, const GemmArgs& args, void* workspace, Stream stream) {
   return to_status(launch(plan, args, workspace, static_cast<cudaStream_t>(stream)),
                    plan.kernel_name());
 }
@@ -181,6 +188,7 @@ Status launch_product(const Plan& plan, const Operand& operand, const DeviceWeig
 Status quantize_activations(const Plan& plan, const DeviceInput& input, const Operand& to,
                             Stream stream) {
   if (plan.problem.m == 0) return {};
+  NIBBLE_TRY(check_quantizes(plan));
   NIBBLE_TRY(check_input(plan.problem, input));
   NIBBLE_TRY(check_operand(plan, to));
   const CurrentDevice current(plan.device);
@@ -191,11 +199,12 @@ Status quantize_activations(const Plan& plan, const DeviceInput& input, const Op
 Status run_gemm_quantized(const Plan& plan, const Operand& operand, const DeviceWeights& weights,
                           void* y, int64_t y_stride, void* workspace, Stream stream) {
   if (plan.problem.m == 0) return {};
+  NIBBLE_TRY(check_quantizes(plan));
   NIBBLE_TRY(check_product(plan, weights, y, y_stride, workspace));
   NIBBLE_TRY(check_operand(plan, operand));
   const CurrentDevice current(plan.device);
   NIBBLE_TRY(current.status());
-  return launch_product(plan, operand, weights, y, y_stride, workspace, stream);
+  return launch_product(plan, gemm_args(plan, operand, weights, y, y_stride), workspace, stream);
 }
 
 Status run_gemm(const Plan& plan, const DeviceInput& input, const DeviceWeights& weights, void* y,
@@ -205,6 +214,13 @@ Status run_gemm(const Plan& plan, const DeviceInput& input, const DeviceWeights&
   NIBBLE_TRY(check_product(plan, weights, y, y_stride, workspace));
   const CurrentDevice current(plan.device);
   NIBBLE_TRY(current.status());
+  if (plan.problem.mode == Mode::w4a16) {
+    GemmArgs args = gemm_args(plan, {}, weights, y, y_stride);
+    args.x = input.x;
+    args.x_stride = input.x_stride;
+    args.x_type = element_of(plan.problem.x_dtype);
+    return launch_product(plan, args, workspace, stream);
+  }
   const Operand operand = workspace_operand(plan, workspace);
   if (plan.family == KernelFamily::slab_fused) {
     return to_status(launch_w4a8_slab_fused_sm90(quantize_args(plan, input, operand),
@@ -213,7 +229,7 @@ Status run_gemm(const Plan& plan, const DeviceInput& input, const DeviceWeights&
                      plan.kernel_name());
   }
   NIBBLE_TRY(launch_quantizer(plan, input, operand, stream));
-  return launch_product(plan, operand, weights, y, y_stride, workspace, stream);
+  return launch_product(plan, gemm_args(plan, operand, weights, y, y_stride), workspace, stream);
 }
 
 }  // namespace nibble::cuda

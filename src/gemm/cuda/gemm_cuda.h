@@ -11,7 +11,8 @@
 //     plan gives the same bits; a kernel that does not split K gives those of the CPU.
 //   - x and y begin at multiples of 16 bytes, and so do all their rows.
 //   - A row of x with a NaN or infinity becomes a row of NaN in y: nothing is reported, because
-//     that would need a wait.
+//     that would need a wait. w4a16 quantizes nothing: there they go the way of IEEE arithmetic, and
+//     x has 16 bits. Its products q - z times x are exact, their sums are floats of tensor cores.
 #pragma once
 
 #include <cstddef>
@@ -57,6 +58,14 @@ class DeviceWeights {
   static Result<DeviceWeights> create(const DeviceInfo& device, const QuantMatrix& matrix,
                                       const void* bias = nullptr, Dtype bias_dtype = Dtype::f32);
 
+  /// The same into `memory` of `device`, 256-byte aligned, of weight_block(...).bytes, which the
+  /// caller owns. Waits until done.
+  static Status pack(const DeviceInfo& device, const QuantMatrix& matrix, const void* bias,
+                     Dtype bias_dtype, void* memory, size_t bytes);
+  /// Such memory as weights of a plan's problem: owns nothing, touches no device.
+  static Result<DeviceWeights> view(const Problem& problem, int device, const void* memory,
+                                    size_t bytes);
+
   DeviceWeights() = default;
   DeviceWeights(DeviceWeights&& other) noexcept { *this = static_cast<DeviceWeights&&>(other); }
   DeviceWeights& operator=(DeviceWeights&& other) noexcept;
@@ -72,8 +81,9 @@ class DeviceWeights {
 
  private:
   PackedLayout layout_;
-  uint8_t* slabs_ = nullptr;
-  float* bias_ = nullptr;
+  const uint8_t* slabs_ = nullptr;
+  const float* bias_ = nullptr;
+  void* owned_ = nullptr;  // freed on destruction
   bool bf16_scales_ = false;
   int device_ = 0;
 };
@@ -138,12 +148,12 @@ struct DeviceInput {
   const float* static_scales = nullptr;  // device memory; static_tensor: (1), static_group: (G)
 };
 
-/// Quantize + GEMM + dequantize. workspace: plan.workspace_bytes, 256-byte aligned, zeroed once
+/// Quantize + GEMM + dequantize; w4a16: GEMM of x where it is. workspace: plan.workspace_bytes, 256-byte aligned, zeroed once
 /// before its first use (the kernels leave its counters at zero).
 Status run_gemm(const Plan& plan, const DeviceInput& input, const DeviceWeights& weights, void* y,
                 int64_t y_stride, void* workspace, Stream stream);
 
-/// The two halves of run_gemm.
+/// The two halves of run_gemm; w4a16 has none.
 Status quantize_activations(const Plan& plan, const DeviceInput& input, const Operand& to,
                             Stream stream);
 Status run_gemm_quantized(const Plan& plan, const Operand& operand, const DeviceWeights& weights,

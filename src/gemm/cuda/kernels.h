@@ -22,22 +22,27 @@ struct Output {
 
 struct QuantizeArgs;
 
-/// int8 activations times packed weights.
+/// int8 activations times packed weights; or, of w4a16, x itself times them.
 struct GemmArgs {
   const uint8_t* slabs = nullptr;
   PackedLayout layout;
   bool bf16_scales = false;
   const int8_t* codes = nullptr;  // (m, layout.padded_k()), natural order or wgmma order
   const float* scales = nullptr;  // (m), or (m, groups) if group_scales
-  const int32_t* sums = nullptr;  // (m, padded_k / promoted) or null
   bool group_scales = false;
+  // w4a16, instead of codes and scales: (m, k) of f16 or bf16, rows 16-byte aligned, k % 8 == 0
+  const void* x = nullptr;
+  int64_t x_stride = 0;  // elements
+  Element x_type = Element::f16;
   int64_t m = 0;
   Output out;
 };
 
-/// w4a8_slab_sm90.cu: M <= 16. codes in natural order.
+/// slab_sm90.cu: M <= 16. codes in natural order, or x.
 cudaError_t launch_w4a8_slab_sm90(const GemmArgs& args, const SlabConfig& config,
                                   cudaStream_t stream);
+cudaError_t launch_w4a16_slab_sm90(const GemmArgs& args, const SlabConfig& config,
+                                   cudaStream_t stream);
 
 /// w4a8_slab_fused_sm90.cu: quantizes x and multiplies in one launch. m <= kSlabFusedTokens; x of
 /// 16 bits, its rows 16-byte aligned and k a multiple of 8; symmetric codes, one scale a token or
@@ -63,6 +68,9 @@ cudaError_t launch_codes_to_e4m3(const int8_t* codes, uint8_t* e4m3, int64_t byt
 
 /// w4a8_mma_sm80.cu: any M, any device from sm_80 on. codes in natural order.
 cudaError_t launch_w4a8_mma_sm80(const GemmArgs& args, cudaStream_t stream);
+
+/// w4a16_mma_sm80.cu: the same for x of 16 bits.
+cudaError_t launch_w4a16_mma_sm80(const GemmArgs& args, cudaStream_t stream);
 
 /// pack.cu: AWQ tensors in device memory to slabs. q, zeros, scales as in format/quant_matrix.h,
 /// awq_gemm layout, all of it in device memory; zeros may be null (8 everywhere).

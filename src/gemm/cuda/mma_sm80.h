@@ -7,6 +7,7 @@
 
 #include "gemm/cuda/kernels.h"
 #include "gemm/cuda/ptx.h"
+#include "gemm/cuda/slab_scales.h"
 
 namespace nibble::cuda::mma {
 
@@ -39,11 +40,6 @@ inline Groups groups_of(const PackedLayout& layout) {
 /// Four codes minus a zero point, as int8. guard is 128 - zero point in each byte: no byte borrows.
 __device__ __forceinline__ uint32_t minus_zero(uint32_t codes, uint32_t guard) {
   return ((codes & 0x0f0f0f0fu) + guard) ^ 0x80808080u;
-}
-
-__device__ __forceinline__ float2 scales_of(uint32_t pair, bool bf16) {
-  if (bf16) return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 
 /// A lane's part of one tile of a stage.

@@ -26,7 +26,7 @@ struct Candidate {
 /// From here on, expanding the weights beforehand costs less than it gains (docs/notes.md).
 constexpr int64_t kManyRows = 1536;
 
-constexpr std::array<Candidate, 6> kCandidates = {{
+constexpr std::array<Candidate, 8> kCandidates = {{
     {{"w4a8_slab_sm90", Mode::w4a8, kHopper},
      KernelFamily::slab,
      OperandOrder::natural,
@@ -53,11 +53,32 @@ constexpr std::array<Candidate, 6> kCandidates = {{
      kManyRows},
     {{"w4a8_rs_sm90", Mode::w4a8, kHopper}, KernelFamily::rs, OperandOrder::wgmma, true, 0, 0},
     {{"w4a8_mma_sm80", Mode::w4a8, kAmpere}, KernelFamily::mma, OperandOrder::natural, false, 0, 0},
+    {{"w4a16_slab_sm90", Mode::w4a16, kHopper},
+     KernelFamily::slab,
+     OperandOrder::natural,
+     true,
+     kSlabTokens,
+     0},
+    {{"w4a16_mma_sm80", Mode::w4a16, kAmpere},
+     KernelFamily::mma,
+     OperandOrder::natural,
+     false,
+     0,
+     0},
 }};
+
+/// int8 kernels run w4a4 as well; floats are another matter.
+bool is_of_mode(const Candidate& kernel, const Problem& p) {
+  return (kernel.row.mode == Mode::w4a16) == (p.mode == Mode::w4a16);
+}
 
 /// Empty if the kernel runs the problem on the device, else why not.
 std::string refusal(const Candidate& kernel, const Problem& p, const DeviceInfo& device) {
   const auto capability = [](int c) { return fmt::format("{}.{}", c / 10, c % 10); };
+  if (!is_of_mode(kernel, p)) {
+    return fmt::format("it is of mode {}, the problem of mode {}", mode_name(kernel.row.mode),
+                       mode_name(p.mode));
+  }
   if (kernel.hopper_only && device.capability != kHopper) {
     return fmt::format("it needs compute capability 9.0, {} has {}", device.name,
                        capability(device.capability));
@@ -70,7 +91,7 @@ std::string refusal(const Candidate& kernel, const Problem& p, const DeviceInfo&
   if (kernel.most_rows > 0 && p.m > kernel.most_rows) {
     return fmt::format("it takes at most {} rows, not {}", kernel.most_rows, p.m);
   }
-  const bool by_group = scales_per_group(p.granularity);
+  const bool by_group = has_group_scales(p);
   const bool short_groups = promoted_depth(p.group_size) < kBlockDepth;
   if (kernel.row.mode == Mode::w4a4 && (p.mode != Mode::w4a4 || !p.symmetric)) {
     return "it takes symmetric int4 codes, whose sums are exact in its fp8 products";
@@ -95,7 +116,10 @@ Result<Candidate> choose(const Problem& problem, const DeviceInfo& device, const
   std::string reasons;
   bool known = force == nullptr;
   for (const Candidate& kernel : kCandidates) {
-    if (force != nullptr && kernel.row.name != std::string_view(force)) continue;
+    if (force != nullptr ? kernel.row.name != std::string_view(force)
+                         : !is_of_mode(kernel, problem)) {
+      continue;
+    }
     known = true;
     std::string reason = refusal(kernel, problem, device);
     if (reason.empty() && force == nullptr && problem.m < kernel.worth_rows) {
@@ -113,8 +137,11 @@ Result<Candidate> choose(const Problem& problem, const DeviceInfo& device, const
 
 Status check(const Problem& p) {
   NIBBLE_TRY(check_problem(p));
-  if (p.mode == Mode::w4a16) {
-    return Status(Code::unsupported, "w4a16 has no CUDA kernel yet");
+  if (p.mode == Mode::w4a16 && (p.x_dtype == Dtype::f32 || p.k % 8 != 0)) {
+    return Status(Code::unsupported,
+                  fmt::format("w4a16 with x of {} and K = {}: the CUDA kernels take f16 and bf16, "
+                              "and K a multiple of 8",
+                              dtype_name(p.x_dtype), p.k));
   }
   if (p.mixed_groups) {
     return Status(Code::unsupported, "w4a4 with some groups at 8 bits has no CUDA quantizer yet");
@@ -146,7 +173,8 @@ size_t scratch_bytes(const Plan& plan) {
 const Candidate& candidate_of(const Plan& plan) {
   const bool fp8 = plan.family == KernelFamily::ss && plan.ss.e4m3;
   return *std::find_if(kCandidates.begin(), kCandidates.end(), [&](const Candidate& kernel) {
-    return kernel.family == plan.family && (kernel.row.mode == Mode::w4a4) == fp8;
+    return kernel.family == plan.family && is_of_mode(kernel, plan.problem) &&
+           (kernel.row.mode == Mode::w4a4) == fp8;
   });
 }
 
@@ -195,6 +223,10 @@ bool worth_splitting(const RsSchedule& schedule, int multiprocessors) {
 
 }  // namespace
 
+bool has_group_scales(const Problem& problem) {
+  return problem.mode != Mode::w4a16 && scales_per_group(problem.granularity);
+}
+
 std::span<const RsTile> rs_tiles(const PackedLayout& layout, bool group_scales) {
   const bool short_groups = layout.promoted < kBlockDepth;
   if (!short_groups && !group_scales) return kRsTiles;
@@ -218,13 +250,15 @@ const char* Plan::kernel_name() const { return candidate_of(*this).row.name; }
 
 std::string Plan::describe() const {
   const Problem& p = problem;
+  const bool floats = p.mode == Mode::w4a16;
   return fmt::format("{}: M={} N={} K={} g={} {}{} x={} y={} act={}{} device={} {} workspace={} B",
                      kernel_name(), p.m, p.n, p.k, p.group_size, mode_name(p.mode),
                      p.mode == Mode::w4a4 && !(family == KernelFamily::ss && ss.e4m3)
                          ? " (int4 codes in an int8 kernel: as fast as w4a8)"
                          : "",
-                     dtype_name(p.x_dtype), dtype_name(p.y_dtype), granularity_name(p.granularity),
-                     p.symmetric ? "" : " asymmetric", device, family_text(*this), workspace_bytes);
+                     dtype_name(p.x_dtype), dtype_name(p.y_dtype),
+                     floats ? dtype_name(p.x_dtype) : granularity_name(p.granularity),
+                     floats || p.symmetric ? "" : " asymmetric", device, family_text(*this), workspace_bytes);
 }
 
 std::vector<KernelRow> kernel_table() {
@@ -236,9 +270,13 @@ std::vector<KernelRow> kernel_table() {
 WorkspaceLayout workspace_layout(const Plan& plan) {
   const Problem& p = plan.problem;
   const auto m = static_cast<size_t>(p.m), depth = static_cast<size_t>(plan.padded_k);
-  const auto groups = static_cast<size_t>(scales_per_group(p.granularity) ? p.k / p.group_size : 1);
+  const auto groups = static_cast<size_t>(has_group_scales(p) ? p.k / p.group_size : 1);
   const auto promoted = static_cast<size_t>(promoted_depth(p.group_size));
   WorkspaceLayout w;
+  if (p.mode == Mode::w4a16) {  // x is read where it is
+    w.codes = w.scales = w.sums = w.range = w.total = aligned(scratch_bytes(plan));
+    return w;
+  }
   // First, and in every plan, so that flags stay zero whatever plans share a workspace.
   w.codes = w.scratch + aligned(scratch_bytes(plan));
   w.scales = w.codes + aligned(m * depth);
@@ -261,8 +299,11 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
   const PackedLayout layout = layout_of(problem);
   const bool slab = plan.family == KernelFamily::slab || plan.family == KernelFamily::slab_fused;
   if (slab && problem.m > 0) {
-    plan.slab = slab_config(layout, problem.m, scales_per_group(problem.granularity),
-                            device.multiprocessors, device.shared_bytes);
+    plan.slab = problem.mode == Mode::w4a16
+                    ? slab_halves_config(layout, problem.m, device.multiprocessors,
+                                         device.shared_bytes)
+                    : slab_config(layout, problem.m, has_group_scales(problem),
+                                  device.multiprocessors, device.shared_bytes);
     plan.slab.programmatic = true;
     if (plan.family == KernelFamily::slab_fused) {
       plan.fused =
@@ -270,7 +311,7 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
       plan.fused.programmatic = true;
     }
   } else if (plan.family == KernelFamily::rs && problem.m > 0) {
-    plan.rs = rs_config(layout, problem.m, scales_per_group(problem.granularity),
+    plan.rs = rs_config(layout, problem.m, has_group_scales(problem),
                         device.multiprocessors);
   } else if (plan.family == KernelFamily::ss && problem.m > 0) {
     plan.ss.e4m3 = kernel->row.mode == Mode::w4a4;

@@ -10,6 +10,13 @@ namespace nibble::cuda {
 
 inline constexpr size_t kWorkspaceAlignment = 256;
 
+/// Error of the float sum of a promoted group by tensor cores (w4a16), relative to the sum of its
+/// magnitudes, in units of 2^-24. Derived in docs/cuda.md.
+inline constexpr int kHalfSumRoundings = 288;
+
+/// Whether activations have a scale per (token, group); w4a16 has none at all.
+bool has_group_scales(const Problem& problem);
+
 /// Byte offsets of a plan's workspace, each a multiple of kWorkspaceAlignment.
 struct WorkspaceLayout {
   size_t scratch = 0;  // of the kernel; its first kFlagBytes are zeroed once and left so

@@ -22,10 +22,12 @@ struct Params {
   const uint8_t* slabs = nullptr;
   const int8_t* codes = nullptr;
   const float* scales = nullptr;
+  const uint8_t* x = nullptr;  // w4a16, instead of codes and scales: (m, k) of 16 bits
+  int64_t x_row_bytes = 0;
   Output out;
   SlabShared shared;
   int64_t tile_bytes = 0;  // of a column tile
-  int m = 0, n = 0;
+  int m = 0, n = 0, k = 0;
   int padded_k = 0, slices = 0, slab_bytes = 0;
   int groups = 0, group_size = 0;  // of the scales of the activations
   int tiles = 0, more_tiles = 0;   // of a block; blocks that have one more
@@ -49,6 +51,16 @@ struct Shape {
   static constexpr bool kGroupScales = with_group_scales;
   static constexpr int kEntries = (kSlabGroups * columns + 31) / 32;  // of a table, per lane
   static constexpr int kPartialBytes = slab_partial_bytes(columns);
+  static constexpr int kRegistersWarps = kSlabWarps;  // of a block of each form, at most
+  static constexpr int kStreamedWarps = slab_streamed_warps(columns);
+};
+
+/// Of w4a16. y is the sum itself, as with scales per group.
+template <int columns, int promoted_depth, Element type>
+struct HalvesShape : Shape<columns, promoted_depth, true> {
+  static constexpr Element kType = type;
+  static constexpr int kRegistersWarps = slab_halves_warps(columns, SlabForm::registers);
+  static constexpr int kStreamedWarps = slab_halves_warps(columns, SlabForm::streamed);
 };
 
 /// Who a thread is. `leader`: one lane of each warp.
@@ -148,6 +160,45 @@ struct Ring {
     if (++stage == stages) {
       stage = 0;
       parity ^= 1;
+    }
+  }
+};
+
+/// The ring of a warp and what it asks for next, with K outside and tiles inside.
+struct SlabQueue {
+  const Params& p;
+  const Place& at;
+  const Tiles& tiles;
+  Ring ring;
+  Walk ahead;
+
+  __device__ SlabQueue(const Params& params, const Place& place, const Tiles& all, uint32_t shared)
+      : p(params), at(place), tiles(all), ring(params, shared, place.warp), ahead(place) {}
+
+  /// The leader: asks for the next slab, if there is one, into buffer `stage`.
+  __device__ void request(int stage) {
+    if (ahead.done(tiles)) return;
+    ring.request(stage, ahead.slab(p, tiles));
+    ahead.next_slab(p, at, tiles);
+  }
+  __device__ void request_first() {
+#pragma unroll 1
+    for (int s = 0; s < p.stages; ++s) request(s);
+  }
+
+  /// The slabs of `held` tiles times one slice: multiply(slab, accumulator). Their sums go to, or
+  /// onto, the warp's partials.
+  template <class S, class Accumulator, class Multiply>
+  __device__ __forceinline__ void multiply_tiles(int held, uint32_t partials, bool first_slice,
+                                                 const Multiply& multiply) {
+#pragma unroll 1
+    for (int tile = 0; tile < held; ++tile) {
+      Accumulator acc;
+      multiply(ring.wait(), acc);
+      __syncwarp();  // all lanes have read the slab, and in the end the table
+      if (at.leader) request(ring.stage);
+      ring.advance();
+      acc.store(partials + (tile * p.k_warps + at.warp) * S::kPartialBytes, !first_slice);
     }
   }
 };

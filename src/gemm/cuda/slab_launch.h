@@ -22,11 +22,14 @@ inline Params make_params(const GemmArgs& args, const SlabConfig& config) {
   p.slabs = args.slabs;
   p.codes = args.codes;
   p.scales = args.scales;
+  p.x = static_cast<const uint8_t*>(args.x);
+  p.x_row_bytes = args.x_stride * 2;
   p.out = args.out;
   p.shared = slab_shared(w, args.m, args.group_scales, config);
   p.tile_bytes = w.slices * w.slab_bytes;
   p.m = static_cast<int>(args.m);
   p.n = static_cast<int>(w.n);
+  p.k = static_cast<int>(w.k);
   p.padded_k = static_cast<int>(w.padded_k());
   p.slices = static_cast<int>(w.slices);
   p.slab_bytes = w.slab_bytes;
@@ -51,6 +54,13 @@ struct Kernel {
   int columns, promoted;
   bool group_scales;
   Function function;
+  Element type = Element::f32;  // of x, in w4a16
+
+  bool fits(const GemmArgs& args, const SlabConfig& config) const {
+    return columns == slab_token_columns(args.m, config.halves) &&
+           promoted == args.layout.promoted &&
+           (config.halves ? type == args.x_type : group_scales == args.group_scales);
+  }
 };
 
 /// All shapes of one kernel template.
@@ -70,6 +80,27 @@ constexpr std::array<Kernel, 18> all_shapes() {
   add_depths.template operator()<2>();
   add_depths.template operator()<8>();
   add_depths.template operator()<16>();
+  return kernels;
+}
+
+/// All shapes of w4a16.
+template <template <class> class Instance>
+constexpr std::array<Kernel, 12> all_halves_shapes() {
+  std::array<Kernel, 12> kernels{};
+  int i = 0;
+  const auto add = [&]<int columns, int promoted, Element type>() {
+    kernels[i++] = {columns, promoted, false,
+                    Instance<HalvesShape<columns, promoted, type>>::kFunction, type};
+  };
+  const auto add_depths = [&]<int columns, Element type>() {
+    add.template operator()<columns, 128, type>();
+    add.template operator()<columns, 64, type>();
+    add.template operator()<columns, 32, type>();
+  };
+  add_depths.template operator()<8, Element::f16>();
+  add_depths.template operator()<8, Element::bf16>();
+  add_depths.template operator()<16, Element::f16>();
+  add_depths.template operator()<16, Element::bf16>();
   return kernels;
 }
 
@@ -110,18 +141,14 @@ cudaError_t launch_blocks(void (*function)(Parameters), const GemmArgs& args,
   return cudaLaunchKernelEx(&launch, function, parameters);
 }
 
-/// Launches the shape of `Instance` that fits.
-template <template <class> class Instance>
-cudaError_t launch(const GemmArgs& args, const SlabConfig& config, cudaStream_t stream) {
-  static constexpr auto kKernels = all_shapes<Instance>();
-  static std::array<std::atomic<uint64_t>, kKernels.size()> devices{};
-  const int columns = slab_token_columns(args.m);
-  for (size_t i = 0; i < kKernels.size(); ++i) {
-    const Kernel& kernel = kKernels[i];
-    if (kernel.columns != columns || kernel.promoted != args.layout.promoted ||
-        kernel.group_scales != args.group_scales) {
-      continue;
-    }
+/// Launches that of `kernels` which fits. devices: one for each, zero at first.
+template <size_t count>
+cudaError_t launch(const std::array<Kernel, count>& kernels,
+                   std::array<std::atomic<uint64_t>, count>& devices, const GemmArgs& args,
+                   const SlabConfig& config, cudaStream_t stream) {
+  for (size_t i = 0; i < count; ++i) {
+    const Kernel& kernel = kernels[i];
+    if (!kernel.fits(args, config)) continue;
     if (const cudaError_t error = allow_shared_memory(kernel.function, devices[i]);
         error != cudaSuccess) {
       return error;
@@ -135,5 +162,9 @@ cudaError_t launch(const GemmArgs& args, const SlabConfig& config, cudaStream_t 
 // One for each form, in the file of its name.
 cudaError_t launch_registers(const GemmArgs& args, const SlabConfig& config, cudaStream_t stream);
 cudaError_t launch_streamed(const GemmArgs& args, const SlabConfig& config, cudaStream_t stream);
+cudaError_t launch_halves_registers(const GemmArgs& args, const SlabConfig& config,
+                                    cudaStream_t stream);
+cudaError_t launch_halves_streamed(const GemmArgs& args, const SlabConfig& config,
+                                   cudaStream_t stream);
 
 }  // namespace nibble::cuda::slab

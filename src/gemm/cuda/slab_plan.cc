@@ -77,14 +77,42 @@ SlabConfig slab_fused_config(const PackedLayout& layout, int64_t m, int multipro
   return config;
 }
 
+// Two slabs in flight a warp, because it works on each for longer; at 16 tokens, eight warps hold
+// all that the registers of a multiprocessor can.
+SlabConfig slab_halves_config(const PackedLayout& layout, int64_t m, int multiprocessors,
+                              int64_t shared_bytes) {
+  const int most = slab_halves_warps(slab_token_columns(m, true), SlabForm::registers);
+  SlabConfig config;
+  config.halves = true;
+  config.stages = 2;
+  if (layout.slices <= most) {
+    config.form = SlabForm::registers;
+    config.k_warps = static_cast<int>(layout.slices);
+    while (config.tile_warps < 4 && config.warps() * 2 <= kSlabWarps / 2) config.tile_warps *= 2;
+    config.blocks = multiprocessors * std::max(1, most / config.warps());
+    return config;
+  }
+  config.form = SlabForm::streamed;
+  config.k_warps = m > 8 ? best_k_warps(layout.slices, {8, 7, 6})
+                         : best_k_warps(layout.slices, {12, 11, 10, 9});
+  config.blocks = multiprocessors;
+  config.held_tiles =
+      static_cast<int>(std::clamp<int64_t>(ceil_div(layout.tiles, multiprocessors), 1, 4));
+  const auto fits = [&] { return slab_shared_bytes(layout, m, false, config) <= shared_bytes; };
+  while (!fits() && config.held_tiles > 1) --config.held_tiles;
+  while (!fits() && config.k_warps > 1) --config.k_warps;
+  return config;
+}
+
 std::string SlabConfig::describe() const {
-  return fmt::format("{}, {}x{} warps, ring of {}, {} held, {} blocks{}", form_name(form), k_warps,
-                     tile_warps, stages, held_tiles, blocks, programmatic ? ", programmatic" : "");
+  return fmt::format("{}, {}x{} warps, ring of {}, {} held, {} blocks{}{}", form_name(form),
+                     k_warps, tile_warps, stages, held_tiles, blocks, halves ? ", halves" : "",
+                     programmatic ? ", programmatic" : "");
 }
 
 SlabShared slab_shared(const PackedLayout& layout, int64_t m, bool group_scales,
                        const SlabConfig& config) {
-  const int64_t columns = slab_token_columns(m), warps = config.warps();
+  const int64_t columns = slab_token_columns(m, config.halves), warps = config.warps();
   const bool streamed = config.form == SlabForm::streamed;
   const bool holds = streamed || config.form == SlabForm::fused;  // sums of several tiles
   SlabShared s;
@@ -94,11 +122,13 @@ SlabShared slab_shared(const PackedLayout& layout, int64_t m, bool group_scales,
                                       slab_partial_bytes(static_cast<int>(columns)));
   at += (holds ? 1 : 2) * int64_t{s.partials_bytes};
   s.tables = static_cast<int>(at);
-  s.table_bytes = static_cast<int>(layout.slab_groups * columns * (group_scales ? 8 : 4));
+  if (!config.halves) {
+    s.table_bytes = static_cast<int>(layout.slab_groups * columns * (group_scales ? 8 : 4));
+  }
   at = align(at + warps * s.table_bytes, 128);
   s.activations = static_cast<int>(at);
   if (streamed) {
-    s.row_pitch = kSlabDepth + kRowPadding;
+    s.row_pitch = config.halves ? 2 * kSlabDepth + kHalvesRowPadding : kSlabDepth + kRowPadding;
     at += warps * m * s.row_pitch;
   }
   s.ring = static_cast<int>(align(at, 128));

@@ -27,6 +27,7 @@ struct SlabConfig {
   int stages = 1;      // slabs in flight per warp, 1..kSlabStages
   int held_tiles = 1;  // streamed, fused: tiles that meet a slice of activations while it is there
   int blocks = 0;      // asked for; the tiles are dealt out evenly
+  bool halves = false;  // w4a16: activations are x itself, 16 bits each, and not int8 codes
   bool programmatic = false;  // launched with programmatic stream serialization
 
   int warps() const { return k_warps * tile_warps; }
@@ -38,6 +39,10 @@ struct SlabConfig {
 SlabConfig slab_config(const PackedLayout& layout, int64_t m, bool group_scales,
                        int multiprocessors, int64_t shared_bytes);
 
+/// The same for x of 16 bits (w4a16).
+SlabConfig slab_halves_config(const PackedLayout& layout, int64_t m, int multiprocessors,
+                              int64_t shared_bytes);
+
 /// The same for the kernel that quantizes as well; 1 <= m <= kSlabFusedTokens.
 SlabConfig slab_fused_config(const PackedLayout& layout, int64_t m, int multiprocessors,
                              int64_t shared_bytes);
@@ -48,9 +53,15 @@ int64_t slab_shared_bytes(const PackedLayout& layout, int64_t m, bool group_scal
 
 /// Most warps of a block of the streamed form: 16 tokens want more registers.
 constexpr int slab_streamed_warps(int token_columns) { return token_columns == 16 ? 12 : 16; }
+/// The same where activations have 16 bits, and a warp holds 8 tokens in 64 registers of a lane.
+constexpr int slab_halves_warps(int token_columns, SlabForm form) {
+  return token_columns == 16 ? 8 : form == SlabForm::streamed ? 12 : 16;
+}
 
 /// Columns of the products' right operand. 2: the four blocks of a slab lie side by side in it.
-constexpr int slab_token_columns(int64_t m) { return m <= 2 ? 2 : m <= 8 ? 8 : 16; }
+constexpr int slab_token_columns(int64_t m, bool halves = false) {
+  return m <= 2 && !halves ? 2 : m <= 8 ? 8 : 16;
+}
 
 /// Byte offsets into the shared memory of a block. Barriers and scales of tokens come first.
 struct SlabShared {
@@ -71,7 +82,8 @@ inline constexpr int kSlabHeaderBytes = 1024;
 constexpr int slab_partial_bytes(int token_columns) {
   return kSlabColumns * token_columns * static_cast<int>(sizeof(float));
 }
-/// A fragment is 8 bytes a lane, 4 lanes a row: rows lie 32 bytes past a multiple of 128 apart.
-inline constexpr int kRowPadding = 32;
+/// A fragment is 8 bytes a lane, 4 lanes a row: rows lie 32 bytes past a multiple of 128 apart. Of
+/// x it is 16 bytes, and a quarter of a warp reads two rows: 64.
+inline constexpr int kRowPadding = 32, kHalvesRowPadding = 64;
 
 }  // namespace nibble::cuda

@@ -1,8 +1,7 @@
 // One slab times a slice of the activations.
 #pragma once
 
-#include <cuda_fp16.h>
-
+#include "gemm/cuda/slab_scales.h"
 #include "gemm/cuda/slab_slice.h"
 
 namespace nibble::cuda::slab {
@@ -41,13 +40,6 @@ struct Sums {
       return low[e] + (high[e] >> 4);
   }
 };
-
-/// Scales of columns r and r + 8.
-__device__ __forceinline__ float2 scale_pair(uint32_t word, bool bf16) {
-  const float2 half = __half22float2(*reinterpret_cast<const __half2*>(&word));
-  return bf16 ? make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u))
-              : half;
-}
 
 /// One step of an output's chain: the sum of a group, less its zero point, times the scales.
 /// less: minus the sum of the activations.
@@ -111,7 +103,7 @@ __device__ __forceinline__ void multiply_folded(const Place& at, uint32_t slab, 
 #pragma unroll
   for (int i = 0; i < kMine; ++i) {
     const int odd = i / kGroups, set = i % kGroups / S::kSetGroups, group = i % S::kSetGroups;
-    const float2 s = scale_pair(scale[i], bf16);
+    const float2 s = scales_of(scale[i], bf16);
     const uint32_t z = zero[i / 4] >> (8 * (i % 4));
     const float t = __uint_as_float(token_scale[i]);
     const int of_token = static_cast<int>(less[i]);
@@ -163,7 +155,7 @@ __device__ __forceinline__ void multiply_plain(const Place& at, uint32_t slab, u
 #pragma unroll
       for (int i = 0; i < S::kSetGroups; ++i) {
         const int group = set * S::kSetGroups + i;
-        const float2 s = scale_pair(scale[group], bf16);
+        const float2 s = scales_of(scale[group], bf16);
         const int z = zeros >> (8 * group);
 #pragma unroll
         for (int h = 0; h < S::kHalves; ++h) {

@@ -2,17 +2,13 @@
 // activations as B, cp.async through a ring of stages of 128 k. Nothing of sm_90 is used. K is not
 // split: every output is one chain of fused multiply-adds over its groups in order, the CPU's bits.
 //
-// A block of eight warps, 4 x 2, makes 128 columns x kTokens rows of x; a warp 32 columns (two
-// tiles of a slab) x kTokens / 2. Of a lane, lane = 4 r + c, are columns r and r + 8 of a tile and
-// rows 2 c and 2 c + 1 of eight.
-//
-// Shared memory
+// What a block, a warp and a lane make: mma_block_sm80.h. Shared memory
 //   stage   8 tiles x 1 KiB: a block of the slab as it is: two 16-byte loads give a lane its part
 //           kTokens x 128 codes, swizzled as load_row() wants them
 //           if activation scales are per group: (groups of 128 k, kTokens)
 //   slice   8 tiles x scales and zero points of 512 k, as in the slab; twice
 #include "gemm/cuda/launch.h"
-#include "gemm/cuda/mma_sm80.h"
+#include "gemm/cuda/mma_block_sm80.h"
 #include "gemm/cuda/w4a8_mma_skinny_sm80.h"
 
 namespace nibble::cuda {
@@ -20,12 +16,7 @@ namespace {
 
 using namespace mma;
 
-constexpr int kThreads = 256;
 constexpr int kStages = 3;  // what fits the 99 KiB of sm_86 and sm_89
-constexpr int kBlockColumns = 128;
-constexpr int kTiles = kBlockColumns / kSlabColumns;
-constexpr int kWarpTiles = 2, kColumnWarps = kTiles / kWarpTiles, kTokenWarps = 2;
-static_assert(32 * kColumnWarps * kTokenWarps == kThreads);
 
 template <int tokens, int promoted, bool group_scales>
 struct Shape : Depth<promoted> {
@@ -39,25 +30,6 @@ struct Shape : Depth<promoted> {
   static constexpr int kSlicesAt = kStages * kStageBytes;
   static constexpr int kSharedBytes = kSlicesAt + 2 * kSliceBytes;
 };
-
-struct Position {
-  int tile, token;  // first of the block
-  int lane, r, c;
-  int warp_tile, warp_token;  // first of the warp, within the block
-};
-
-__device__ __forceinline__ Position position(int block_tokens) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  Position p;
-  p.token = static_cast<int>(blockIdx.x) * block_tokens;
-  p.tile = static_cast<int>(blockIdx.y) * kTiles;
-  p.lane = lane;
-  p.r = lane / 4;
-  p.c = lane % 4;
-  p.warp_tile = warp % kColumnWarps * kWarpTiles;
-  p.warp_token = warp / kColumnWarps * (block_tokens / kTokenWarps);
-  return p;
-}
 
 /// What a thread copies of each stage, found once: 16-byte pieces of the codes and of x.
 template <class S>
@@ -126,9 +98,6 @@ __device__ __forceinline__ void load_stage(const GemmArgs& a, const Position& p,
   }
 }
 
-template <class S>
-using Accumulators = float[kWarpTiles][S::kTokenTiles][4];
-
 /// One stage: exact sums of each group, then acc = fma(float(sum) [* t], s, acc).
 template <class S>
 __device__ __forceinline__ void multiply_stage(uint32_t shared, int block, const Position& p,
@@ -166,65 +135,6 @@ __device__ __forceinline__ void multiply_stage(uint32_t shared, int block, const
           const float2 scale = tiles[t].scale[g];
           acc[t][n][i] = __fmaf_rn(s[i], i < 2 ? scale.x : scale.y, acc[t][n][i]);
         }
-      }
-    }
-  }
-}
-
-// ---- y -----------------------------------------------------------------------------------------
-
-/// Columns `column` (even) and the next, of one row.
-__device__ __forceinline__ void store_pair(const Output& out, int64_t row, int column, int n,
-                                           float2 y, bool paired) {
-  const int64_t at = row * out.stride + column;
-  const bool both = column + 1 < n;
-  if (out.type == Element::f32) {
-    float* to = static_cast<float*>(out.y) + at;
-    if (paired && both) {
-      *reinterpret_cast<float2*>(to) = y;
-      return;
-    }
-    to[0] = y.x;
-    if (both) to[1] = y.y;
-    return;
-  }
-  auto* to = static_cast<unsigned short*>(out.y) + at;
-  const uint32_t first = bits16(y.x, out.type), second = bits16(y.y, out.type);
-  if (paired && both) {
-    *reinterpret_cast<uint32_t*>(to) = first | second << 16;
-    return;
-  }
-  to[0] = static_cast<unsigned short>(first);
-  if (both) to[1] = static_cast<unsigned short>(second);
-}
-
-/// Lanes of columns r and r + 1 (r even) swap a value each, so that each has two neighbours of one
-/// row: the even one those of row 2 c, the odd one those of row 2 c + 1.
-template <class S>
-__device__ __forceinline__ void store_outputs(const GemmArgs& a, const Position& p,
-                                              const Accumulators<S>& acc) {
-  const bool odd = p.r % 2 != 0;
-  const int n_end = static_cast<int>(a.layout.n);
-  const int element = a.out.type == Element::f32 ? 4 : 2;
-  const bool paired =
-      reinterpret_cast<uintptr_t>(a.out.y) % (2 * element) == 0 && a.out.stride % 2 == 0;
-#pragma unroll
-  for (int n = 0; n < S::kTokenTiles; ++n) {
-    const int row = p.token + p.warp_token + n * 8 + 2 * p.c + (odd ? 1 : 0);
-    const bool inside = row < a.m;
-    const float t = S::kGroupScales || !inside ? 1.0f : a.scales[row];
-#pragma unroll
-    for (int tile = 0; tile < kWarpTiles; ++tile) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float first = acc[tile][n][2 * half], second = acc[tile][n][2 * half + 1];
-        const float other = __shfl_xor_sync(0xffffffffu, odd ? first : second, 4);
-        float2 y = odd ? float2{other, second} : float2{first, other};
-        const int column = (p.tile + p.warp_tile + tile) * kSlabColumns + half * 8 + p.r / 2 * 2;
-        if (!inside || column >= n_end) continue;
-        y.x = finish(y.x, t, a.out.bias, column);
-        y.y = finish(y.y, t, a.out.bias, min(column + 1, n_end - 1));
-        store_pair(a.out, row, column, n_end, y, paired);
       }
     }
   }

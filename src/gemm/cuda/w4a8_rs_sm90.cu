@@ -14,13 +14,13 @@
 // While the products of one block of k run, the codes of the next are expanded into a second set of
 // registers; while a warpgroup promotes its sums, the others' products run.
 #include <cuda.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include "gemm/cuda/kernels.h"
 #include "gemm/cuda/launch.h"
 #include "gemm/cuda/ptx.h"
 #include "gemm/cuda/rs_schedule.h"
+#include "gemm/cuda/slab_scales.h"
 #include "gemm/cuda/tensor_map.h"
 #include "gemm/cuda/tile_output.h"
 #include "gemm/cuda/wgmma.h"
@@ -65,11 +65,6 @@ struct Shape {
   static constexpr int kShared = kBarriers + 8 * 2 * (kBlocks + kSlices);
   static_assert(kSlices >= 2 && kShared <= kSharedLimit);
 };
-
-__device__ __forceinline__ float2 scales_of(uint32_t pair, bool bf16) {
-  if (bf16) return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-}
 
 /// q - z of four codes in the low nibbles of w's bytes; lift = 0x80 - z in each byte. No borrow
 /// leaves a byte, since 0x80 + q - z lies between 0x71 and 0x8f.

@@ -65,12 +65,7 @@ __global__ void __launch_bounds__(32 * kSlabWarps, 1)
   const uint32_t shared = ptx::shared_address(memory);
   const uint32_t table = shared + p.shared.tables + at.warp * p.shared.table_bytes;
   const uint32_t partials = shared + p.shared.partials;
-  Ring ring(p, shared, at.warp);
-  Walk ahead(at);  // of what the ring asks for
-  const auto request_slab = [&](int stage) {
-    ring.request(stage, ahead.slab(p, tiles));
-    ahead.next_slab(p, at, tiles);
-  };
+  SlabQueue queue(p, at, tiles, shared);
 
   RawSlice<type> x[kAhead];
   const auto load_first = [&] {
@@ -80,9 +75,8 @@ __global__ void __launch_bounds__(32 * kSlabWarps, 1)
   // Behind the slabs, loads would wait until those have drained from the queue.
   if (p.activations_first) load_first();
   if (at.leader) {
-    ring.open();
-#pragma unroll 1
-    for (int s = 0; s < p.stages && !ahead.done(tiles); ++s) request_slab(s);
+    queue.ring.open();
+    queue.request_first();
   }
   __syncwarp();
   ptx::grid_launch_dependents();
@@ -129,15 +123,10 @@ __global__ void __launch_bounds__(32 * kSlabWarps, 1)
       if (again && !now.done(tiles)) next.load(fused, at, now.slice);
       write_sums<S>(at, table, slice);
       __syncwarp();
-#pragma unroll 1
-      for (int tile = 0; tile < held; ++tile) {
-        Accumulator<S> acc;
-        acc.add(at, ring.wait(), table, p.bf16_scales, slice);
-        __syncwarp();  // all lanes have read the slab, and in the end the table
-        if (at.leader && !ahead.done(tiles)) request_slab(ring.stage);
-        ring.advance();
-        acc.store(partials + (tile * p.k_warps + at.warp) * S::kPartialBytes, !first_slice);
-      }
+      queue.template multiply_tiles<S, Accumulator<S>>(
+          held, partials, first_slice, [&](uint32_t slab, Accumulator<S>& acc) {
+            acc.add(at, slab, table, p.bf16_scales, slice);
+          });
     }
     reduce<S>(p, shared, partials, tiles.first + batch, held, [] { __syncthreads(); });
     __syncthreads();  // the next batch writes where this one was read

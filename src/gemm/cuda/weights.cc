@@ -8,6 +8,7 @@
 #include "gemm/cuda/kernels.h"
 #include "gemm/cuda/limits.h"
 #include "gemm/cuda/runtime.h"
+#include "gemm/cuda/weight_block.h"
 
 namespace nibble::cuda {
 namespace {
@@ -43,17 +44,14 @@ class DeviceBuffer {
   T* as() const {
     return static_cast<T*>(data_);
   }
-  template <class T>
-  T* release() {
-    return static_cast<T*>(std::exchange(data_, nullptr));
-  }
+  void* release() { return std::exchange(data_, nullptr); }
 
  private:
   void* data_ = nullptr;
 };
 
-Status pack(const QuantMatrix& matrix, const PackedLayout& layout, const DeviceInfo& device,
-            uint8_t* slabs) {
+Status pack_slabs(const QuantMatrix& matrix, const PackedLayout& layout, const DeviceInfo& device,
+                  uint8_t* slabs) {
   const auto words = static_cast<size_t>(matrix.n / 8) * sizeof(uint32_t);  // of a row
   const auto groups = static_cast<size_t>(matrix.groups());
   DeviceBuffer q, zeros, scales;
@@ -69,39 +67,94 @@ Status pack(const QuantMatrix& matrix, const PackedLayout& layout, const DeviceI
   return to_status(cudaStreamSynchronize(nullptr), "packing weights");
 }
 
-Status upload_bias(const void* bias, Dtype dtype, int64_t n, const DeviceInfo& device,
-                   DeviceBuffer& to) {
+Status copy_bias(const void* bias, Dtype dtype, int64_t n, void* to) {
   std::vector<float> values(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) values[i] = load_as_float(bias, i, dtype);
-  return to.upload(values.data(), values.size() * sizeof(float), device);
+  return to_status(
+      cudaMemcpy(to, values.data(), values.size() * sizeof(float), cudaMemcpyHostToDevice),
+      "cudaMemcpy");
 }
 
-}  // namespace
-
-Result<DeviceWeights> DeviceWeights::create(const DeviceInfo& device, const QuantMatrix& matrix,
-                                            const void* bias, Dtype bias_dtype) {
+Status check_matrix(const QuantMatrix& matrix) {
   NIBBLE_TRY(check_quant_matrix(matrix, "weight"));
   if (matrix.n % 8 != 0) {
     return Status(Code::unsupported, fmt::format("N = {} is not a multiple of 8", matrix.n));
   }
-  NIBBLE_TRY(check_group_size(matrix.group_size, matrix.k));
+  return check_group_size(matrix.group_size, matrix.k);
+}
+
+WeightBlock block_of(const QuantMatrix& matrix, bool has_bias) {
+  return weight_block(packed_layout(matrix.n, matrix.k, matrix.group_size),
+                      matrix.scale_dtype == Dtype::bf16, has_bias);
+}
+
+Status check_alignment(const void* memory) {
+  if (reinterpret_cast<uintptr_t>(memory) % kBlockLine == 0) return {};
+  return Status(Code::invalid_argument, fmt::format("packed is not {}-byte aligned", kBlockLine));
+}
+
+}  // namespace
+
+Status DeviceWeights::pack(const DeviceInfo& device, const QuantMatrix& matrix, const void* bias,
+                           Dtype bias_dtype, void* memory, size_t bytes) {
+  NIBBLE_TRY(check_matrix(matrix));
+  NIBBLE_TRY(check_alignment(memory));
+  const WeightBlock block = block_of(matrix, bias != nullptr);
+  if (bytes != block.bytes) {
+    return Status(Code::invalid_argument,
+                  fmt::format("packed has {} bytes, expected {}", bytes, block.bytes));
+  }
   const CurrentDevice current(device.ordinal);
   NIBBLE_TRY(current.status());
-  DeviceWeights weights;
-  weights.layout_ = packed_layout(matrix.n, matrix.k, matrix.group_size);
-  weights.bf16_scales_ = matrix.scale_dtype == Dtype::bf16;
-  weights.device_ = device.ordinal;
-  DeviceBuffer slabs, bias_values;
-  NIBBLE_TRY(slabs.allocate(static_cast<size_t>(weights.layout_.bytes()), device));
+  const PackedLayout layout = packed_layout(matrix.n, matrix.k, matrix.group_size);
+  auto* to = static_cast<uint8_t*>(memory);
   if (matrix.layout == WeightLayout::awq_gemm) {
-    NIBBLE_TRY(pack(matrix, weights.layout_, device, slabs.as<uint8_t>()));
+    NIBBLE_TRY(pack_slabs(matrix, layout, device, to));
   } else {
     const AwqTensors tensors = to_awq_gemm(matrix);
-    NIBBLE_TRY(pack(tensors.view(), weights.layout_, device, slabs.as<uint8_t>()));
+    NIBBLE_TRY(pack_slabs(tensors.view(), layout, device, to));
   }
-  if (bias != nullptr) NIBBLE_TRY(upload_bias(bias, bias_dtype, matrix.n, device, bias_values));
-  weights.slabs_ = slabs.release<uint8_t>();
-  weights.bias_ = bias_values.release<float>();
+  return bias == nullptr ? Status{} : copy_bias(bias, bias_dtype, matrix.n, to + block.bias_offset);
+}
+
+Result<DeviceWeights> DeviceWeights::view(const Problem& problem, int device, const void* memory,
+                                          size_t bytes) {
+  NIBBLE_TRY(check_alignment(memory));
+  DeviceWeights weights;
+  weights.layout_ = packed_layout(problem.n, problem.k, problem.group_size);
+  for (const bool bf16_scales : {false, true}) {
+    for (const bool has_bias : {false, true}) {
+      const WeightBlock block = weight_block(weights.layout_, bf16_scales, has_bias);
+      if (bytes != block.bytes) continue;
+      weights.slabs_ = static_cast<const uint8_t*>(memory);
+      if (has_bias) {
+        weights.bias_ = reinterpret_cast<const float*>(weights.slabs_ + block.bias_offset);
+      }
+      weights.bf16_scales_ = bf16_scales;
+      weights.device_ = device;
+      return weights;
+    }
+  }
+  return Status(Code::invalid_argument,
+                fmt::format("packed has {} bytes: no CUDA weight of N={} K={} and group size {}",
+                            bytes, problem.n, problem.k, problem.group_size));
+}
+
+Result<DeviceWeights> DeviceWeights::create(const DeviceInfo& device, const QuantMatrix& matrix,
+                                            const void* bias, Dtype bias_dtype) {
+  NIBBLE_TRY(check_matrix(matrix));
+  const CurrentDevice current(device.ordinal);
+  NIBBLE_TRY(current.status());
+  const WeightBlock block = block_of(matrix, bias != nullptr);
+  DeviceBuffer memory;
+  NIBBLE_TRY(memory.allocate(block.bytes, device));
+  NIBBLE_TRY(pack(device, matrix, bias, bias_dtype, memory.as<void>(), block.bytes));
+  Problem problem;
+  problem.n = matrix.n;
+  problem.k = matrix.k;
+  problem.group_size = matrix.group_size;
+  Result<DeviceWeights> weights = view(problem, device.ordinal, memory.as<void>(), block.bytes);
+  if (weights.ok()) weights->owned_ = memory.release();
   return weights;
 }
 
@@ -109,15 +162,14 @@ DeviceWeights& DeviceWeights::operator=(DeviceWeights&& other) noexcept {
   std::swap(layout_, other.layout_);
   std::swap(slabs_, other.slabs_);
   std::swap(bias_, other.bias_);
+  std::swap(owned_, other.owned_);
   std::swap(bf16_scales_, other.bf16_scales_);
   std::swap(device_, other.device_);
   return *this;
 }
 
 DeviceWeights::~DeviceWeights() {
-  // whichever device is current: addresses are unique
-  if (slabs_ != nullptr) (void)cudaFree(slabs_);
-  if (bias_ != nullptr) (void)cudaFree(bias_);
+  if (owned_ != nullptr) (void)cudaFree(owned_);  // whichever device is current
 }
 
 int64_t DeviceWeights::bytes() const {

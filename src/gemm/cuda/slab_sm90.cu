@@ -13,4 +13,14 @@ cudaError_t launch_w4a8_slab_sm90(const GemmArgs& args, const SlabConfig& config
   return cudaErrorInvalidValue;
 }
 
+cudaError_t launch_w4a16_slab_sm90(const GemmArgs& args, const SlabConfig& config,
+                                   cudaStream_t stream) {
+  switch (config.form) {
+    case SlabForm::registers: return slab::launch_halves_registers(args, config, stream);
+    case SlabForm::streamed: return slab::launch_halves_streamed(args, config, stream);
+    case SlabForm::fused: break;
+  }
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace nibble::cuda

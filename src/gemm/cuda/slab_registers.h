@@ -1,0 +1,71 @@
+// M <= 16, K of at most 16 slices of 512: each warp keeps the activations of one slice in registers
+// for good and streams slabs down the column tiles.
+//
+//        k:    slice 0   slice 1  ...  slice k_warps - 1
+//   step 0     warp 0    warp 1        ...                   tile 0 (and 1.. with more tile_warps)
+//   step 1     warp 0    warp 1        ...                   the next
+//
+// After a step each warp hands its partial sums over in shared memory and goes on; the partials of
+// a step are added one step later (one split barrier), in order of the slices. Slabs come by bulk
+// copies into a ring of each warp's own: the loop has no barrier of the block.
+//
+// Activations are a type: CodeSlice (slab_slice.h) or HalfSlice (slab_halves.h).
+//   load(p, at)                asks for the warp's slice of all tokens
+//   store(at, shared, table)   what of it belongs into shared memory
+//   multiply(at, slab, table, bf16_scales, acc)
+#pragma once
+
+#include "gemm/cuda/slab_output.h"
+
+namespace nibble::cuda::slab {
+
+template <class S, class Activations>
+__global__ void __launch_bounds__(32 * S::kRegistersWarps, 1)
+    slab_registers(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  const Place at(p);
+  const Tiles tiles(p);
+  const uint32_t shared = ptx::shared_address(memory);
+  const bool has_slice = at.k_warp < p.slices;
+  const auto has_slab = [&](int step) { return has_slice && tiles.has(p, at, step); };
+  const uint8_t* next =
+      p.slabs + (tiles.first + at.tile_warp) * p.tile_bytes + at.k_warp * p.slab_bytes;
+  const int64_t step_bytes = p.tile_bytes << p.tile_warps_log2;
+  const uint32_t table = shared + p.shared.tables + at.warp * p.shared.table_bytes;
+  Ring ring(p, shared, at.warp);
+
+  Activations activations;
+  // Behind the slabs, loads would wait until those have drained from the queue.
+  if (p.activations_first) activations.load(p, at);
+  if (at.leader) {
+    ring.open();
+#pragma unroll 1
+    for (int s = 0; s < p.stages && has_slab(s); ++s, next += step_bytes) ring.request(s, next);
+  }
+  ptx::grid_launch_dependents();
+  if (threadIdx.x == 0) ptx::mbarrier_init(shared + kStepBarrier, blockDim.x / 32);
+  __syncthreads();
+  if (!p.activations_first) {
+    ptx::grid_wait();
+    activations.load(p, at);
+  }
+  activations.store(at, shared, table);
+  __syncwarp();
+
+#pragma unroll 1
+  for (int step = 0;; ++step) {
+    Accumulator<S> acc;
+    if (has_slab(step)) {
+      activations.multiply(at, ring.wait(), table, p.bf16_scales, acc);
+      __syncwarp();  // all lanes have read the slab
+      if (at.leader && has_slab(step + p.stages)) {
+        ring.request(ring.stage, next);
+        next += step_bytes;
+      }
+      ring.advance();
+    }
+    if (!finish_step<S>(p, at, tiles, shared, step, acc)) break;
+  }
+}
+
+}  // namespace nibble::cuda::slab
