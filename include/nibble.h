@@ -302,6 +302,10 @@ NIBBLE_API nibble_status nibble_cuda_gemm_packed(const nibble_cuda_plan* plan,
                                                  size_t packed_bytes, void* y, int64_t y_stride,
                                                  void* workspace, void* stream);
 
+/* What tells one capture of a stream into a graph from another; 0: the stream is not captured now.
+ * Workspaces of a graph are its own. */
+NIBBLE_API nibble_status nibble_cuda_capture_id(uint64_t* out, void* stream);
+
 /* Quantized activations in device memory, as the kernel of one plan reads them. */
 typedef struct nibble_cuda_operand {
   int8_t* codes;  /* (M, K rounded up to 512), 16-byte aligned, in the kernel's order: natural for

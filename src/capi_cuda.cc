@@ -210,6 +210,16 @@ nibble_status nibble_cuda_gemm_packed(const nibble_cuda_plan* plan, const nibble
   });
 }
 
+nibble_status nibble_cuda_capture_id(uint64_t* out, void* stream) {
+  return guarded([&]() -> Status {
+    NIBBLE_TRY(require({{out, "out"}}));
+    const Result<uint64_t> id = nibble::cuda::capture_id(stream);
+    if (!id.ok()) return id.status();
+    *out = *id;
+    return {};
+  });
+}
+
 nibble_status nibble_cuda_quantize_activations(const nibble_cuda_plan* plan,
                                                const nibble_input* input,
                                                const nibble_cuda_operand* to, void* stream) {

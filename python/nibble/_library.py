@@ -48,6 +48,16 @@ class Target(Structure):
     _fields_ = [("weight", c_void_p), ("y", c_void_p), ("y_stride", c_int64)]
 
 
+class CudaPlan(Structure):
+    _fields_ = [("opaque", c_uint64 * 64)]
+
+
+class CudaOperand(Structure):
+    _fields_ = [("codes", c_void_p), ("scales", c_void_p), ("sums", c_void_p), ("range", c_void_p)]
+
+
+CUDA_FLAG_BYTES = 4096  # NIBBLE_CUDA_FLAG_BYTES
+
 _FUNCTIONS = {  # name: (result, arguments)
     "nibble_version": (c_char_p, []),
     "nibble_weight_packed_bytes": (Status, [POINTER(c_size_t), POINTER(WeightDesc)]),
@@ -68,6 +78,19 @@ _FUNCTIONS = {  # name: (result, arguments)
     "nibble_kernel_count": (c_int32, []),
     "nibble_kernel_name": (c_char_p, [c_int32]),
     "nibble_kernel_missing": (c_char_p, [c_int32]),
+    "nibble_cuda_device_count": (Status, [POINTER(c_int32)]),
+    "nibble_cuda_packed_bytes": (Status, [POINTER(c_size_t), POINTER(WeightDesc)]),
+    "nibble_cuda_pack": (Status, [c_void_p, c_size_t, POINTER(WeightDesc), c_int32]),
+    "nibble_cuda_gemm_plan": (Status, [POINTER(CudaPlan), POINTER(Problem), c_int32, c_char_p]),
+    "nibble_cuda_plan_kernel": (c_char_p, [POINTER(CudaPlan)]),
+    "nibble_cuda_workspace_bytes": (c_size_t, [POINTER(CudaPlan)]),
+    "nibble_cuda_gemm_packed": (Status, [c_void_p, c_void_p, c_void_p, c_size_t, c_void_p, c_int64,
+                                         c_void_p, c_void_p]),
+    "nibble_cuda_capture_id": (Status, [POINTER(c_uint64), c_void_p]),
+    "nibble_cuda_quantize_activations": (Status, [c_void_p, c_void_p, POINTER(CudaOperand),
+                                                  c_void_p]),
+    "nibble_cuda_gemm_quantized": (Status, [c_void_p, POINTER(CudaOperand), c_void_p, c_size_t,
+                                            c_void_p, c_int64, c_void_p, c_void_p]),
 }
 
 

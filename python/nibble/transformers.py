@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import struct
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from .errors import InvalidArgument, Unsupported
-from .plan import ModelPlan, choose_plan
+from .plan import ModelPlan, choose_plan, read_config
 from .torch import AwqLinear
 
 _LOG = logging.getLogger("nibble.transformers")
@@ -74,8 +75,9 @@ class NibbleQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         stored = _quantized_layers(checkpoint_files)
+        # AwqConfig drops the keys that it does not know, the plan among them: back to the file.
         plan = choose_plan(self.options["mode"], self.options["granularity"],
-                           self.quantization_config.to_dict())
+                           read_config(Path(checkpoint_files[0]).parent))
         modules = dict(model.named_modules())
         for name, parts in stored.items():
             place = _find(name, modules)

@@ -69,6 +69,7 @@ TEST(CapiCuda, NullsAreNamed) {
   expect_names(nibble_cuda_gemm(nullptr, &input, nullptr, nullptr, 0, nullptr, nullptr), "plan");
   expect_names(nibble_cuda_gemm(&plan, &input, nullptr, nullptr, 0, nullptr, nullptr), "weight");
   size_t bytes = 0;
+  expect_names(nibble_cuda_capture_id(nullptr, nullptr), "out");
   expect_names(nibble_cuda_packed_bytes(nullptr, nullptr), "out");
   expect_names(nibble_cuda_packed_bytes(&bytes, nullptr), "desc");
   expect_names(nibble_cuda_pack(nullptr, 0, nullptr, 0), "packed");

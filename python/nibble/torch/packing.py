@@ -74,11 +74,22 @@ def pack_awq(qweight: torch.Tensor, qzeros: torch.Tensor | None, scales: torch.T
         qweight=qweight.data_ptr(), qzeros=None if qzeros is None else qzeros.data_ptr(),
         scales=scales.data_ptr(), bias=None if bias is None else bias.data_ptr(),
         bias_dtype=native.F32 if bias is None else FLOATS[bias.dtype])
-    if device.type != "cpu":
-        raise InvalidArgument(f"qweight: expected it on the CPU, found {device}")
+    return _pack_on(device, desc)
+
+
+def _pack_on(device: torch.device, desc: native.WeightDesc) -> torch.Tensor:
     size = ctypes.c_size_t()
-    check(lib.nibble_weight_packed_bytes(size, desc), "pack_awq")
-    packed = torch.empty(size.value, dtype=torch.uint8)
-    check(lib.nibble_weight_pack(packed.data_ptr(), size.value, desc, torch.get_num_threads()),
+    if device.type == "cpu":
+        check(lib.nibble_weight_packed_bytes(size, desc), "pack_awq")
+        packed = torch.empty(size.value, dtype=torch.uint8)
+        check(lib.nibble_weight_pack(packed.data_ptr(), size.value, desc,
+                                     torch.get_num_threads()), "pack_awq")
+        return packed
+    if device.type != "cuda":
+        raise InvalidArgument(f"qweight: expected it on the CPU or a CUDA device, found {device}")
+    check(lib.nibble_cuda_packed_bytes(size, desc), "pack_awq")
+    packed = torch.empty(size.value, dtype=torch.uint8, device=device)
+    torch.cuda.synchronize(device)  # the memory may still be in use by work that was queued before
+    check(lib.nibble_cuda_pack(packed.data_ptr(), size.value, desc, packed.device.index),
           "pack_awq")
     return packed

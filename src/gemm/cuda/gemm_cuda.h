@@ -48,6 +48,8 @@ struct DeviceInfo {
 /// build has no CUDA.
 Result<int> device_count();
 Result<DeviceInfo> device_info(int ordinal);
+/// Of the capture of `stream` into a graph that is under way; 0: none is.
+Result<uint64_t> capture_id(Stream stream);
 
 /// One weight in device memory, packed as packed.h draws it. Moves, is freed on destruction.
 class DeviceWeights {
