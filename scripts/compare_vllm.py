@@ -41,7 +41,7 @@ def preload():
 def environment(args):
     values = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_LEVEL": "ERROR",
+        "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
         "OMP_NUM_THREADS": str(args.threads), "KMP_BLOCKTIME": "1", "KMP_TPAUSE": "0",
     }
     if not args.no_preload:
@@ -139,6 +139,8 @@ def main():
     parser.add_argument("--eager", action="store_true", help="no torch.compile")
     parser.add_argument("--no-preload", action="store_true", help="without iomp and tcmalloc")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--wait", action="store_true",
+                        help="wait for a line on stdin between loading and timing")
     parser.add_argument("--json", type=pathlib.Path, help="all samples, for docs/")
     args = parser.parse_args()
 
@@ -152,6 +154,9 @@ def main():
         methods = contender.pipe.recv()
         if ("NibbleLinearMethod" in methods) != (contender.name == "nibble"):
             sys.exit(f"{contender.name}: not what it is to measure: {methods}")
+    if args.wait:
+        print("loaded", file=sys.stderr, flush=True)
+        sys.stdin.readline()
     rates = {contender.name: {test: [] for test in TESTS} for contender in contenders}
     for number in range(args.rounds + 1):
         for test in TESTS:

@@ -21,6 +21,7 @@ from vllm.model_executor.layers.quantization import get_quantization_config  # n
 from vllm.plugins import load_general_plugins  # noqa: E402
 
 import awq_models  # noqa: E402
+from nibble.modes import make_spec  # noqa: E402
 from nibble.vllm import device  # noqa: E402
 from vllm_testing import REAL_MODEL, runner_tokens  # noqa: E402
 
@@ -129,15 +130,19 @@ class Models(unittest.TestCase):
         with Engine(model, "w4a16") as llm:
             self.assertNotEqual(tokens, self.same_tokens(llm, model, "w4a16", "--kv", "f32"))
 
-    def test_16_bit_models_and_compiled(self):
+    def test_compiled(self):
         model = awq_models.make_tiny(self.root / "compiled")
+        with Engine(model, "w4a8", enforce_eager=False) as llm:
+            self.all_nibble(llm, "w4a8")
+            self.same_tokens(llm, model, "w4a8", "--kv", "f32")
+
+    def test_16_bit_models(self):
+        model = awq_models.make_tiny(self.root / "bits")
         for dtype in ("bfloat16", "float16"):
-            found = {}
-            for eager in (True, False):
-                with Engine(model, dtype=dtype, enforce_eager=eager) as llm:
-                    self.all_nibble(llm, "w4a8")  # the mode without any option
-                    found[eager] = llm.generate([84, 104, 101, 32], 16)[0]
-            self.assertEqual(found[True], found[False])
+            with Engine(model, dtype=dtype) as llm:
+                self.all_nibble(llm, "w4a8")  # the mode without any option
+                prompt, expected = runner_tokens(model, "w4a8", 4)
+                self.assertEqual(expected, llm.generate(prompt, 4)[0])
 
     def test_awq_gives_vllm_its_own_path_back(self):
         model = awq_models.make_tiny(self.root / "own")
@@ -147,10 +152,10 @@ class Models(unittest.TestCase):
 
     @unittest.skipUnless((REAL_MODEL / "config.json").exists(), f"no {REAL_MODEL}")
     def test_real_model(self):
-        for mode in ("w4a16", "w4a8"):
-            with self.subTest(mode=mode), Engine(REAL_MODEL, mode) as llm:
-                self.all_nibble(llm, mode)
-                self.same_tokens(llm, REAL_MODEL, mode, "--kv", "f32")
+        """In w4a16. In w4a8 hosts differ as docs/vllm.md says: test_vllm_lm_eval.py."""
+        with Engine(REAL_MODEL, "w4a16") as llm:
+            self.all_nibble(llm, "w4a16")
+            self.same_tokens(llm, REAL_MODEL, "w4a16", "--kv", "f32")
 
 
 class Claims(unittest.TestCase):
@@ -192,6 +197,25 @@ class Claims(unittest.TestCase):
                               ({"nibble": {"moed": "w4a8"}}, 'unknown key "moed"')):
             with self.assertRaisesRegex(ValueError, text):
                 read_options(options)
+
+    def test_nan_stays_in_its_row(self):
+        from nibble.torch import pack_awq
+        from nibble.vllm.ops import linear_or_nan
+        torch = awq_models.torch
+        parts = awq_models.random_linear(128, 32, 64, torch.Generator().manual_seed(1))
+        packed = pack_awq(*parts.values(), 64)
+        x = torch.randn(3, 128)
+        for spec in (make_spec("w4a8"), make_spec("w4a8", "tensor"), make_spec("w4a16")):
+            how = (32, 64, int(spec.mode), int(spec.granularity))
+            expected = linear_or_nan(x, packed, *how)
+            bad = x.clone()
+            bad[1, 5] = float("inf")
+            y = linear_or_nan(bad, packed, *how)
+            self.assertFalse(y[1].isfinite().any())
+            if str(spec) == "w4a8 tensor":  # one scale for all rows
+                self.assertFalse(y.isfinite().any())
+            else:
+                self.assertTrue(torch.equal(y[::2], expected[::2]))
 
     def test_refuses_experts(self):
         from vllm.model_executor.layers.fused_moe import RoutedExperts
