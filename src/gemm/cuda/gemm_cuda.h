@@ -49,6 +49,8 @@ struct DeviceInfo {
 /// build has no CUDA.
 Result<int> device_count();
 Result<DeviceInfo> device_info(int ordinal);
+/// Of the capture of `stream` into a graph that is under way; 0: none is.
+Result<uint64_t> capture_id(Stream stream);
 
 /// One of the weights that are to lie side by side (q, k, v; gate, up).
 struct WeightPart {
@@ -69,6 +71,14 @@ class DeviceWeights {
   /// scales, and an n, but the last one's, that is not a multiple of 16.
   static Result<DeviceWeights> create(const DeviceInfo& device, std::span<const WeightPart> parts);
 
+  /// The same into `memory` of `device`, 256-byte aligned, of weight_block(...).bytes, which the
+  /// caller owns. Waits until done.
+  static Status pack(const DeviceInfo& device, const QuantMatrix& matrix, const void* bias,
+                     Dtype bias_dtype, void* memory, size_t bytes);
+  /// Such memory as weights of a plan's problem: owns nothing, touches no device.
+  static Result<DeviceWeights> view(const Problem& problem, int device, const void* memory,
+                                    size_t bytes);
+
   DeviceWeights() = default;
   DeviceWeights(DeviceWeights&& other) noexcept { *this = static_cast<DeviceWeights&&>(other); }
   DeviceWeights& operator=(DeviceWeights&& other) noexcept;
@@ -84,8 +94,9 @@ class DeviceWeights {
 
  private:
   PackedLayout layout_;
-  uint8_t* slabs_ = nullptr;
-  float* bias_ = nullptr;
+  const uint8_t* slabs_ = nullptr;
+  const float* bias_ = nullptr;
+  void* owned_ = nullptr;  // freed on destruction
   bool bf16_scales_ = false;
   int device_ = 0;
 };

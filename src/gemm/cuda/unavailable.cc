@@ -16,12 +16,23 @@ Result<int> device_count() { return no_cuda(); }
 
 Result<DeviceInfo> device_info(int) { return no_cuda(); }
 
+Result<uint64_t> capture_id(Stream) { return no_cuda(); }
+
 Result<DeviceWeights> DeviceWeights::create(const DeviceInfo&, const QuantMatrix&, const void*,
                                             Dtype) {
   return no_cuda();
 }
 
 Result<DeviceWeights> DeviceWeights::create(const DeviceInfo&, std::span<const WeightPart>) {
+  return no_cuda();
+}
+
+Status DeviceWeights::pack(const DeviceInfo&, const QuantMatrix&, const void*, Dtype, void*,
+                           size_t) {
+  return no_cuda();
+}
+
+Result<DeviceWeights> DeviceWeights::view(const Problem&, int, const void*, size_t) {
   return no_cuda();
 }
 
