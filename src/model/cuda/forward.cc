@@ -201,7 +201,9 @@ Status Forward::prepare(int64_t rows, bool* moved) {
     }
   }
   if (!model_.tied()) {
-    NIBBLE_TRY(want(model_.head, LinearSpec{}, std::min(rows, int64_t{kHeadRows}), Dtype::f32));
+    for (int64_t m = 1; m <= std::min(rows, int64_t{kHeadRows}); ++m) {
+      NIBBLE_TRY(want(model_.head, LinearSpec{}, m, Dtype::f32));
+    }
   }
   if (bytes <= workspace_.bytes()) return {};
   NIBBLE_TRY(to_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize"));
@@ -292,7 +294,9 @@ Status Forward::make_rows(const Source& source, int64_t rows, const void** x, in
 
 Status Forward::run_dense(const DeviceLinear& linear, const void* x, int64_t rows, void* y,
                           int64_t y_stride, cudaStream_t stream) {
-  NIBBLE_TRY(cublas_->multiply(linear.dense_type, x, linear.dense.as<>(), y, y_stride, rows,
+  const auto type =
+      linear.dense_type == Dtype::f16 ? Cublas::Type::f16 : Cublas::Type::bf16;
+  NIBBLE_TRY(cublas_->multiply(type, x, linear.dense.as<>(), y, y_stride, rows,
                                linear.n, linear.k, stream));
   note("cublas");
   if (linear.bias.bytes() == 0) return {};

@@ -98,7 +98,6 @@ class Forward {
 
   /// Where the input of a slot's products comes from.
   struct Source;
-  struct PlanKey;
   Result<const Plan*> plan_for(const DeviceLinear& linear, const LinearSpec& spec, int64_t rows,
                                Dtype y_type);
   Status run_slot(int64_t layer, Slot slot, const Source& source, int64_t rows, void* y,

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <set>
 #include <utility>
 
 #include "gemm/cuda/runtime.h"
@@ -28,7 +29,7 @@ class Graph {
 
   template <class Function>
   Status capture(cudaStream_t stream, const Function& enqueue) {
-    NIBBLE_TRY(to_status(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal),
+    NIBBLE_TRY(to_status(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed),
                          "cudaStreamBeginCapture"));
     const Status status = enqueue();
     cudaGraph_t captured = nullptr;
@@ -101,6 +102,10 @@ class CudaRunner : public Runner {
   Status enqueue_choice(const int32_t* gather, int64_t count);
   Status prepare(int64_t rows);
   Status wait(const char* what);
+  void drop_graphs() {
+    seen_.clear();
+    graphs_.clear();
+  }
   Status check_faults(std::span<const SequenceItem> items);
   Status copy_states(float* hidden, int64_t rows);
   bool is_step(std::span<const SequenceItem> items) const;
@@ -122,6 +127,7 @@ class CudaRunner : public Runner {
       return rows != other.rows ? rows < other.rows : choose < other.choose;
     }
   };
+  std::set<Step> seen_;  // steps that have been run
   std::map<Step, Graph> graphs_;
   // What the last call left on the device: its sequences, each one token longer, and the tokens
   // that it chose for them.
@@ -163,7 +169,7 @@ Status CudaRunner::set_plan(const ModelPlan& plan) {
   const CurrentDevice current(model_.device.ordinal);
   NIBBLE_TRY(current.status());
   NIBBLE_TRY(wait("before another plan"));
-  graphs_.clear();
+  drop_graphs();
   return forward_->set_plan(plan);
 }
 
@@ -218,7 +224,7 @@ std::vector<CudaRunner::Pass> CudaRunner::cut(std::span<const SequenceItem> item
 Status CudaRunner::prepare(int64_t rows) {
   bool moved = false;
   NIBBLE_TRY(forward_->prepare(rows, &moved));
-  if (moved) graphs_.clear();
+  if (moved) drop_graphs();
   return {};
 }
 
@@ -387,7 +393,8 @@ Status CudaRunner::decode_step(std::span<const SequenceItem> items, bool choose)
     return forward_->finish(nullptr, rows, stream_);
   };
   const Step step{rows, choose};
-  if (rows > kGraphRows) {
+  if (rows > kGraphRows || seen_.insert(step).second) {
+    // The first time, the driver and cuBLAS may load code, which they do not while capturing.
     NIBBLE_TRY(enqueue());
   } else {
     auto found = graphs_.find(step);

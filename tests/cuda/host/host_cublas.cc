@@ -16,10 +16,10 @@ Result<std::unique_ptr<Cublas>> Cublas::open(const DeviceInfo&, const std::strin
   return std::unique_ptr<Cublas>(new Cublas(std::make_unique<State>()));
 }
 
-Status Cublas::multiply(Dtype type, const void* x, const void* w, void* y, int64_t y_stride,
+Status Cublas::multiply(Type type, const void* x, const void* w, void* y, int64_t y_stride,
                         int64_t m, int64_t n, int64_t k, Stream stream) {
   host::enqueue(static_cast<cudaStream_t>(stream), [=] {
-    const auto element = static_cast<Element>(type);
+    const Element element = type == Type::f16 ? Element::f16 : Element::bf16;
     for (int64_t row = 0; row < m; ++row) {
       for (int64_t column = 0; column < n; ++column) {
         float sum = 0;
