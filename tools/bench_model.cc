@@ -286,9 +286,9 @@ void print_csv(const Run& run, const std::vector<Row>& rows) {
     const double share = run.byte_limit_share(row);
     fmt::print("\"{}\",{},{},{},{},{},{},{},{},{},{},{},{:.3f},{:.3f},{:.3f},{},{},{}\n",
                run.model_name(), j["model_size"].get<uint64_t>(),
-               j["model_n_params"].get<uint64_t>(), run.backend(), run.threads, row.plan->mode, row.test.name(),
-               row.test.n_prompt, row.test.n_gen, row.test.batch, j["avg_ns"].get<int64_t>(),
-               j["stddev_ns"].get<int64_t>(), j["avg_ts"].get<double>(),
+               j["model_n_params"].get<uint64_t>(), run.backend(), run.threads, row.plan->mode,
+               row.test.name(), row.test.n_prompt, row.test.n_gen, row.test.batch,
+               j["avg_ns"].get<int64_t>(), j["stddev_ns"].get<int64_t>(), j["avg_ts"].get<double>(),
                j["stddev_ts"].get<double>(), j["median_ts"].get<double>(),
                share > 0 ? fmt::format("{:.4f}", share) : "", run.peak_memory,
                fmt::join(run.kernels_of_row(row), " "));
@@ -372,9 +372,7 @@ class ReadBandwidth {
       samples_.microseconds.push_back(us / (static_cast<double>(host_->slice_bytes()) * 1e-3));
     }
   }
-  double gb_per_s() const {
-    return samples_.microseconds.empty() ? 0 : 1 / samples_.median();
-  }
+  double gb_per_s() const { return samples_.microseconds.empty() ? 0 : 1 / samples_.median(); }
 
  private:
   std::unique_ptr<ReadBandwidthProbe> host_;
@@ -395,7 +393,7 @@ Status measure(const Options& options, std::vector<Row>& rows, Run& run) {
     return {};
   };
   double us = 0;
-  for (Row& row : rows) NIBBLE_TRY(run_row(row, &us));  // warm-up
+  for (Row& row : rows) NIBBLE_TRY(run_row(row, &us));   // warm-up
   run.peak_memory = run.loaded->runner().peak_memory();  // of the second runner too
 
   // Only decoding is compared with the memory; on a CPU the probe takes a second and 1 GiB.

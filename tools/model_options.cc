@@ -96,9 +96,10 @@ void add_model_arguments(CLI::App& command, ModelArguments& arguments, bool many
       ->capture_default_str()
       ->group("Model");
   command
-      .add_flag("--batch-invariant", arguments.batch_invariant,
-                "on a GPU: the same bits for a sequence alone and beside others (--batch of them at "
-                "most), at the cost of a full batch's steps; a CPU always gives them")
+      .add_flag(
+          "--batch-invariant", arguments.batch_invariant,
+          "on a GPU: the same bits for a sequence alone and beside others (--batch of them at "
+          "most), at the cost of a full batch's steps; a CPU always gives them")
       ->group("Model");
   command.add_option("--threads", arguments.threads, "threads; 0: all CPUs")
       ->check(CLI::Range(0, kMaxThreads))
@@ -172,8 +173,7 @@ std::string LoadedModel::default_mode() const {
   return has_plan() ? "auto" : "w4a8";
 }
 
-Result<ModelPlan> LoadedModel::plan(const std::string& mode,
-                                    std::optional<Granularity> granularity,
+Result<ModelPlan> LoadedModel::plan(const std::string& mode, std::optional<Granularity> granularity,
                                     bool dequantizes) const {
   if (!quantized_) {
     if (mode == kMode16Bit || mode == "auto") return uniform_plan(config_.layers, Mode::w4a16);
@@ -199,8 +199,8 @@ Result<ModelPlan> LoadedModel::plan(const std::string& mode,
   return plan_from_config(checkpoint_.config(), config_);
 }
 
-Result<std::vector<NamedPlan>> plans_of(const LoadedModel& loaded,
-                                        const ModelArguments& arguments, bool dequantizes) {
+Result<std::vector<NamedPlan>> plans_of(const LoadedModel& loaded, const ModelArguments& arguments,
+                                        bool dequantizes) {
   std::vector<std::string> modes = arguments.modes;
   if (modes.empty()) modes.push_back(loaded.default_mode());
   std::vector<NamedPlan> plans;

@@ -1,6 +1,6 @@
 // A model on some device, as the commands see it: tokens in, hidden states, logits or chosen tokens
-// out. CpuRunner (model/cpu_runner.h) is model/model.h; make_cuda_runner() (model/cuda/cuda_runner.h)
-// is a GPU.
+// out. CpuRunner (model/cpu_runner.h) is model/model.h; make_cuda_runner()
+// (model/cuda/cuda_runner.h) is a GPU.
 #pragma once
 
 #include <cstdint>

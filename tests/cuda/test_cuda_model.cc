@@ -59,8 +59,7 @@ std::vector<float> all_logits(Runner& runner, const std::vector<int32_t>& tokens
   std::vector<float> hidden(tokens.size() * width), logits(tokens.size() * vocab);
   const std::unique_ptr<SequenceCache> cache = runner.make_cache();
   for (size_t at = 0; at < tokens.size(); at += piece) {
-    const SequenceItem item{cache.get(),
-                            {tokens.data() + at, std::min(piece, tokens.size() - at)}};
+    const SequenceItem item{cache.get(), {tokens.data() + at, std::min(piece, tokens.size() - at)}};
     const Status status = runner.forward({&item, 1}, HiddenRows::all, &hidden[at * width]);
     EXPECT_TRUE(status.ok()) << status.message();
   }
@@ -79,9 +78,7 @@ double rms_difference(const std::vector<float>& a, const std::vector<float>& b) 
   return std::sqrt(sum / static_cast<double>(a.size()));
 }
 
-double rms(const std::vector<float>& a) {
-  return rms_difference(a, std::vector<float>(a.size()));
-}
+double rms(const std::vector<float>& a) { return rms_difference(a, std::vector<float>(a.size())); }
 
 Status set_mode(Runner& runner, Mode mode) {
   return runner.quantized() ? runner.set_plan(uniform_plan(runner.config().layers, mode))
@@ -245,8 +242,7 @@ size_t free_memory() {
 TEST(CudaModel, AThousandRequestsLeaveNothingBehind) {
   NIBBLE_NEEDS_GPU();
   Pair pair;
-  ASSERT_NO_FATAL_FAILURE(
-      load("llama_awq", {.threads = 2, .context = 64, .sequences = 16}, pair));
+  ASSERT_NO_FATAL_FAILURE(load("llama_awq", {.threads = 2, .context = 64, .sequences = 16}, pair));
   ASSERT_TRUE(set_mode(*pair.gpu, Mode::w4a8).ok());
   std::mt19937 random(7);
   const auto run = [&](size_t count) {
@@ -290,9 +286,9 @@ TEST(CudaModel, OperationsAreTimedWithoutChangingWhatComesOut) {
       const auto times = pair.gpu->profile({&item, 1});
       EXPECT_TRUE(times.ok()) << times.status().message();
       if (!times.ok()) continue;
-      const auto found = std::find_if(
-          times->begin(), times->end(),
-          [](const OperationTime& time) { return time.name == "gate_up product"; });
+      const auto found = std::find_if(times->begin(), times->end(), [](const OperationTime& time) {
+        return time.name == "gate_up product";
+      });
       EXPECT_NE(found, times->end());
       if (found != times->end()) {
         EXPECT_EQ(found->launches, pair.gpu->config().layers);

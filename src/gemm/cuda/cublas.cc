@@ -95,9 +95,9 @@ Status Cublas::multiply(Type type, const void* x, const void* w, void* y, int64_
   if (error == 0) error = s.set_workspace(s.handle, s.workspace.as<>(), s.workspace.bytes());
   // Row-major y is column-major y transposed: its columns are rows of x.
   if (error == 0) {
-    error = s.gemm(s.handle, kTransposed, kPlain, i(n), i(m), i(k), one, w, from, i(k), x, from,
-                   i(k), zero, y, to, i(y_stride), integers ? kComputeI32 : kComputeF32,
-                   kDefaultAlgorithm);
+    error =
+        s.gemm(s.handle, kTransposed, kPlain, i(n), i(m), i(k), one, w, from, i(k), x, from, i(k),
+               zero, y, to, i(y_stride), integers ? kComputeI32 : kComputeF32, kDefaultAlgorithm);
   }
   if (error == 0) return {};
   return Status(Code::io_error,

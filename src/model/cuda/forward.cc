@@ -101,10 +101,10 @@ Status Forward::allocate() {
   NIBBLE_TRY(low_.allocate(bytes(c.hidden, 2), device));
   NIBBLE_TRY(logits_.allocate(static_cast<size_t>(kHeadRows * logits_stride() * 4), device));
   const KvShape& shape = pool_.shape();
-  NIBBLE_TRY(decode_scratch_.allocate_zeroed(
-      static_cast<size_t>(
-          decode_scratch_bytes(shape.sequences, c.heads, c.head_dim, shape.context)),
-      device));
+  NIBBLE_TRY(
+      decode_scratch_.allocate_zeroed(static_cast<size_t>(decode_scratch_bytes(
+                                          shape.sequences, c.heads, c.head_dim, shape.context)),
+                                      device));
   NIBBLE_TRY(
       faults_.allocate_zeroed(static_cast<size_t>(shape.sequences) * sizeof(int32_t), device));
   const auto is_dense = [](const DeviceLinear& linear) { return !linear.quantized; };
@@ -216,7 +216,6 @@ Status Forward::prepare(int64_t rows, bool* moved) {
 Status Forward::make_operand(const Source& source, bool first, const Plan& plan,
                              const LinearSpec& spec, const float* static_scales,
                              cudaStream_t stream) {
-  const ModelConfig& c = model_.config;
   const int64_t rows = plan.problem.m;
   DeviceInput input;
   input.clip = spec.clip;
@@ -232,72 +231,69 @@ Status Forward::make_operand(const Source& source, bool first, const Plan& plan,
     return quantize_activations(plan, input, operand, stream);
   }
   QuantizeArgs to = quantize_args(plan, input, operand);
-  to.programmatic = true;
   if (source.kind == Source::Kind::gate) {
-    to.x = gate_up_.as<>();
-    to.x_stride = 2 * c.intermediate;
-    GateQuantizeArgs gate;
+    GateQuantizeArgs gate = gate_args(rows);
+    to.x = gate.to.x;
+    to.x_stride = gate.to.x_stride;
+    to.programmatic = true;
     gate.to = to;
-    gate.up = gate_up_.as<uint16_t>() + c.intermediate;
-    gate.up_stride = 2 * c.intermediate;
-    gate.function =
-        c.activation == Activation::silu ? GateFunction::silu : GateFunction::gelu_tanh;
     return to_status(launch_gate_quantize(gate, stream), "gate");
   }
-  NormArgs norm;
-  norm.m = rows;
-  norm.k = c.hidden;
-  norm.hidden = hidden_.as<float>();
-  norm.delta = first ? source.delta : nullptr;
-  norm.type = model_.type;
-  norm.post_norm = first ? source.post_norm : nullptr;
-  norm.norm = source.norm;
-  norm.eps = static_cast<float>(c.norm_eps);
-  norm.programmatic = true;
+  NormArgs norm = norm_args(source, rows);
+  if (!first) {
+    norm.delta = nullptr;
+    norm.post_norm = nullptr;
+  }
   return to_status(launch_norm_quantize(norm, to, stream), "norm");
 }
 
-/// The source's rows in 16 bits.
-Status Forward::make_rows(const Source& source, int64_t rows, const void** x, int64_t* stride,
-                          cudaStream_t stream) {
-  const ModelConfig& c = model_.config;
-  *x = source.x;
-  *stride = source.width;
-  if (source.kind == Source::Kind::rows) return {};
-  *x = rows16_.as<>();
-  if (source.kind == Source::Kind::gate) {
-    GateQuantizeArgs gate;
-    gate.to.x = gate_up_.as<>();
-    gate.to.x_stride = 2 * c.intermediate;
-    gate.to.type = model_.type;
-    gate.to.m = rows;
-    gate.to.k = c.intermediate;
-    gate.to.programmatic = true;
-    gate.up = gate_up_.as<uint16_t>() + c.intermediate;
-    gate.up_stride = 2 * c.intermediate;
-    gate.function =
-        c.activation == Activation::silu ? GateFunction::silu : GateFunction::gelu_tanh;
-    return to_status(launch_gate(gate, rows16_.as<>(), *stride, stream), "gate");
-  }
+NormArgs Forward::norm_args(const Source& source, int64_t rows) const {
   NormArgs norm;
   norm.m = rows;
-  norm.k = c.hidden;
+  norm.k = model_.config.hidden;
   norm.hidden = hidden_.as<float>();
   norm.delta = source.delta;
   norm.type = model_.type;
   norm.post_norm = source.post_norm;
   norm.norm = source.norm;
-  norm.eps = static_cast<float>(c.norm_eps);
+  norm.eps = static_cast<float>(model_.config.norm_eps);
   norm.programmatic = true;
-  return to_status(launch_norm(norm, rows16_.as<>(), *stride, stream), "norm");
+  return norm;
+}
+
+GateQuantizeArgs Forward::gate_args(int64_t rows) const {
+  const ModelConfig& c = model_.config;
+  GateQuantizeArgs gate;
+  gate.to.x = gate_up_.as<>();
+  gate.to.x_stride = 2 * c.intermediate;
+  gate.to.type = model_.type;
+  gate.to.m = rows;
+  gate.to.k = c.intermediate;
+  gate.to.programmatic = true;
+  gate.up = gate_up_.as<uint16_t>() + c.intermediate;
+  gate.up_stride = 2 * c.intermediate;
+  gate.function = c.activation == Activation::silu ? GateFunction::silu : GateFunction::gelu_tanh;
+  return gate;
+}
+
+/// The source's rows in 16 bits.
+Status Forward::make_rows(const Source& source, int64_t rows, const void** x, int64_t* stride,
+                          cudaStream_t stream) {
+  *x = source.x;
+  *stride = source.width;
+  if (source.kind == Source::Kind::rows) return {};
+  *x = rows16_.as<>();
+  if (source.kind == Source::Kind::gate) {
+    return to_status(launch_gate(gate_args(rows), rows16_.as<>(), *stride, stream), "gate");
+  }
+  return to_status(launch_norm(norm_args(source, rows), rows16_.as<>(), *stride, stream), "norm");
 }
 
 Status Forward::run_dense(const DeviceLinear& linear, const void* x, int64_t rows, void* y,
                           int64_t y_stride, cudaStream_t stream) {
-  const auto type =
-      linear.dense_type == Dtype::f16 ? Cublas::Type::f16 : Cublas::Type::bf16;
-  NIBBLE_TRY(cublas_->multiply(type, x, linear.dense.as<>(), y, y_stride, rows,
-                               linear.n, linear.k, stream));
+  const auto type = linear.dense_type == Dtype::f16 ? Cublas::Type::f16 : Cublas::Type::bf16;
+  NIBBLE_TRY(cublas_->multiply(type, x, linear.dense.as<>(), y, y_stride, rows, linear.n, linear.k,
+                               stream));
   note("cublas");
   if (linear.bias.bytes() == 0) return {};
   return to_status(
@@ -318,7 +314,10 @@ Status Forward::run_slot(int64_t layer, Slot slot, const Source& source, int64_t
   bool first = true;
   for (const DeviceLinear& part : group.parts) {
     if (runs_16bit(part, spec) && now.kind != Source::Kind::rows) {
-      if (!first) now.delta = nullptr;
+      if (!first) {
+        now.delta = nullptr;  // it has been added
+        now.post_norm = nullptr;
+      }
       int64_t x_stride = 0;
       NIBBLE_TRY(make_rows(now, rows, &now.x, &x_stride, stream));
       now.kind = Source::Kind::rows;
@@ -349,8 +348,7 @@ Status Forward::run_slot(int64_t layer, Slot slot, const Source& source, int64_t
   return {};
 }
 
-Status Forward::attend(int64_t layer, const PassInputs& inputs, int64_t rows,
-                       cudaStream_t stream) {
+Status Forward::attend(int64_t layer, const PassInputs& inputs, int64_t rows, cudaStream_t stream) {
   const ModelConfig& c = model_.config;
   const DeviceNorms& norms = model_.layers[static_cast<size_t>(layer)].norms;
   const int64_t window = c.window[static_cast<size_t>(layer)];

@@ -1,6 +1,6 @@
-// The layers of a model on a GPU: what is launched, in which order, for one pass of rows. Everything
-// goes to one stream; nothing waits, so a pass may be captured into a CUDA graph once its workspace
-// is there (prepare()).
+// The layers of a model on a GPU: what is launched, in which order, for one pass of rows.
+// Everything goes to one stream; nothing waits, so a pass may be captured into a CUDA graph once
+// its workspace is there (prepare()).
 #pragma once
 
 #include <map>
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "gemm/cuda/cublas.h"
+#include "gemm/cuda/fused_quantize.h"
 #include "gemm/cuda/head_product.h"
 #include "model/config.h"
 #include "model/cuda/kv_pool.h"
@@ -43,10 +44,10 @@ struct DeviceModel {
 
 /// What a pass reads, in device memory.
 struct PassInputs {
-  const int32_t* tokens = nullptr;    // (rows)
-  const int32_t* sequence = nullptr;  // (rows) row of the page table
-  int32_t* position = nullptr;        // (rows)
-  const PrefillTile* tiles = nullptr; // (num_tiles); none: every row is of another sequence
+  const int32_t* tokens = nullptr;     // (rows)
+  const int32_t* sequence = nullptr;   // (rows) row of the page table
+  int32_t* position = nullptr;         // (rows)
+  const PrefillTile* tiles = nullptr;  // (num_tiles); none: every row is of another sequence
   int64_t num_tiles = 0;
 };
 
@@ -102,6 +103,8 @@ class Forward {
                                Dtype y_type);
   Status run_slot(int64_t layer, Slot slot, const Source& source, int64_t rows, void* y,
                   cudaStream_t stream);
+  NormArgs norm_args(const Source& source, int64_t rows) const;
+  GateQuantizeArgs gate_args(int64_t rows) const;
   Status make_operand(const Source& source, bool first, const Plan& plan, const LinearSpec& spec,
                       const float* static_scales, cudaStream_t stream);
   Status make_rows(const Source& source, int64_t rows, const void** x, int64_t* stride,

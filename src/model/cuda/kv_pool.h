@@ -1,6 +1,6 @@
-// Keys and values of all sequences on a GPU: one pool of pages of 64 positions (model/cuda/kernels.h
-// draws one), handed out as sequences grow. All memory is taken at the start; nothing is allocated
-// while models run.
+// Keys and values of all sequences on a GPU: one pool of pages of 64 positions
+// (model/cuda/kernels.h draws one), handed out as sequences grow. All memory is taken at the start;
+// nothing is allocated while models run.
 #pragma once
 
 #include <vector>

@@ -18,9 +18,7 @@ namespace {
 constexpr int64_t kPassRows = 2048;
 constexpr int64_t kDefaultContext = 4096;
 
-Status unsupported(std::string message) {
-  return Status(Code::unsupported, std::move(message));
-}
+Status unsupported(std::string message) { return Status(Code::unsupported, std::move(message)); }
 
 Status check_shape(const ModelConfig& c, const ModelOptions& options) {
   if (options.int8_head) {
@@ -30,23 +28,25 @@ Status check_shape(const ModelConfig& c, const ModelOptions& options) {
     return unsupported("keys and values of a GPU are f16 or bf16, not f32");
   }
   if (c.head_dim % 16 != 0 || c.head_dim > 256) {
-    return unsupported(fmt::format(
-        "head_dim {}: on a GPU attention takes multiples of 16 up to 256", c.head_dim));
+    return unsupported(
+        fmt::format("head_dim {}: on a GPU attention takes multiples of 16 up to 256", c.head_dim));
   }
   if (c.groups() > 16) {
-    return unsupported(fmt::format("{} query heads per KV head: on a GPU attention takes up to 16",
-                                   c.groups()));
+    return unsupported(
+        fmt::format("{} query heads per KV head: on a GPU attention takes up to 16", c.groups()));
   }
   if (c.hidden % 8 != 0 || c.intermediate % 8 != 0) {
-    return unsupported(fmt::format("hidden size {} and intermediate size {}: on a GPU they must "
-                                   "be multiples of 8",
-                                   c.hidden, c.intermediate));
+    return unsupported(
+        fmt::format("hidden size {} and intermediate size {}: on a GPU they must "
+                    "be multiples of 8",
+                    c.hidden, c.intermediate));
   }
   return {};
 }
 
 uint64_t linear_bytes(const LinearSource& linear, WeightForm form = WeightForm::as_stored) {
-  if (!linear.quantized || form == WeightForm::dequantized) return static_cast<uint64_t>(linear.n * linear.k * 2);
+  if (!linear.quantized || form == WeightForm::dequantized)
+    return static_cast<uint64_t>(linear.n * linear.k * 2);
   const QuantMatrix& m = *linear.quantized;
   return static_cast<uint64_t>(packed_layout(m.n, m.k, m.group_size).bytes());
 }
@@ -65,9 +65,10 @@ Status scan_layers(const Checkpoint& checkpoint, LoadPlan& plan) {
           continue;
         }
         if (linear.dense_dtype == Dtype::f32 || (dense && *dense != linear.dense_dtype)) {
-          return unsupported(fmt::format("{}: 16-bit weights of one model must be of one type on "
-                                         "a GPU, f16 or bf16; found {}",
-                                         quote_name(linear.name), dtype_name(linear.dense_dtype)));
+          return unsupported(
+              fmt::format("{}: 16-bit weights of one model must be of one type on "
+                          "a GPU, f16 or bf16; found {}",
+                          quote_name(linear.name), dtype_name(linear.dense_dtype)));
         }
         dense = linear.dense_dtype;
       }
@@ -85,8 +86,8 @@ Status scan_head(const Checkpoint& checkpoint, LoadPlan& plan) {
   const Result<Dtype> dtype = check_vocabulary_matrix(name, *embedding, c);
   if (!dtype.ok()) return dtype.status();
   if (*dtype == Dtype::f32) {
-    return unsupported(fmt::format("{}: F32; on a GPU an embedding is F16 or BF16",
-                                   quote_name(name)));
+    return unsupported(
+        fmt::format("{}: F32; on a GPU an embedding is F16 or BF16", quote_name(name)));
   }
   plan.memory.head = static_cast<uint64_t>(c.vocab * c.hidden * 2);
   if (plan.names.lm_head.empty()) return {};
@@ -94,12 +95,12 @@ Status scan_head(const Checkpoint& checkpoint, LoadPlan& plan) {
       find_linear(checkpoint, plan.names.lm_head, c.hidden, c.vocab, false);
   if (!head.ok()) return head.status();
   if (!head->quantized && head->dense_dtype == Dtype::f32) {
-    return unsupported(fmt::format("{}: F32; on a GPU lm_head is F16, BF16 or 4-bit",
-                                   quote_name(head->name)));
+    return unsupported(
+        fmt::format("{}: F32; on a GPU lm_head is F16, BF16 or 4-bit", quote_name(head->name)));
   }
   if (head->bias != nullptr) {
-    return unsupported(fmt::format("{} has a bias, which does not run on a GPU",
-                                   quote_name(head->name)));
+    return unsupported(
+        fmt::format("{} has a bias, which does not run on a GPU", quote_name(head->name)));
   }
   plan.memory.head += linear_bytes(*head);
   return {};
@@ -146,8 +147,8 @@ Result<LoadPlan> plan_load(const Checkpoint& checkpoint, const ModelOptions& opt
              .context = options.context > 0 ? options.context
                                             : std::min<int64_t>(c.max_positions, kDefaultContext)};
   if (plan.kv.sequences > kPassRows) {
-    return unsupported(fmt::format("{} sequences at once: a GPU takes {}", plan.kv.sequences,
-                                   kPassRows));
+    return unsupported(
+        fmt::format("{} sequences at once: a GPU takes {}", plan.kv.sequences, kPassRows));
   }
   // Both factors are below 2^31.
   plan.pass_rows = std::min(kPassRows, plan.kv.context * plan.kv.sequences);
@@ -190,7 +191,8 @@ Status load_model(const Checkpoint& checkpoint, const LoadPlan& plan, DeviceMode
     const Result<LinearSource> head =
         find_linear(checkpoint, plan.names.lm_head, c.hidden, c.vocab, false);
     if (!head.ok()) return head.status();
-    Result<DeviceGroup> group = upload_group(model.device, {&*head, 1}, WeightForm::as_stored, plan.threads);
+    Result<DeviceGroup> group =
+        upload_group(model.device, {&*head, 1}, WeightForm::as_stored, plan.threads);
     if (!group.ok()) return group.status();
     model.head = std::move(group->parts.front());
     drop_pages(checkpoint, head->name);

@@ -1,5 +1,5 @@
-// The Runner of a GPU: what of a call goes into which pass, the sequences' pages, and CUDA graphs of
-// decoding steps.
+// The Runner of a GPU: what of a call goes into which pass, the sequences' pages, and CUDA graphs
+// of decoding steps.
 #include "model/cuda/runner.h"
 
 #include <fmt/format.h>
@@ -161,8 +161,7 @@ Status CudaRunner::load(const Checkpoint& checkpoint, const ModelOptions& option
   Result<std::unique_ptr<PassStaging>> staging = PassStaging::create(model_.device, pass_rows_);
   if (!staging.ok()) return staging.status();
   staging_ = std::move(*staging);
-  return to_status(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking),
-                   "cudaStreamCreate");
+  return to_status(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
 }
 
 Status CudaRunner::set_plan(const ModelPlan& plan) {
@@ -259,11 +258,10 @@ Status CudaRunner::check_faults(std::span<const SequenceItem> items) {
 }
 
 Status CudaRunner::copy_states(float* hidden, int64_t rows) {
-  return to_status(
-      cudaMemcpyAsync(hidden, forward_->states(),
-                      static_cast<size_t>(rows * model_.config.hidden) * sizeof(float),
-                      cudaMemcpyDeviceToHost, stream_),
-      "copying hidden states");
+  return to_status(cudaMemcpyAsync(hidden, forward_->states(),
+                                   static_cast<size_t>(rows * model_.config.hidden) * sizeof(float),
+                                   cudaMemcpyDeviceToHost, stream_),
+                   "copying hidden states");
 }
 
 Status CudaRunner::forward(std::span<const SequenceItem> items, HiddenRows rows, float* hidden) {
@@ -308,19 +306,18 @@ Status CudaRunner::logits(const float* hidden, int64_t rows, float* logits) {
   for (int64_t first = 0; first < rows; first += kHeadRows) {
     const int64_t count = std::min<int64_t>(kHeadRows, rows - first);
     NIBBLE_TRY(prepare(count));
-    NIBBLE_TRY(to_status(
-        cudaMemcpyAsync(forward_->states(), hidden + first * c.hidden,
-                        static_cast<size_t>(count * c.hidden) * sizeof(float),
-                        cudaMemcpyHostToDevice, stream_),
-        "copying hidden states"));
+    NIBBLE_TRY(to_status(cudaMemcpyAsync(forward_->states(), hidden + first * c.hidden,
+                                         static_cast<size_t>(count * c.hidden) * sizeof(float),
+                                         cudaMemcpyHostToDevice, stream_),
+                         "copying hidden states"));
     NIBBLE_TRY(forward_->split_states(count, stream_));
     NIBBLE_TRY(forward_->head(0, count, stream_));
     NIBBLE_TRY(to_status(
         cudaMemcpy2DAsync(logits + first * c.vocab, static_cast<size_t>(c.vocab) * sizeof(float),
                           forward_->logits(),
                           static_cast<size_t>(forward_->logits_stride()) * sizeof(float),
-                          static_cast<size_t>(c.vocab) * sizeof(float),
-                          static_cast<size_t>(count), cudaMemcpyDeviceToHost, stream_),
+                          static_cast<size_t>(c.vocab) * sizeof(float), static_cast<size_t>(count),
+                          cudaMemcpyDeviceToHost, stream_),
         "copying logits"));
     NIBBLE_TRY(wait("logits"));
   }

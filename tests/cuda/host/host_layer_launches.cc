@@ -35,8 +35,7 @@ std::vector<float> norm_rows(const NormArgs& a) {
   std::vector<float> rows;
   for (int64_t r = 0; r < a.m; ++r) {
     const int64_t from = a.gather == nullptr ? r : a.gather[r];
-    std::vector<float> row =
-        residual_row(a.hidden, a.delta, a.type, a.post_norm, from, a.k, a.eps);
+    std::vector<float> row = residual_row(a.hidden, a.delta, a.type, a.post_norm, from, a.k, a.eps);
     if (a.gather == nullptr) std::copy(row.begin(), row.end(), a.hidden + r * a.k);
     normalize(row, a.norm, a.eps);
     rows.insert(rows.end(), row.begin(), row.end());
@@ -52,8 +51,8 @@ std::vector<float> gate_rows(const GateQuantizeArgs& a) {
       gate[static_cast<size_t>(k)] = load(a.to.x, a.to.type, r * a.to.x_stride + k);
       up[static_cast<size_t>(k)] = load(a.up, a.to.type, r * a.up_stride + k);
     }
-    const auto function = a.function == GateFunction::silu ? float_ops().silu_mul
-                                                           : float_ops().gelu_tanh_mul;
+    const auto function =
+        a.function == GateFunction::silu ? float_ops().silu_mul : float_ops().gelu_tanh_mul;
     function(gate.data(), up.data(), a.to.k, rows.data() + r * a.to.k);
   }
   return rows;
@@ -217,9 +216,9 @@ cudaError_t launch_embedding(const EmbeddingArgs& args, cudaStream_t stream) {
       const int64_t token = args.tokens[i / args.width];
       const bool inside = token >= 0 && token < args.vocab;
       args.hidden[i] =
-          inside ? host::load(args.table, args.type, token * args.width + i % args.width) *
-                       args.scale
-                 : NAN;
+          inside
+              ? host::load(args.table, args.type, token * args.width + i % args.width) * args.scale
+              : NAN;
     }
   });
   return cudaSuccess;

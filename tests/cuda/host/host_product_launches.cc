@@ -33,8 +33,7 @@ Unpacked unpack(const GemmArgs& args) {
           const int group = k / layout.promoted;
           u.values[static_cast<size_t>((slice * kSlabDepth + k) * layout.n + column)] =
               static_cast<float>(slab.codes[k][c] - slab.zeros[group][c]);
-          u.scales[static_cast<size_t>(
-              (slice * layout.slab_groups + group) * layout.n + column)] =
+          u.scales[static_cast<size_t>((slice * layout.slab_groups + group) * layout.n + column)] =
               load_as_float(&slab.scales[group][c], 0, args.bf16_scales ? Dtype::bf16 : Dtype::f16);
         }
       }
@@ -60,9 +59,10 @@ void multiply(const GemmArgs& args, bool wgmma_order, bool floats) {
         float sum = 0;  // of integers: exact
         for (int64_t k = first; k < std::min(layout.k, first + layout.promoted); ++k) {
           const float v = w.values[static_cast<size_t>(k * layout.n + n)];
-          const float x = floats ? host::load(args.x, args.x_type, m * args.x_stride + k)
-                                 : static_cast<float>(
-                                       args.codes[m * depth + (wgmma_order ? wgmma_place(k) : k)]);
+          const float x =
+              floats
+                  ? host::load(args.x, args.x_type, m * args.x_stride + k)
+                  : static_cast<float>(args.codes[m * depth + (wgmma_order ? wgmma_place(k) : k)]);
           sum = std::fma(x, v, sum);
         }
         if (args.group_scales) sum *= args.scales[m * groups + first / layout.group_size];
@@ -154,16 +154,14 @@ cudaError_t launch_w4a8_slab_fused_sm90(const QuantizeArgs& x, const GemmArgs& a
   const cudaError_t error = launch_quantize(x, stream);
   return error == cudaSuccess ? product(args, false, false, stream) : error;
 }
-cudaError_t launch_w4a8_rs_sm90(const GemmArgs& args, const RsConfig&, void*,
-                                cudaStream_t stream) {
+cudaError_t launch_w4a8_rs_sm90(const GemmArgs& args, const RsConfig&, void*, cudaStream_t stream) {
   return product(args, true, false, stream);
 }
 cudaError_t launch_w4a16_rs_sm90(const GemmArgs& args, const RsConfig&, void*, void*,
                                  cudaStream_t stream) {
   return product(args, false, true, stream);
 }
-cudaError_t launch_w4a8_ss_sm90(const GemmArgs& args, const SsConfig&, void*,
-                                cudaStream_t stream) {
+cudaError_t launch_w4a8_ss_sm90(const GemmArgs& args, const SsConfig&, void*, cudaStream_t stream) {
   return product(args, false, false, stream);
 }
 cudaError_t launch_w4a8_mma_sm80(const GemmArgs& args, cudaStream_t stream) {
@@ -173,7 +171,8 @@ cudaError_t launch_w4a16_mma_sm80(const GemmArgs& args, cudaStream_t stream) {
   return product(args, false, true, stream);
 }
 
-// ---- before and in the head ----------------------------------------------------------------------
+// ---- before and in the head
+// ----------------------------------------------------------------------
 
 namespace {
 
@@ -196,8 +195,8 @@ cudaError_t launch_head_norm(const HeadNormArgs& a, cudaStream_t stream) {
   host::enqueue(stream, [=] {
     for (int64_t r = 0; r < a.rows; ++r) {
       const int64_t from = a.gather == nullptr ? r : a.gather[r];
-      std::vector<float> row = host::residual_row(a.hidden, a.delta, a.delta_type, a.post_norm,
-                                                  from, a.k, a.eps);
+      std::vector<float> row =
+          host::residual_row(a.hidden, a.delta, a.delta_type, a.post_norm, from, a.k, a.eps);
       host::normalize(row, a.norm, a.eps);
       for (int64_t i = 0; i < a.k; ++i) {
         a.out[r * a.k + i] = row[static_cast<size_t>(i)];

@@ -21,12 +21,12 @@ constexpr unsigned char kFresh = 0xff;  // NaN in every float type
 constexpr unsigned char kGuard = 0xa5;
 
 struct State {
-  std::map<void*, size_t> device;            // allocations and their bytes
+  std::map<void*, size_t> device;  // allocations and their bytes
   std::map<void*, size_t> pinned;
   size_t used = 0;
-  std::map<cudaStream_t, Work> waiting;      // nullptr: the default stream
-  std::map<cudaStream_t, Work*> captured;    // streams that are being captured
-  double clock = 0;                          // of events
+  std::map<cudaStream_t, Work> waiting;    // nullptr: the default stream
+  std::map<cudaStream_t, Work*> captured;  // streams that are being captured
+  double clock = 0;                        // of events
 };
 
 State& state() {
@@ -100,7 +100,8 @@ void store(void* to, Element type, int64_t index, float value) {
 
 }  // namespace nibble::cuda::host
 
-// ---- the runtime ---------------------------------------------------------------------------------
+// ---- the runtime
+// ---------------------------------------------------------------------------------
 
 namespace host = nibble::cuda::host;
 using host::state;
