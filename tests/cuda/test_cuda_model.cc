@@ -312,7 +312,7 @@ TEST(CudaModel, RefusesWhatDoesNotFit) {
   };
   EXPECT_EQ(refusal({.int8_head = true}).code(), Code::unsupported);
   EXPECT_EQ(refusal({.kv_dtype = Dtype::f32}).code(), Code::unsupported);
-  const Status large = refusal({.context = int64_t{1} << 24, .sequences = 2000});
+  const Status large = refusal({.context = int64_t{1} << 24, .sequences = 1000});
   EXPECT_EQ(large.code(), Code::out_of_memory);
   EXPECT_NE(large.message().find("KV cache"), std::string::npos);
 

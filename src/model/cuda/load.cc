@@ -17,10 +17,14 @@ namespace {
 // memory of a long prompt.
 constexpr int64_t kPassRows = 2048;
 constexpr int64_t kDefaultContext = 4096;
+constexpr int64_t kMostSequences = 1024;  // of a launch of attention_decode
+constexpr int64_t kMostHidden = 16384;    // of norm_quantize
+constexpr int64_t kWideHeadShared = 148
+                                    << 10;  // bytes that attention_decode takes above 64 channels
 
 Status unsupported(std::string message) { return Status(Code::unsupported, std::move(message)); }
 
-Status check_shape(const ModelConfig& c, const ModelOptions& options) {
+Status check_shape(const ModelConfig& c, const ModelOptions& options, const DeviceInfo& device) {
   if (options.int8_head) {
     return unsupported("an 8-bit lm_head runs on the CPU only: --head 16 is for GPUs");
   }
@@ -35,11 +39,17 @@ Status check_shape(const ModelConfig& c, const ModelOptions& options) {
     return unsupported(
         fmt::format("{} query heads per KV head: on a GPU attention takes up to 16", c.groups()));
   }
-  if (c.hidden % 8 != 0 || c.intermediate % 8 != 0) {
+  if (c.head_dim > 64 && device.shared_bytes < kWideHeadShared) {
+    return unsupported(
+        fmt::format("head_dim {}: attention takes {} bytes of shared memory, {} has "
+                    "{}; up to 64 channels run there",
+                    c.head_dim, kWideHeadShared, device.name, device.shared_bytes));
+  }
+  if (c.hidden % 8 != 0 || c.intermediate % 8 != 0 || c.hidden > kMostHidden) {
     return unsupported(
         fmt::format("hidden size {} and intermediate size {}: on a GPU they must "
-                    "be multiples of 8",
-                    c.hidden, c.intermediate));
+                    "be multiples of 8, the former at most {}",
+                    c.hidden, c.intermediate, kMostHidden));
   }
   return {};
 }
@@ -132,7 +142,7 @@ Result<LoadPlan> plan_load(const Checkpoint& checkpoint, const ModelOptions& opt
   if (!config.ok()) return config.status();
   plan.config = std::move(*config);
   const ModelConfig& c = plan.config;
-  NIBBLE_TRY(check_shape(c, options));
+  NIBBLE_TRY(check_shape(c, options, plan.device));
   Result<ModelNames> names = find_model_names(checkpoint, c);
   if (!names.ok()) return names.status();
   plan.names = std::move(*names);
@@ -146,9 +156,9 @@ Result<LoadPlan> plan_load(const Checkpoint& checkpoint, const ModelOptions& opt
              .sequences = options.sequences,
              .context = options.context > 0 ? options.context
                                             : std::min<int64_t>(c.max_positions, kDefaultContext)};
-  if (plan.kv.sequences > kPassRows) {
+  if (plan.kv.sequences > kMostSequences) {
     return unsupported(
-        fmt::format("{} sequences at once: a GPU takes {}", plan.kv.sequences, kPassRows));
+        fmt::format("{} sequences at once: a GPU takes {}", plan.kv.sequences, kMostSequences));
   }
   // Both factors are below 2^31.
   plan.pass_rows = std::min(kPassRows, plan.kv.context * plan.kv.sequences);
