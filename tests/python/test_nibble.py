@@ -269,7 +269,7 @@ class Malformed(unittest.TestCase):
 def worse(choose, array):
     """`array`, spoilt in one of many ways."""
     return choose.choice([
-        lambda: np.nan_to_num(array).astype(choose.choice([np.float64, np.int8, np.complex64])),
+        lambda: (array > 0).astype(choose.choice([np.float64, np.int8, np.complex64])),
         lambda: np.asfortranarray(array) if array.ndim == 2 else array[::2],
         lambda: array[..., :choose.randrange(array.shape[-1])],
         lambda: array[..., ::-1],
@@ -391,8 +391,9 @@ class Program(unittest.TestCase):
                               capture_output=True, text=True, timeout=120)
 
     def test_import_is_quick_and_brings_neither_numpy_nor_torch(self):
-        code = ("import time, sys; start = time.perf_counter(); import nibble; "
-                "print(time.perf_counter() - start, 'numpy' in sys.modules, "
+        # the time of this process alone: others may keep the machine busy
+        code = ("import time, sys; start = time.process_time(); import nibble; "
+                "print(time.process_time() - start, 'numpy' in sys.modules, "
                 "'torch' in sys.modules)")
         runs = [self.run_python("-c", code) for _ in range(3)]
         self.assertEqual(runs[0].returncode, 0, runs[0].stderr)
