@@ -371,7 +371,8 @@ class Plans(unittest.TestCase):
             "layers": lambda b: b.update(layers={}),
             r"layers\[0\].qkv.mode": lambda b: b["layers"][0]["qkv"].update(mode="w9"),
             r"qkv: unknown key 'x'": lambda b: b["layers"][0]["qkv"].update(x=1),
-            r"o.wide_groups.groups": lambda b: b["layers"][0]["o"]["wide_groups"].update(groups=[9]),
+            r"o.wide_groups.groups":
+                lambda b: b["layers"][0]["o"]["wide_groups"].update(groups=[9]),
             r"o.clip": lambda b: b["layers"][0]["o"].update(clip=2),
             r"gate_up.static_scales": lambda b: b["layers"][0]["gate_up"].update(static_scales=[]),
             r"layers\[0\].down": lambda b: b["layers"][0].pop("down"),
@@ -411,9 +412,9 @@ class Program(unittest.TestCase):
         self.assertIn("/no/such/tool", run.stderr)
 
     def test_a_wrong_library_is_named(self):
-        for path, words in (("/no/such/libnibble.so", "/no/such"), (sys.executable, sys.executable)):
+        for path in "/no/such/libnibble.so", sys.executable:
             run = self.run_python("-c", "import nibble", NIBBLE_LIBRARY=path)
-            self.assertRegex(run.stderr, f"LibraryNotFound.*{re.escape(words)}")
+            self.assertRegex(run.stderr, f"LibraryNotFound.*{re.escape(path)}")
 
 
 if __name__ == "__main__":

@@ -103,6 +103,18 @@ class Operators(unittest.TestCase):
             y = OPS.linear_quantized(codes, scales, block, n, group, mode, granularity, x.dtype)
             self.assertTrue(torch.equal(y, OPS.linear(x, block, *arguments(spec))), str(spec))
 
+    def test_the_default_dtype_does_not_matter(self):
+        block, x = packed(weight()), rows(3, K)
+        self.addCleanup(torch.set_default_dtype, torch.get_default_dtype())
+        expected = OPS.linear(x, block, *arguments(SPECS[1]))
+        for dtype in torch.bfloat16, torch.float64:
+            torch.set_default_dtype(dtype)
+            codes, scales = OPS.quantize(x, GROUP, 1, 1)
+            self.assertEqual(scales.dtype, torch.float32)
+            y = OPS.linear_quantized(codes, scales, block, N, GROUP, 1, 1, x.dtype)
+            self.assertTrue(torch.equal(y, expected))
+            self.assertTrue(torch.equal(OPS.linear(x, block, *arguments(SPECS[1])), expected))
+
     def test_shapes(self):
         block = packed(weight())
         x = rows(2, 3, K)

@@ -1,9 +1,9 @@
 """Calls of the CUDA functions of the C ABI on torch's memory and current stream.
 
-Nothing here waits or is kept but plans. A workspace comes from torch's allocator for each product, so
-that streams, CUDA graphs and the pools of torch.compile need no care: torch hands memory on in the
-order of the stream, and a graph's own within it. Only kernels that split K read what is in it, and
-have its flags zeroed.
+Nothing here waits, and nothing is kept but plans. A workspace comes from torch's allocator for
+each product, so that streams, CUDA graphs and the pools of torch.compile need no care: torch hands
+memory on in the order of the stream, and a graph's own within it. Only kernels that split K read
+what is in it, and have its flags zeroed.
 """
 
 from __future__ import annotations
