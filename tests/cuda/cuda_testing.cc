@@ -188,7 +188,7 @@ std::vector<Variant> variants(const Problem& problem) {
       continue;
     }
     const PackedLayout layout = packed_layout(problem.n, problem.k, problem.group_size);
-    for (const RsTile& tile : rs_tiles(layout, scales_per_group(problem.granularity))) {
+    for (const RsTile& tile : rs_tiles(layout, rs_activations(problem))) {
       for (const Sharing& sharing : kSharings) {
         Variant variant = kernel;
         variant.plan.rs.token_tile = tile.tokens;

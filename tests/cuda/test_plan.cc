@@ -130,11 +130,21 @@ TEST(CudaPlan, W4a16ReadsXWhereItIs) {
       ASSERT_TRUE(plan.ok()) << plan.status().message();
       EXPECT_TRUE(std::string_view(plan->kernel_name()).starts_with("w4a16_"));
       const WorkspaceLayout w = workspace_layout(*plan);
-      EXPECT_EQ(w.codes, w.total);  // nothing is quantized
+      const auto reordered = static_cast<size_t>(plan->family == KernelFamily::rs ? m * 4096 * 2 : 0);
+      EXPECT_EQ(w.total - w.codes, reordered);  // nothing is quantized
       EXPECT_NE(plan->describe().find("act=bf16"), std::string::npos) << plan->describe();
     }
   }
-  Problem p = problem(1);
+  Problem p = problem(16, 57344, 8192);
+  p.mode = Mode::w4a16;
+  EXPECT_EQ(kernel_for(p, h200()), "w4a16_rs_sm90");
+  EXPECT_EQ(kernel_for(p, h200(), "w4a16_slab_sm90"), "w4a16_slab_sm90");
+  for (const auto& [n, k] : {std::pair{57344, 4096}, std::pair{8192, 28672}}) {
+    p.n = n;
+    p.k = k;
+    EXPECT_EQ(kernel_for(p, h200()), "w4a16_slab_sm90");
+  }
+  p = problem(1);
   p.mode = Mode::w4a16;
   expect_refused(p, h200(), "w4a8_mma_sm80", Code::unsupported, {"mode w4a8", "w4a16"});
   expect_refused(problem(1), h200(), "w4a16_mma_sm80", Code::unsupported, {"mode w4a16", "w4a8"});
@@ -192,9 +202,9 @@ TEST(CudaPlan, OperandsAreInTheOrderOfTheKernel) {
 }
 
 TEST(CudaPlan, TokenTilesHoldAllRowsWithLittlePadding) {
-  const std::span<const RsTile> tiles = rs_tiles(packed_layout(4096, 4096, 128), false);
+  const std::span<const RsTile> tiles = rs_tiles(packed_layout(4096, 4096, 128), RsActivations::codes);
   for (int64_t m = 1; m <= 20000; m += m < 700 ? 1 : 37) {
-    const RsConfig config = rs_config(packed_layout(4096, 4096, 128), m, false, 132);
+    const RsConfig config = rs_config(packed_layout(4096, 4096, 128), m, RsActivations::codes, 132);
     const auto known = [&](const RsTile& tile) {
       return tile.tokens == config.token_tile && tile.math_groups == config.math_groups;
     };
@@ -211,10 +221,10 @@ TEST(CudaPlan, TokenTilesHoldAllRowsWithLittlePadding) {
 TEST(CudaPlan, ALastWaveThatIsAlmostFullIsNotSplit) {
   // 66 workers: clusters of two blocks
   const int64_t columns =
-      2 * 64 * rs_config(packed_layout(4096, 4096, 128), 32, false, 132).math_groups;
-  EXPECT_FALSE(rs_config(packed_layout(columns * 66, 4096, 128), 32, false, 132).split_tail);
-  EXPECT_TRUE(rs_config(packed_layout(columns * 67, 4096, 128), 32, false, 132).split_tail);
-  EXPECT_TRUE(rs_config(packed_layout(4096, 4096, 128), 32, false, 132).split_tail);
+      2 * 64 * rs_config(packed_layout(4096, 4096, 128), 32, RsActivations::codes, 132).math_groups;
+  EXPECT_FALSE(rs_config(packed_layout(columns * 66, 4096, 128), 32, RsActivations::codes, 132).split_tail);
+  EXPECT_TRUE(rs_config(packed_layout(columns * 67, 4096, 128), 32, RsActivations::codes, 132).split_tail);
+  EXPECT_TRUE(rs_config(packed_layout(4096, 4096, 128), 32, RsActivations::codes, 132).split_tail);
 }
 
 // Every slice of every tile is done exactly once, by consecutive workers where a tile is shared.
@@ -287,7 +297,7 @@ TEST(CudaPlan, TableNamesEveryKernel) {
     EXPECT_TRUE(names.insert(row.name).second) << row.name;
     EXPECT_TRUE(std::string_view(row.name).starts_with(fmt::format("{}_", mode_name(row.mode))));
   }
-  EXPECT_EQ(names.size(), 8u);
+  EXPECT_EQ(names.size(), 9u);
 }
 
 }  // namespace

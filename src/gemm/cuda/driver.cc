@@ -4,6 +4,7 @@
 
 #include "gemm/cuda/gemm_cuda.h"
 #include "gemm/cuda/kernels.h"
+#include "gemm/cuda/operand.h"
 #include "gemm/cuda/plan.h"
 #include "gemm/cuda/runtime.h"
 
@@ -107,6 +108,8 @@ Scaling scaling_of(Granularity granularity) {
   return Scaling::token;
 }
 
+}  // namespace
+
 QuantizeArgs quantize_args(const Plan& plan, const DeviceInput& input, const Operand& to) {
   const Problem& p = plan.problem;
   QuantizeArgs args;
@@ -131,6 +134,8 @@ QuantizeArgs quantize_args(const Plan& plan, const DeviceInput& input, const Ope
   return args;
 }
 
+namespace {
+
 GemmArgs gemm_args(const Plan& plan, const Operand& operand, const DeviceWeights& weights, void* y,
                    int64_t y_stride) {
   const Problem& p = plan.problem;
@@ -154,6 +159,10 @@ cudaError_t launch(const Plan& plan, const GemmArgs& args, void* workspace, cuda
       return floats ? launch_w4a16_slab_sm90(args, plan.slab, stream)
                     : launch_w4a8_slab_sm90(args, plan.slab, stream);
     case KernelFamily::rs:
+      if (floats) {
+        return launch_w4a16_rs_sm90(args, plan.rs, workspace_scratch(plan, workspace),
+                                    workspace_operand(plan, workspace).codes, stream);
+      }
       return launch_w4a8_rs_sm90(args, plan.rs, workspace_scratch(plan, workspace), stream);
     case KernelFamily::ss:
       return launch_w4a8_ss_sm90(args, plan.ss, workspace_scratch(plan, workspace), stream);

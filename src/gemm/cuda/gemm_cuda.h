@@ -18,6 +18,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -49,6 +50,13 @@ struct DeviceInfo {
 Result<int> device_count();
 Result<DeviceInfo> device_info(int ordinal);
 
+/// One of the weights that are to lie side by side (q, k, v; gate, up).
+struct WeightPart {
+  QuantMatrix matrix;          // host memory
+  const void* bias = nullptr;  // (n) of bias_dtype in host memory, or null: zeros
+  Dtype bias_dtype = Dtype::f32;
+};
+
 /// One weight in device memory, packed as packed.h draws it. Moves, is freed on destruction.
 class DeviceWeights {
  public:
@@ -57,6 +65,9 @@ class DeviceWeights {
   /// than 32, 64, multiples of 128 and K.
   static Result<DeviceWeights> create(const DeviceInfo& device, const QuantMatrix& matrix,
                                       const void* bias = nullptr, Dtype bias_dtype = Dtype::f32);
+  /// Several as one, of the sum of their n. Refuses those of different K, group size or type of
+  /// scales, and an n, but the last one's, that is not a multiple of 16.
+  static Result<DeviceWeights> create(const DeviceInfo& device, std::span<const WeightPart> parts);
 
   /// The same into `memory` of `device`, 256-byte aligned, of weight_block(...).bytes, which the
   /// caller owns. Waits until done.

@@ -55,6 +55,14 @@ cudaError_t launch_w4a8_slab_fused_sm90(const QuantizeArgs& x, const GemmArgs& a
 cudaError_t launch_w4a8_rs_sm90(const GemmArgs& args, const RsConfig& config, void* scratch,
                                 cudaStream_t stream);
 
+/// w4a16_rs_sm90.cu: any M. Two launches: x goes to `reordered` first, (m, padded_k) of 16 bits,
+/// 16-byte aligned. scratch: rs_scratch_bytes().
+cudaError_t launch_w4a16_rs_sm90(const GemmArgs& args, const RsConfig& config, void* scratch,
+                                 void* reordered, cudaStream_t stream);
+
+/// reorder_sm90.cu: args.x to `to`, (m, padded_k), in the order of the products of w4a16_rs_sm90.
+cudaError_t launch_reorder(const GemmArgs& args, void* to, cudaStream_t stream);
+
 /// w4a8_ss_sm90.cu: any M, groups of at least 128, one scale a token. codes in natural order, of
 /// magnitude up to 8 with config.e4m3. scratch: ss_scratch(). Two launches, or three with e4m3.
 cudaError_t launch_w4a8_ss_sm90(const GemmArgs& args, const SsConfig& config, void* scratch,

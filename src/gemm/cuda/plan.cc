@@ -26,7 +26,7 @@ struct Candidate {
 /// From here on, expanding the weights beforehand costs less than it gains (docs/notes.md).
 constexpr int64_t kManyRows = 1536;
 
-constexpr std::array<Candidate, 8> kCandidates = {{
+constexpr std::array<Candidate, 9> kCandidates = {{
     {{"w4a8_slab_sm90", Mode::w4a8, kHopper},
      KernelFamily::slab,
      OperandOrder::natural,
@@ -59,6 +59,7 @@ constexpr std::array<Candidate, 8> kCandidates = {{
      true,
      kSlabTokens,
      0},
+    {{"w4a16_rs_sm90", Mode::w4a16, kHopper}, KernelFamily::rs, OperandOrder::wgmma, true, 0, 0},
     {{"w4a16_mma_sm80", Mode::w4a16, kAmpere},
      KernelFamily::mma,
      OperandOrder::natural,
@@ -112,6 +113,15 @@ std::string refusal(const Candidate& kernel, const Problem& p, const DeviceInfo&
   return "";
 }
 
+/// Nine rows and more of 16 bits, deep K: eight warps, which read x again for every four tiles.
+/// Past some tiles a multiprocessor, rs is faster (docs/notes.md).
+bool rereads_too_much(const Candidate& kernel, const Problem& p, const DeviceInfo& device) {
+  constexpr int64_t kSlices = 8, kTiles = 16;
+  const PackedLayout layout = packed_layout(p.n, p.k, p.group_size);
+  return kernel.family == KernelFamily::slab && kernel.row.mode == Mode::w4a16 && p.m > 8 &&
+         layout.slices > kSlices && layout.tiles > kTiles * device.multiprocessors;
+}
+
 Result<Candidate> choose(const Problem& problem, const DeviceInfo& device, const char* force) {
   std::string reasons;
   bool known = force == nullptr;
@@ -124,6 +134,9 @@ Result<Candidate> choose(const Problem& problem, const DeviceInfo& device, const
     std::string reason = refusal(kernel, problem, device);
     if (reason.empty() && force == nullptr && problem.m < kernel.worth_rows) {
       reason = fmt::format("it is slower than others below {} rows", kernel.worth_rows);
+    }
+    if (reason.empty() && force == nullptr && rereads_too_much(kernel, problem, device)) {
+      reason = "it is slower than others for so many rows, columns and so deep a K";
     }
     if (reason.empty()) return kernel;
     reasons += fmt::format("{}{}: {}", reasons.empty() ? "" : "; ", kernel.row.name, reason);
@@ -195,8 +208,9 @@ std::string family_text(const Plan& plan) {
   return "";
 }
 
-// What w4a8_rs_sm90 is compiled for.
+// What w4a8_rs_sm90 and w4a16_rs_sm90 are compiled for.
 constexpr std::array<RsTile, 2> kRsTiles = {{{96, 3}, {64, 3}}};
+constexpr std::array<RsTile, 2> kRsTilesOfHalves = {{{128, 2}, {64, 3}}};
 constexpr std::array<RsTile, 1> kRsTilesOfMoreScales = {{{64, 2}}};
 
 /// Expanding the weights of a tile costs about as much as this many rows more.
@@ -227,16 +241,23 @@ bool has_group_scales(const Problem& problem) {
   return problem.mode != Mode::w4a16 && scales_per_group(problem.granularity);
 }
 
-std::span<const RsTile> rs_tiles(const PackedLayout& layout, bool group_scales) {
-  const bool short_groups = layout.promoted < kBlockDepth;
-  if (!short_groups && !group_scales) return kRsTiles;
-  if (short_groups && group_scales) return {};
-  return kRsTilesOfMoreScales;
+RsActivations rs_activations(const Problem& problem) {
+  if (problem.mode == Mode::w4a16) return RsActivations::halves;
+  return has_group_scales(problem) ? RsActivations::codes_with_group_scales : RsActivations::codes;
 }
 
-RsConfig rs_config(const PackedLayout& layout, int64_t m, bool group_scales,
+std::span<const RsTile> rs_tiles(const PackedLayout& layout, RsActivations activations) {
+  const bool short_groups = layout.promoted < kBlockDepth;
+  const bool group_scales = activations == RsActivations::codes_with_group_scales;
+  if (short_groups && group_scales) return {};
+  if (short_groups || group_scales) return kRsTilesOfMoreScales;
+  if (activations == RsActivations::halves) return kRsTilesOfHalves;
+  return kRsTiles;
+}
+
+RsConfig rs_config(const PackedLayout& layout, int64_t m, RsActivations activations,
                    int multiprocessors) {
-  const RsTile tile = best_tile(rs_tiles(layout, group_scales), m);
+  const RsTile tile = best_tile(rs_tiles(layout, activations), m);
   RsConfig config;
   config.token_tile = tile.tokens;
   config.math_groups = tile.math_groups;
@@ -273,8 +294,10 @@ WorkspaceLayout workspace_layout(const Plan& plan) {
   const auto groups = static_cast<size_t>(has_group_scales(p) ? p.k / p.group_size : 1);
   const auto promoted = static_cast<size_t>(promoted_depth(p.group_size));
   WorkspaceLayout w;
-  if (p.mode == Mode::w4a16) {  // x is read where it is
-    w.codes = w.scales = w.sums = w.range = w.total = aligned(scratch_bytes(plan));
+  if (p.mode == Mode::w4a16) {  // x is read where it is, or reordered
+    w.codes = aligned(scratch_bytes(plan));
+    const bool reordered = plan.order == OperandOrder::wgmma;
+    w.scales = w.sums = w.range = w.total = w.codes + (reordered ? aligned(m * depth * 2) : 0);
     return w;
   }
   // First, and in every plan, so that flags stay zero whatever plans share a workspace.
@@ -311,8 +334,7 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
       plan.fused.programmatic = true;
     }
   } else if (plan.family == KernelFamily::rs && problem.m > 0) {
-    plan.rs = rs_config(layout, problem.m, has_group_scales(problem),
-                        device.multiprocessors);
+    plan.rs = rs_config(layout, problem.m, rs_activations(problem), device.multiprocessors);
   } else if (plan.family == KernelFamily::ss && problem.m > 0) {
     plan.ss.e4m3 = kernel->row.mode == Mode::w4a4;
     plan.ss.multiprocessors = device.multiprocessors;

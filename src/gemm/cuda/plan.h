@@ -20,7 +20,7 @@ bool has_group_scales(const Problem& problem);
 /// Byte offsets of a plan's workspace, each a multiple of kWorkspaceAlignment.
 struct WorkspaceLayout {
   size_t scratch = 0;  // of the kernel; its first kFlagBytes are zeroed once and left so
-  size_t codes = 0;    // (m, padded_k) int8
+  size_t codes = 0;    // (m, padded_k) int8; of w4a16, reordered x, 16 bits
   size_t scales = 0;   // (m) or (m, groups) float
   size_t sums = 0;     // (m, padded_k / promoted) int32
   size_t range = 0;    // 4 words
@@ -35,10 +35,15 @@ void* workspace_scratch(const Plan& plan, void* workspace);
 struct RsTile {
   int tokens = 0, math_groups = 0;
 };
-/// Those that it is compiled for; empty if none is for such groups and scales.
-std::span<const RsTile> rs_tiles(const PackedLayout& layout, bool group_scales);
+/// What the rs kernels take as activations.
+enum class RsActivations { codes, codes_with_group_scales, halves };
+RsActivations rs_activations(const Problem& problem);
+
+/// Tiles that there is a kernel for; empty if none is for such groups.
+std::span<const RsTile> rs_tiles(const PackedLayout& layout, RsActivations activations);
 
 /// The configuration of the rs kernel for m rows; rs_tiles() is not empty.
-RsConfig rs_config(const PackedLayout& layout, int64_t m, bool group_scales, int multiprocessors);
+RsConfig rs_config(const PackedLayout& layout, int64_t m, RsActivations activations,
+                   int multiprocessors);
 
 }  // namespace nibble::cuda

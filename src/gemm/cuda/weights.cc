@@ -1,9 +1,11 @@
 // DeviceWeights: uploads the tensors of a checkpoint and packs them on the device.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
+#include "gemm/cuda/device_buffer.h"
 #include "gemm/cuda/gemm_cuda.h"
 #include "gemm/cuda/kernels.h"
 #include "gemm/cuda/limits.h"
@@ -12,43 +14,6 @@
 
 namespace nibble::cuda {
 namespace {
-
-/// Device memory that is freed with its owner, unless released.
-class DeviceBuffer {
- public:
-  DeviceBuffer() = default;
-  ~DeviceBuffer() {
-    if (data_ != nullptr) (void)cudaFree(data_);
-  }
-  DeviceBuffer(const DeviceBuffer&) = delete;
-  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
-
-  Status allocate(size_t bytes, const DeviceInfo& device) {
-    const cudaError_t error = cudaMalloc(&data_, bytes);
-    if (error != cudaErrorMemoryAllocation) return to_status(error, "cudaMalloc");
-    (void)cudaGetLastError();
-    size_t free = 0, total = 0;
-    (void)cudaMemGetInfo(&free, &total);
-    return Status(Code::out_of_memory,
-                  fmt::format("{}: {} bytes of device memory are wanted, {} of {} are free",
-                              device.name, bytes, free, total));
-  }
-
-  /// allocate() and a copy of host memory.
-  Status upload(const void* from, size_t bytes, const DeviceInfo& device) {
-    NIBBLE_TRY(allocate(bytes, device));
-    return to_status(cudaMemcpy(data_, from, bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
-  }
-
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(data_);
-  }
-  void* release() { return std::exchange(data_, nullptr); }
-
- private:
-  void* data_ = nullptr;
-};
 
 Status pack_slabs(const QuantMatrix& matrix, const PackedLayout& layout, const DeviceInfo& device,
                   uint8_t* slabs) {
@@ -67,23 +32,59 @@ Status pack_slabs(const QuantMatrix& matrix, const PackedLayout& layout, const D
   return to_status(cudaStreamSynchronize(nullptr), "packing weights");
 }
 
-Status copy_bias(const void* bias, Dtype dtype, int64_t n, void* to) {
-  std::vector<float> values(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) values[i] = load_as_float(bias, i, dtype);
-  return to_status(
-      cudaMemcpy(to, values.data(), values.size() * sizeof(float), cudaMemcpyHostToDevice),
-      "cudaMemcpy");
-}
-
-Status check_matrix(const QuantMatrix& matrix) {
-  NIBBLE_TRY(check_quant_matrix(matrix, "weight"));
-  if (matrix.n % 8 != 0) {
-    return Status(Code::unsupported, fmt::format("N = {} is not a multiple of 8", matrix.n));
+/// The biases of all parts side by side, zeros where a part has none; empty if none has one.
+std::vector<float> join_biases(std::span<const WeightPart> parts, int64_t n) {
+  std::vector<float> values;
+  int64_t column = 0;
+  for (const WeightPart& part : parts) {
+    if (part.bias != nullptr) values.resize(static_cast<size_t>(n));
+    for (int64_t i = 0; part.bias != nullptr && i < part.matrix.n; ++i) {
+      values[static_cast<size_t>(column + i)] = load_as_float(part.bias, i, part.bias_dtype);
+    }
+    column += part.matrix.n;
   }
-  return check_group_size(matrix.group_size, matrix.k);
+  return values;
 }
 
-WeightBlock block_of(const QuantMatrix& matrix, bool has_bias) {
+/// What lies side by side in one weight must agree, and begin with a tile of columns.
+Status check_parts(std::span<const WeightPart> parts) {
+  if (parts.empty()) return Status(Code::invalid_argument, "a weight without parts");
+  const QuantMatrix& first = parts.front().matrix;
+  for (const WeightPart& part : parts) {
+    const QuantMatrix& m = part.matrix;
+    NIBBLE_TRY(check_quant_matrix(m, "weight"));
+    if (m.n % 8 != 0) {
+      return Status(Code::unsupported, fmt::format("N = {} is not a multiple of 8", m.n));
+    }
+    NIBBLE_TRY(check_group_size(m.group_size, m.k));
+    if (m.k != first.k || m.group_size != first.group_size || m.scale_dtype != first.scale_dtype) {
+      return Status(Code::invalid_argument,
+                    fmt::format("weights with K={} group size {} {} scales and K={} {} {} cannot "
+                                "be one",
+                                first.k, first.group_size, dtype_name(first.scale_dtype), m.k,
+                                m.group_size, dtype_name(m.scale_dtype)));
+    }
+    if (&part != &parts.back() && m.n % kSlabColumns != 0) {
+      return Status(Code::unsupported, fmt::format("N = {} of a weight that others follow is not "
+                                                   "a multiple of {}",
+                                                   m.n, kSlabColumns));
+    }
+  }
+  return {};
+}
+
+/// The parts as one matrix, but for its tensors.
+QuantMatrix joined(std::span<const WeightPart> parts) {
+  QuantMatrix matrix = parts.front().matrix;
+  matrix.n = 0;
+  for (const WeightPart& part : parts) matrix.n += part.matrix.n;
+  return matrix;
+}
+
+WeightBlock block_of(std::span<const WeightPart> parts) {
+  const QuantMatrix matrix = joined(parts);
+  const bool has_bias = std::any_of(parts.begin(), parts.end(),
+                                    [](const WeightPart& part) { return part.bias != nullptr; });
   return weight_block(packed_layout(matrix.n, matrix.k, matrix.group_size),
                       matrix.scale_dtype == Dtype::bf16, has_bias);
 }
@@ -93,28 +94,44 @@ Status check_alignment(const void* memory) {
   return Status(Code::invalid_argument, fmt::format("packed is not {}-byte aligned", kBlockLine));
 }
 
+/// Parts that have been checked to memory of block_of(parts).bytes on the current device.
+Status pack_parts(const DeviceInfo& device, std::span<const WeightPart> parts, void* memory) {
+  // Tiles of columns follow each other, so weights side by side are one behind the other.
+  auto* to = static_cast<uint8_t*>(memory);
+  for (const WeightPart& part : parts) {
+    const QuantMatrix& matrix = part.matrix;
+    const PackedLayout layout = packed_layout(matrix.n, matrix.k, matrix.group_size);
+    if (matrix.layout == WeightLayout::awq_gemm) {
+      NIBBLE_TRY(pack_slabs(matrix, layout, device, to));
+    } else {
+      const AwqTensors tensors = to_awq_gemm(matrix);
+      NIBBLE_TRY(pack_slabs(tensors.view(), layout, device, to));
+    }
+    to += layout.bytes();
+  }
+  const std::vector<float> biases = join_biases(parts, joined(parts).n);
+  if (biases.empty()) return {};
+  return to_status(cudaMemcpy(static_cast<uint8_t*>(memory) + block_of(parts).bias_offset,
+                              biases.data(), biases.size() * sizeof(float),
+                              cudaMemcpyHostToDevice),
+                   "cudaMemcpy");
+}
+
 }  // namespace
 
 Status DeviceWeights::pack(const DeviceInfo& device, const QuantMatrix& matrix, const void* bias,
                            Dtype bias_dtype, void* memory, size_t bytes) {
-  NIBBLE_TRY(check_matrix(matrix));
+  const WeightPart part{matrix, bias, bias_dtype};
+  NIBBLE_TRY(check_parts({&part, 1}));
   NIBBLE_TRY(check_alignment(memory));
-  const WeightBlock block = block_of(matrix, bias != nullptr);
+  const WeightBlock block = block_of({&part, 1});
   if (bytes != block.bytes) {
     return Status(Code::invalid_argument,
                   fmt::format("packed has {} bytes, expected {}", bytes, block.bytes));
   }
   const CurrentDevice current(device.ordinal);
   NIBBLE_TRY(current.status());
-  const PackedLayout layout = packed_layout(matrix.n, matrix.k, matrix.group_size);
-  auto* to = static_cast<uint8_t*>(memory);
-  if (matrix.layout == WeightLayout::awq_gemm) {
-    NIBBLE_TRY(pack_slabs(matrix, layout, device, to));
-  } else {
-    const AwqTensors tensors = to_awq_gemm(matrix);
-    NIBBLE_TRY(pack_slabs(tensors.view(), layout, device, to));
-  }
-  return bias == nullptr ? Status{} : copy_bias(bias, bias_dtype, matrix.n, to + block.bias_offset);
+  return pack_parts(device, {&part, 1}, memory);
 }
 
 Result<DeviceWeights> DeviceWeights::view(const Problem& problem, int device, const void* memory,
@@ -142,19 +159,26 @@ Result<DeviceWeights> DeviceWeights::view(const Problem& problem, int device, co
 
 Result<DeviceWeights> DeviceWeights::create(const DeviceInfo& device, const QuantMatrix& matrix,
                                             const void* bias, Dtype bias_dtype) {
-  NIBBLE_TRY(check_matrix(matrix));
+  const WeightPart part{matrix, bias, bias_dtype};
+  return create(device, {&part, 1});
+}
+
+Result<DeviceWeights> DeviceWeights::create(const DeviceInfo& device,
+                                            std::span<const WeightPart> parts) {
+  NIBBLE_TRY(check_parts(parts));
   const CurrentDevice current(device.ordinal);
   NIBBLE_TRY(current.status());
-  const WeightBlock block = block_of(matrix, bias != nullptr);
+  const WeightBlock block = block_of(parts);
   DeviceBuffer memory;
   NIBBLE_TRY(memory.allocate(block.bytes, device));
-  NIBBLE_TRY(pack(device, matrix, bias, bias_dtype, memory.as<void>(), block.bytes));
+  NIBBLE_TRY(pack_parts(device, parts, memory.as<>()));
+  const QuantMatrix matrix = joined(parts);
   Problem problem;
   problem.n = matrix.n;
   problem.k = matrix.k;
   problem.group_size = matrix.group_size;
-  Result<DeviceWeights> weights = view(problem, device.ordinal, memory.as<void>(), block.bytes);
-  if (weights.ok()) weights->owned_ = memory.release();
+  Result<DeviceWeights> weights = view(problem, device.ordinal, memory.as<>(), block.bytes);
+  if (weights.ok()) weights->owned_ = memory.release<void>();
   return weights;
 }
 
