@@ -235,8 +235,8 @@ NIBBLE_API const char* nibble_kernel_missing(int32_t index);
  *   - stream is a cudaStream_t; null: the default stream. nibble_cuda_gemm allocates nothing and
  *     waits for nothing; it may be captured into a CUDA graph. Errors of a kernel while it runs are
  *     those of the stream.
- *   - The first NIBBLE_CUDA_FLAG_BYTES of a workspace are zeroed once before its first use, whatever
- *     plans share it. Products that run at the same time need workspaces of their own.
+ *   - The first NIBBLE_CUDA_FLAG_BYTES of a workspace are zeroed once before its first use,
+ *     whatever plans share it. Products that run at the same time need workspaces of their own.
  *   - What a product reads and writes, the weight too, lives until the stream is past it.
  *   - Integer sums are exact. The order of the float operations is the plan's: the same plan gives
  *     the same bits, but, unlike above, another plan (another m, another kernel) may round
@@ -269,8 +269,9 @@ NIBBLE_API void nibble_cuda_weight_destroy(nibble_cuda_weight* weight);
 NIBBLE_API size_t nibble_cuda_weight_bytes(const nibble_cuda_weight* weight);
 
 /* The same in device memory of the caller, 256-byte aligned, of exactly nibble_cuda_packed_bytes;
- * pack returns when it is done. Nothing in the memory tells its shape: nibble_cuda_gemm_packed takes
- * that from its plan, and the dtype of the scales and whether there is a bias from the size. */
+ * pack returns when it is done. Nothing in the memory tells its shape: nibble_cuda_gemm_packed
+ * takes that from its plan, and the dtype of the scales and whether there is a bias from the size.
+ */
 NIBBLE_API nibble_status nibble_cuda_packed_bytes(size_t* out, const nibble_weight_desc* desc);
 NIBBLE_API nibble_status nibble_cuda_pack(void* packed, size_t packed_bytes,
                                           const nibble_weight_desc* desc, int32_t device);
@@ -291,6 +292,9 @@ NIBBLE_API const char* nibble_cuda_plan_kernel(const nibble_cuda_plan* plan);
 /* As nibble_plan_describe. */
 NIBBLE_API size_t nibble_cuda_plan_describe(const nibble_cuda_plan* plan, char* text, size_t bytes);
 NIBBLE_API size_t nibble_cuda_workspace_bytes(const nibble_cuda_plan* plan);
+/* NIBBLE_CUDA_FLAG_BYTES if this plan's kernel needs the flags, 0 if the workspace may hold
+ * anything: for those who take a new workspace for each product. */
+NIBBLE_API size_t nibble_cuda_zeroed_bytes(const nibble_cuda_plan* plan);
 
 /* y = x * W + bias on `stream`. */
 NIBBLE_API nibble_status nibble_cuda_gemm(const nibble_cuda_plan* plan, const nibble_input* input,
@@ -301,10 +305,6 @@ NIBBLE_API nibble_status nibble_cuda_gemm_packed(const nibble_cuda_plan* plan,
                                                  const nibble_input* input, const void* packed,
                                                  size_t packed_bytes, void* y, int64_t y_stride,
                                                  void* workspace, void* stream);
-
-/* What tells one capture of a stream into a graph from another; 0: the stream is not captured now.
- * Workspaces of a graph are its own. */
-NIBBLE_API nibble_status nibble_cuda_capture_id(uint64_t* out, void* stream);
 
 /* Quantized activations in device memory, as the kernel of one plan reads them. */
 typedef struct nibble_cuda_operand {

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""A transformers model of a few layers with Nibble's linears against the same in bf16, on this machine's
-GPU or CPU, interleaved: milliseconds of one forward pass, by tokens.
+"""A transformers model of a few layers with Nibble's linears against the same in bf16, on this
+machine's GPU or CPU, interleaved: milliseconds of one forward pass, by tokens.
 
-    NIBBLE_LIBRARY=build/cuda/libnibble.so PYTHONPATH=python scripts/compare_torch.py --mode w4a8
+    NIBBLE_LIBRARY=build/cuda/libnibble.so scripts/compare_torch.py --mode w4a8
 
-Weights are random, of Llama-3.1-8B's shapes, the head left out. On a GPU both are captured into CUDA
-graphs; what is timed is their replay.
+Weights are random, of Llama-3.1-8B's shapes, the head left out. On a GPU both are captured into
+CUDA graphs; what is timed is their replay.
 """
 
 import argparse
@@ -51,7 +51,8 @@ def random_linear(linear, group_size, spec, device):
 
 def make_models(options, device):
     config = LlamaConfig(hidden_size=options.hidden, intermediate_size=options.intermediate,
-                         num_hidden_layers=options.layers, num_attention_heads=options.hidden // 128,
+                         num_hidden_layers=options.layers,
+                         num_attention_heads=options.hidden // 128,
                          num_key_value_heads=max(1, options.hidden // 512), vocab_size=1024,
                          max_position_embeddings=4096)
     torch.manual_seed(1)

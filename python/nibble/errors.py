@@ -1,4 +1,4 @@
-"""What can go wrong, as exceptions. Each names the argument, what was expected and what was found."""
+"""What can go wrong, as exceptions. Each names the argument, the expected and the found."""
 
 from __future__ import annotations
 

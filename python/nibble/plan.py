@@ -1,5 +1,5 @@
-"""Which Spec each linear of a model runs with: one mode for all, or the plan that `nibble plan` saved
-in config.json (quantization_config.nibble; src/model/plan_config.h has its form)."""
+"""Which Spec each linear of a model runs with: one mode for all, or the plan that `nibble plan`
+saved in config.json (quantization_config.nibble; src/model/plan_config.h has its form)."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ class ModelPlan:
         self._layers, self.mode, self._granularity = layers, mode, granularity
 
     def spec(self, name: str) -> Spec:
-        """The Spec of the linear `name`. With one mode for all and no granularity, the default mix:
-        per group for o and down, whose inputs AWQ has not smoothed, and for w4a4; else per token."""
+        """The Spec of the linear `name`. With one mode for all and no granularity, the default
+        mix: per group for o and down, whose inputs AWQ has not smoothed, and for w4a4; else per
+        token."""
         place = slot_of(name)
         if self._layers is None:
             rough = place is None or place[1] in ("o", "down") or self.mode == "w4a4"
@@ -149,7 +150,9 @@ def _read_spec(value, where: str) -> Spec:
     scales = [_positive(scale, f"{where}.static_scales[{i}]", 3.4e38)
               for i, scale in enumerate(scales)]
     clip = _positive(value["clip"], f"{where}.clip", 1) if "clip" in value else 1.0
-    wide = _read_wide(value["wide_groups"], f"{where}.wide_groups") if "wide_groups" in value else ()
+    wide = ()
+    if "wide_groups" in value:
+        wide = _read_wide(value["wide_groups"], f"{where}.wide_groups")
     try:
         return Spec(mode, granularity, symmetric, clip, tuple(scales), wide)
     except InvalidArgument as error:

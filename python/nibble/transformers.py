@@ -133,8 +133,8 @@ def _quantized_layers(files) -> dict[str, dict]:
                 layers.setdefault(name, {})[part] = entry
     layers = {name: parts for name, parts in layers.items() if "qweight" in parts}
     if not layers:
-        raise InvalidArgument("the checkpoint has no tensor named *.qweight: it is no AWQ checkpoint "
-                              "of version gemm")
+        raise InvalidArgument("the checkpoint has no tensor named *.qweight: it is no AWQ "
+                              "checkpoint of version gemm")
     return layers
 
 

@@ -14,7 +14,9 @@ import unittest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "python"), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+if "NIBBLE_LIBRARY" in os.environ:  # the package of this tree; else the one that is installed
+    sys.path.insert(0, str(ROOT / "python"))
 
 import numpy as np  # noqa: E402
 
@@ -25,7 +27,7 @@ from nibble._shards import groups_met, shard_group_size  # noqa: E402
 from nibble.plan import choose_plan, slot_of  # noqa: E402
 
 MALFORMED_CALLS = 10_000
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:2])}
 
 
 def rows(m, k, dtype=np.float32, seed=1):
@@ -267,7 +269,7 @@ class Malformed(unittest.TestCase):
 def worse(choose, array):
     """`array`, spoilt in one of many ways."""
     return choose.choice([
-        lambda: np.nan_to_num(array).astype(choose.choice([np.float64, np.int8, np.complex64])),
+        lambda: (array > 0).astype(choose.choice([np.float64, np.int8, np.complex64])),
         lambda: np.asfortranarray(array) if array.ndim == 2 else array[::2],
         lambda: array[..., :choose.randrange(array.shape[-1])],
         lambda: array[..., ::-1],
@@ -369,7 +371,8 @@ class Plans(unittest.TestCase):
             "layers": lambda b: b.update(layers={}),
             r"layers\[0\].qkv.mode": lambda b: b["layers"][0]["qkv"].update(mode="w9"),
             r"qkv: unknown key 'x'": lambda b: b["layers"][0]["qkv"].update(x=1),
-            r"o.wide_groups.groups": lambda b: b["layers"][0]["o"]["wide_groups"].update(groups=[9]),
+            r"o.wide_groups.groups":
+                lambda b: b["layers"][0]["o"]["wide_groups"].update(groups=[9]),
             r"o.clip": lambda b: b["layers"][0]["o"].update(clip=2),
             r"gate_up.static_scales": lambda b: b["layers"][0]["gate_up"].update(static_scales=[]),
             r"layers\[0\].down": lambda b: b["layers"][0].pop("down"),
@@ -389,8 +392,9 @@ class Program(unittest.TestCase):
                               capture_output=True, text=True, timeout=120)
 
     def test_import_is_quick_and_brings_neither_numpy_nor_torch(self):
-        code = ("import time, sys; start = time.perf_counter(); import nibble; "
-                "print(time.perf_counter() - start, 'numpy' in sys.modules, "
+        # the time of this process alone: others may keep the machine busy
+        code = ("import time, sys; start = time.process_time(); import nibble; "
+                "print(time.process_time() - start, 'numpy' in sys.modules, "
                 "'torch' in sys.modules)")
         runs = [self.run_python("-c", code) for _ in range(3)]
         self.assertEqual(runs[0].returncode, 0, runs[0].stderr)
@@ -408,9 +412,9 @@ class Program(unittest.TestCase):
         self.assertIn("/no/such/tool", run.stderr)
 
     def test_a_wrong_library_is_named(self):
-        for path, words in (("/no/such/libnibble.so", "/no/such"), (sys.executable, sys.executable)):
+        for path in "/no/such/libnibble.so", sys.executable:
             run = self.run_python("-c", "import nibble", NIBBLE_LIBRARY=path)
-            self.assertRegex(run.stderr, f"LibraryNotFound.*{re.escape(words)}")
+            self.assertRegex(run.stderr, f"LibraryNotFound.*{re.escape(path)}")
 
 
 if __name__ == "__main__":

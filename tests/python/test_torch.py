@@ -6,6 +6,7 @@ for it, a GPU. Needs torch and a library:
 
 import copy
 import ctypes
+import os
 import random
 import sys
 import time
@@ -13,7 +14,9 @@ import unittest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "python"), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+if "NIBBLE_LIBRARY" in os.environ:  # the package of this tree; else the one that is installed
+    sys.path.insert(0, str(ROOT / "python"))
 
 import torch  # noqa: E402
 
@@ -99,6 +102,18 @@ class Operators(unittest.TestCase):
             self.assertEqual(codes.shape, x.shape)
             y = OPS.linear_quantized(codes, scales, block, n, group, mode, granularity, x.dtype)
             self.assertTrue(torch.equal(y, OPS.linear(x, block, *arguments(spec))), str(spec))
+
+    def test_the_default_dtype_does_not_matter(self):
+        block, x = packed(weight()), rows(3, K)
+        self.addCleanup(torch.set_default_dtype, torch.get_default_dtype())
+        expected = OPS.linear(x, block, *arguments(SPECS[1]))
+        for dtype in torch.bfloat16, torch.float64:
+            torch.set_default_dtype(dtype)
+            codes, scales = OPS.quantize(x, GROUP, 1, 1)
+            self.assertEqual(scales.dtype, torch.float32)
+            y = OPS.linear_quantized(codes, scales, block, N, GROUP, 1, 1, x.dtype)
+            self.assertTrue(torch.equal(y, expected))
+            self.assertTrue(torch.equal(OPS.linear(x, block, *arguments(SPECS[1])), expected))
 
     def test_shapes(self):
         block = packed(weight())

@@ -125,9 +125,9 @@ def _quantize_cpu(x, group_size, mode, granularity, symmetric=True, clip=1.0, st
            _threads())
     _calls.plan(key)  # refuses what follows could not be sized for
     codes = torch.empty((m, k), dtype=torch.int8)
-    scales = torch.empty(_scales_shape(m, k, group_size, granularity))
-    _calls.quantize(key, rows.data_ptr(), rows.stride(0) if m > 1 else k, clip, static, wide, codes.data_ptr(),
-                    scales.data_ptr())
+    scales = torch.empty(_scales_shape(m, k, group_size, granularity), dtype=torch.float32)
+    _calls.quantize(key, rows.data_ptr(), rows.stride(0) if m > 1 else k, clip, static, wide,
+                    codes.data_ptr(), scales.data_ptr())
     return codes.view(x.shape), scales
 
 
@@ -191,7 +191,7 @@ def _linear_cuda(x, packed, n, group_size, mode, granularity, symmetric=True, cl
     y = x.new_empty((*x.shape[:-1], n))
     if m > 0:
         cuda.multiply((m, n, k, group_size, mode, dtype, dtype, granularity, not symmetric, 0),
-                      x.device.index, rows.data_ptr(), rows.stride()[0] if m > 1 else k, clip,
+                      x.device, rows.data_ptr(), rows.stride()[0] if m > 1 else k, clip,
                       static, packed.data_ptr(), packed.numel(), y.data_ptr(), n)
     return y
 
