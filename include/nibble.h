@@ -291,6 +291,9 @@ NIBBLE_API const char* nibble_cuda_plan_kernel(const nibble_cuda_plan* plan);
 /* As nibble_plan_describe. */
 NIBBLE_API size_t nibble_cuda_plan_describe(const nibble_cuda_plan* plan, char* text, size_t bytes);
 NIBBLE_API size_t nibble_cuda_workspace_bytes(const nibble_cuda_plan* plan);
+/* NIBBLE_CUDA_FLAG_BYTES if this plan's kernel needs the flags, 0 if the workspace may hold anything:
+ * for those who take a new workspace for each product. */
+NIBBLE_API size_t nibble_cuda_zeroed_bytes(const nibble_cuda_plan* plan);
 
 /* y = x * W + bias on `stream`. */
 NIBBLE_API nibble_status nibble_cuda_gemm(const nibble_cuda_plan* plan, const nibble_input* input,
@@ -301,10 +304,6 @@ NIBBLE_API nibble_status nibble_cuda_gemm_packed(const nibble_cuda_plan* plan,
                                                  const nibble_input* input, const void* packed,
                                                  size_t packed_bytes, void* y, int64_t y_stride,
                                                  void* workspace, void* stream);
-
-/* What tells one capture of a stream into a graph from another; 0: the stream is not captured now.
- * Workspaces of a graph are its own. */
-NIBBLE_API nibble_status nibble_cuda_capture_id(uint64_t* out, void* stream);
 
 /* Quantized activations in device memory, as the kernel of one plan reads them. */
 typedef struct nibble_cuda_operand {

@@ -181,6 +181,11 @@ size_t nibble_cuda_workspace_bytes(const nibble_cuda_plan* plan) {
   return open_cuda_plan(plan, &opened) ? opened.workspace_bytes : 0;
 }
 
+size_t nibble_cuda_zeroed_bytes(const nibble_cuda_plan* plan) {
+  Plan opened;
+  return open_cuda_plan(plan, &opened) && opened.reads_flags() ? NIBBLE_CUDA_FLAG_BYTES : 0;
+}
+
 nibble_status nibble_cuda_gemm(const nibble_cuda_plan* plan, const nibble_input* input,
                                const nibble_cuda_weight* weight, void* y, int64_t y_stride,
                                void* workspace, void* stream) {
@@ -207,16 +212,6 @@ nibble_status nibble_cuda_gemm_packed(const nibble_cuda_plan* plan, const nibble
         DeviceWeights::view(opened->problem, opened->device, packed, packed_bytes);
     if (!weights.ok()) return weights.status();
     return nibble::cuda::run_gemm(*opened, *x, *weights, y, y_stride, workspace, stream);
-  });
-}
-
-nibble_status nibble_cuda_capture_id(uint64_t* out, void* stream) {
-  return guarded([&]() -> Status {
-    NIBBLE_TRY(require({{out, "out"}}));
-    const Result<uint64_t> id = nibble::cuda::capture_id(stream);
-    if (!id.ok()) return id.status();
-    *out = *id;
-    return {};
   });
 }
 

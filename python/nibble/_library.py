@@ -56,8 +56,6 @@ class CudaOperand(Structure):
     _fields_ = [("codes", c_void_p), ("scales", c_void_p), ("sums", c_void_p), ("range", c_void_p)]
 
 
-CUDA_FLAG_BYTES = 4096  # NIBBLE_CUDA_FLAG_BYTES
-
 _FUNCTIONS = {  # name: (result, arguments)
     "nibble_version": (c_char_p, []),
     "nibble_weight_packed_bytes": (Status, [POINTER(c_size_t), POINTER(WeightDesc)]),
@@ -86,7 +84,7 @@ _FUNCTIONS = {  # name: (result, arguments)
     "nibble_cuda_workspace_bytes": (c_size_t, [POINTER(CudaPlan)]),
     "nibble_cuda_gemm_packed": (Status, [c_void_p, c_void_p, c_void_p, c_size_t, c_void_p, c_int64,
                                          c_void_p, c_void_p]),
-    "nibble_cuda_capture_id": (Status, [POINTER(c_uint64), c_void_p]),
+    "nibble_cuda_zeroed_bytes": (c_size_t, [POINTER(CudaPlan)]),
     "nibble_cuda_quantize_activations": (Status, [c_void_p, c_void_p, POINTER(CudaOperand),
                                                   c_void_p]),
     "nibble_cuda_gemm_quantized": (Status, [c_void_p, POINTER(CudaOperand), c_void_p, c_size_t,

@@ -69,7 +69,6 @@ TEST(CapiCuda, NullsAreNamed) {
   expect_names(nibble_cuda_gemm(nullptr, &input, nullptr, nullptr, 0, nullptr, nullptr), "plan");
   expect_names(nibble_cuda_gemm(&plan, &input, nullptr, nullptr, 0, nullptr, nullptr), "weight");
   size_t bytes = 0;
-  expect_names(nibble_cuda_capture_id(nullptr, nullptr), "out");
   expect_names(nibble_cuda_packed_bytes(nullptr, nullptr), "out");
   expect_names(nibble_cuda_packed_bytes(&bytes, nullptr), "desc");
   expect_names(nibble_cuda_pack(nullptr, 0, nullptr, 0), "packed");
@@ -115,6 +114,7 @@ TEST(CapiCuda, MemoryThatIsNoPlanIsRefused) {
   EXPECT_EQ(nibble_cuda_plan_kernel(&plan), nullptr);
   EXPECT_EQ(nibble_cuda_plan_kernel(nullptr), nullptr);
   EXPECT_EQ(nibble_cuda_workspace_bytes(&plan), 0u);
+  EXPECT_EQ(nibble_cuda_zeroed_bytes(&plan), 0u);
   char text[8] = "x";
   EXPECT_EQ(nibble_cuda_plan_describe(&plan, text, sizeof text), 0u);
   EXPECT_STREQ(text, "");

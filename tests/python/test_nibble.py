@@ -14,7 +14,9 @@ import unittest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "python"), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+if "NIBBLE_LIBRARY" in os.environ:  # the package of this tree; else the one that is installed
+    sys.path.insert(0, str(ROOT / "python"))
 
 import numpy as np  # noqa: E402
 
@@ -25,7 +27,7 @@ from nibble._shards import groups_met, shard_group_size  # noqa: E402
 from nibble.plan import choose_plan, slot_of  # noqa: E402
 
 MALFORMED_CALLS = 10_000
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:2])}
 
 
 def rows(m, k, dtype=np.float32, seed=1):

@@ -6,6 +6,7 @@ for it, a GPU. Needs torch and a library:
 
 import copy
 import ctypes
+import os
 import random
 import sys
 import time
@@ -13,7 +14,9 @@ import unittest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "python"), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+if "NIBBLE_LIBRARY" in os.environ:  # the package of this tree; else the one that is installed
+    sys.path.insert(0, str(ROOT / "python"))
 
 import torch  # noqa: E402
 

@@ -15,7 +15,9 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "python"), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+if "NIBBLE_LIBRARY" in os.environ:  # the package of this tree; else the one that is installed
+    sys.path.insert(0, str(ROOT / "python"))
 
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402

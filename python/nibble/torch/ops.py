@@ -191,7 +191,7 @@ def _linear_cuda(x, packed, n, group_size, mode, granularity, symmetric=True, cl
     y = x.new_empty((*x.shape[:-1], n))
     if m > 0:
         cuda.multiply((m, n, k, group_size, mode, dtype, dtype, granularity, not symmetric, 0),
-                      x.device.index, rows.data_ptr(), rows.stride()[0] if m > 1 else k, clip,
+                      x.device, rows.data_ptr(), rows.stride()[0] if m > 1 else k, clip,
                       static, packed.data_ptr(), packed.numel(), y.data_ptr(), n)
     return y
 

@@ -95,12 +95,4 @@ Result<DeviceInfo> device_info(int ordinal) {
   return info;
 }
 
-Result<uint64_t> capture_id(Stream stream) {
-  cudaStreamCaptureStatus state = cudaStreamCaptureStatusNone;
-  unsigned long long id = 0;
-  NIBBLE_TRY(to_status(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &state, &id),
-                       "cudaStreamGetCaptureInfo"));
-  return state == cudaStreamCaptureStatusActive ? uint64_t{id} : uint64_t{0};
-}
-
 }  // namespace nibble::cuda

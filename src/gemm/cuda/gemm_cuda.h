@@ -48,8 +48,6 @@ struct DeviceInfo {
 /// build has no CUDA.
 Result<int> device_count();
 Result<DeviceInfo> device_info(int ordinal);
-/// Of the capture of `stream` into a graph that is under way; 0: none is.
-Result<uint64_t> capture_id(Stream stream);
 
 /// One weight in device memory, packed as packed.h draws it. Moves, is freed on destruction.
 class DeviceWeights {
@@ -116,6 +114,11 @@ struct Plan {
   int64_t padded_k = 0;
   size_t workspace_bytes = 0;  // of run_gemm; begins with flags that are zeroed once
 
+  /// Whether the kernel reads these flags: those that split K over blocks.
+  bool reads_flags() const {
+    return family != KernelFamily::slab && family != KernelFamily::slab_fused &&
+           family != KernelFamily::mma;
+  }
   const char* kernel_name() const;  // "w4a8_slab_sm90", "w4a8_rs_sm90", ...
   std::string describe() const;     // one line
 };

@@ -16,8 +16,6 @@ Result<int> device_count() { return no_cuda(); }
 
 Result<DeviceInfo> device_info(int) { return no_cuda(); }
 
-Result<uint64_t> capture_id(Stream) { return no_cuda(); }
-
 Result<DeviceWeights> DeviceWeights::create(const DeviceInfo&, const QuantMatrix&, const void*,
                                             Dtype) {
   return no_cuda();
