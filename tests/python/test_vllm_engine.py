@@ -6,6 +6,8 @@ is claimed, what is refused.
 
 import collections
 import gc
+import os
+import subprocess
 import sys
 import tempfile
 import unittest
@@ -197,6 +199,15 @@ class Claims(unittest.TestCase):
                               ({"nibble": {"moed": "w4a8"}}, 'unknown key "moed"')):
             with self.assertRaisesRegex(ValueError, text):
                 read_options(options)
+
+    def test_without_its_library_vllm_does_not_start(self):
+        """It would run the checkpoint by its own means if the plugin were only not there."""
+        program = "from vllm.plugins import load_general_plugins; load_general_plugins()"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                              env=os.environ | {"NIBBLE_LIBRARY": "/nowhere/libnibble.so"},
+                              check=False, timeout=300)
+        self.assertNotEqual(0, done.returncode)
+        self.assertIn("LibraryNotFound: /nowhere/libnibble.so", done.stderr)
 
     def test_nan_stays_in_its_row(self):
         from nibble.torch import pack_awq
