@@ -1,8 +1,8 @@
 """The entry point by which vLLM finds Nibble ("vllm.general_plugins"); the plugin is nibble.vllm.
 
-A package of its own, because vLLM only logs a plugin whose import fails, and then runs AWQ checkpoints
-by its own means. This import cannot fail; what is wrong (no libnibble.so, a vLLM whose interfaces have
-changed) is raised by `register`, and stops vLLM.
+A package of its own, because vLLM only logs a plugin whose import fails, and then runs AWQ
+checkpoints by its own means. This import cannot fail; what is wrong (no libnibble.so, a vLLM whose
+interfaces have changed) is raised by `register`, and stops vLLM.
 """
 
 

@@ -1,5 +1,5 @@
-"""vLLM with the plugin, whole models in one process: the tokens of the C++ runner in every mode, what
-is claimed, what is refused.
+"""vLLM with the plugin, whole models in one process: the tokens of the C++ runner in every mode,
+what is claimed, what is refused.
 
     build/venv-vllm/bin/python tests/python/test_vllm_engine.py
 """
@@ -32,8 +32,8 @@ MARGIN = 1e-2  # a first divergence must be a tie closer than this, in logits
 
 
 class Engine:
-    """An LLM that is gone when its `with` ends, whoever still holds this object: what vLLM keeps per
-    process is set up anew by the next one."""
+    """An LLM that is gone when its `with` ends, whoever still holds this object: what vLLM keeps
+    per process is set up anew by the next one."""
 
     def __init__(self, model, mode=None, **options):
         if mode is not None:
