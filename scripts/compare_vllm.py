@@ -8,7 +8,7 @@ Each contender is a process with an engine of its own and waits while another is
   nibble          the plugin, in --mode
   vllm            vLLM's own path (--quantization awq); with AMX and bf16 that quantizes activations
                   to int8 too
-  vllm w4a16      the same held to 16-bit activations (VLLM_CPU_INT4_W4A8=0)
+  vllm w4a16      with --also-w4a16, the same held to 16-bit activations (VLLM_CPU_INT4_W4A8=0)
 --profile also prints where the time of a step goes, by torch.profiler.
 """
 
@@ -138,6 +138,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--eager", action="store_true", help="no torch.compile")
     parser.add_argument("--no-preload", action="store_true", help="without iomp and tcmalloc")
+    parser.add_argument("--also-w4a16", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--wait", action="store_true",
                         help="wait for a line on stdin between loading and timing")
@@ -148,8 +149,9 @@ def main():
     contenders = [
         Contender("nibble", args, {"additional_config": {"nibble": {"mode": args.mode}}}),
         Contender("vllm", args, own),
-        Contender("vllm w4a16", args, own, VLLM_CPU_INT4_W4A8="0"),
     ]
+    if args.also_w4a16:
+        contenders.append(Contender("vllm w4a16", args, own, VLLM_CPU_INT4_W4A8="0"))
     for contender in contenders:  # they load side by side
         methods = contender.pipe.recv()
         if ("NibbleLinearMethod" in methods) != (contender.name == "nibble"):

@@ -17,8 +17,8 @@ errors, and runs the test suite and the examples. The last line is `N passed, N 
                  ThreadSanitizer; --sanitize-tool adds the tests of the command-line tool
   --fuzz [RUNS]  also run every fuzz target for RUNS inputs (default 20000; the tokenizer's for a
                  twentieth of them)
-  --with-torch   also compare with compressed-tensors' AutoAWQ converter, the logits of random models
-                 with transformers', and token ids with the tokenizers package, and run the Python
+  --with-torch   also compare with compressed-tensors' AutoAWQ converter, the logits of random
+                 models with transformers', and token ids with the tokenizers package, and run the Python
                  package inside torch and transformers; installs torch from
                  PyPI into build/venv-torch (3 GB to download, 5.6 GB installed)
   --with-vllm    also builds the wheel and runs the vLLM plugin: layers, whole models, two ranks, a
@@ -128,14 +128,15 @@ suite_plain() {
   from_tree plain numpy_min build/venv-python/bin/python examples/numpy_min.py
 }
 
-# from_tree SUITE NAME COMMAND...: a test of the Python package as it lies here, with what was built.
+# from_tree SUITE NAME COMMAND...: a test of the Python package as it lies here, with what was
+# built.
 from_tree() {
   run_program "$1" "$2" env NIBBLE_LIBRARY="$PWD/build/libnibble.so" \
     NIBBLE_TOOL="$PWD/build/nibble" PYTHONPATH="$PWD/python" "${@:3}"
 }
 
-# host_tests SUITE MODEL RUN PYTHON: the package inside torch and transformers. RUN is run_program, for
-# the installed wheel, or from_tree; MODEL an AWQ directory, or nothing.
+# host_tests SUITE MODEL RUN PYTHON: the package inside torch and transformers. RUN is run_program,
+# for the installed wheel, or from_tree; MODEL an AWQ directory, or nothing.
 host_tests() {
   local suite=$1 model=$2 run=$3 python=$4
   local hosted=(env OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1)
@@ -256,6 +257,7 @@ suite_vllm() {
     record failed vllm "wheel" "see $LOGS/vllm-wheel.log"
     return 0
   fi
+  host_tests vllm "$model" run_program "$venv/bin/python"
   for test in layers engine ranks serve lm_eval; do
     run_program vllm "$test" env -u NIBBLE_LIBRARY NIBBLE_REAL_MODEL="$PWD/$model" \
       NIBBLE_TOOL="$PWD/build/nibble" "$venv/bin/python" "tests/python/test_vllm_$test.py"

@@ -130,7 +130,8 @@ TEST(CudaPlan, W4a16ReadsXWhereItIs) {
       ASSERT_TRUE(plan.ok()) << plan.status().message();
       EXPECT_TRUE(std::string_view(plan->kernel_name()).starts_with("w4a16_"));
       const WorkspaceLayout w = workspace_layout(*plan);
-      const auto reordered = static_cast<size_t>(plan->family == KernelFamily::rs ? m * 4096 * 2 : 0);
+      const auto reordered =
+          static_cast<size_t>(plan->family == KernelFamily::rs ? m * 4096 * 2 : 0);
       EXPECT_EQ(w.total - w.codes, reordered);  // nothing is quantized
       EXPECT_NE(plan->describe().find("act=bf16"), std::string::npos) << plan->describe();
     }
@@ -202,7 +203,8 @@ TEST(CudaPlan, OperandsAreInTheOrderOfTheKernel) {
 }
 
 TEST(CudaPlan, TokenTilesHoldAllRowsWithLittlePadding) {
-  const std::span<const RsTile> tiles = rs_tiles(packed_layout(4096, 4096, 128), RsActivations::codes);
+  const std::span<const RsTile> tiles =
+      rs_tiles(packed_layout(4096, 4096, 128), RsActivations::codes);
   for (int64_t m = 1; m <= 20000; m += m < 700 ? 1 : 37) {
     const RsConfig config = rs_config(packed_layout(4096, 4096, 128), m, RsActivations::codes, 132);
     const auto known = [&](const RsTile& tile) {
@@ -222,8 +224,10 @@ TEST(CudaPlan, ALastWaveThatIsAlmostFullIsNotSplit) {
   // 66 workers: clusters of two blocks
   const int64_t columns =
       2 * 64 * rs_config(packed_layout(4096, 4096, 128), 32, RsActivations::codes, 132).math_groups;
-  EXPECT_FALSE(rs_config(packed_layout(columns * 66, 4096, 128), 32, RsActivations::codes, 132).split_tail);
-  EXPECT_TRUE(rs_config(packed_layout(columns * 67, 4096, 128), 32, RsActivations::codes, 132).split_tail);
+  EXPECT_FALSE(
+      rs_config(packed_layout(columns * 66, 4096, 128), 32, RsActivations::codes, 132).split_tail);
+  EXPECT_TRUE(
+      rs_config(packed_layout(columns * 67, 4096, 128), 32, RsActivations::codes, 132).split_tail);
   EXPECT_TRUE(rs_config(packed_layout(4096, 4096, 128), 32, RsActivations::codes, 132).split_tail);
 }
 

@@ -130,9 +130,9 @@ def make_tiny(out, *, family="llama", hidden=256, intermediate=512, layers=2, he
 
 
 def widen_for_two_ranks(source, out):
-    """The same function as SmolLM2-135M (9 heads, 3 KV heads, intermediate 1536, group size 64) with
-    zero weights beside the real ones, so that two ranks divide it and their cut of down_proj falls
-    inside a group: 12 heads, 4 KV heads, intermediate 1600."""
+    """The same function as SmolLM2-135M (9 heads, 3 KV heads, intermediate 1536, group size 64)
+    with zero weights beside the real ones, so that two ranks divide it and their cut of down_proj
+    falls inside a group: 12 heads, 4 KV heads, intermediate 1600."""
     source, out = Path(source), Path(out)
     config = json.loads((source / "config.json").read_text())
     group_size = config["quantization_config"]["group_size"]

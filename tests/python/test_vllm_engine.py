@@ -1,11 +1,13 @@
-"""vLLM with the plugin, whole models in one process: the tokens of the C++ runner in every mode, what
-is claimed, what is refused.
+"""vLLM with the plugin, whole models in one process: the tokens of the C++ runner in every mode,
+what is claimed, what is refused.
 
     build/venv-vllm/bin/python tests/python/test_vllm_engine.py
 """
 
 import collections
 import gc
+import os
+import subprocess
 import sys
 import tempfile
 import unittest
@@ -30,8 +32,8 @@ MARGIN = 1e-2  # a first divergence must be a tie closer than this, in logits
 
 
 class Engine:
-    """An LLM that is gone when its `with` ends, whoever still holds this object: what vLLM keeps per
-    process is set up anew by the next one."""
+    """An LLM that is gone when its `with` ends, whoever still holds this object: what vLLM keeps
+    per process is set up anew by the next one."""
 
     def __init__(self, model, mode=None, **options):
         if mode is not None:
@@ -197,6 +199,15 @@ class Claims(unittest.TestCase):
                               ({"nibble": {"moed": "w4a8"}}, 'unknown key "moed"')):
             with self.assertRaisesRegex(ValueError, text):
                 read_options(options)
+
+    def test_without_its_library_vllm_does_not_start(self):
+        """It would run the checkpoint by its own means if the plugin were only not there."""
+        program = "from vllm.plugins import load_general_plugins; load_general_plugins()"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                              env=os.environ | {"NIBBLE_LIBRARY": "/nowhere/libnibble.so"},
+                              check=False, timeout=300)
+        self.assertNotEqual(0, done.returncode)
+        self.assertIn("LibraryNotFound: /nowhere/libnibble.so", done.stderr)
 
     def test_nan_stays_in_its_row(self):
         from nibble.torch import pack_awq

@@ -40,8 +40,8 @@ def case(name, kind, k, sizes, group_size, *, mode="w4a8", bias=False, dtype=BF1
             part["bias"] = torch.randn(n, generator=generator).to(dtype)
         parts.append(part)
     x = torch.randn((TOKENS, k), generator=generator).to(dtype)
-    return {"name": name, "kind": kind, "k": k, "sizes": sizes, "bias": bias, "parts": parts, "x": x,
-            "group": group_size, "options": {"mode": mode},
+    return {"name": name, "kind": kind, "k": k, "sizes": sizes, "bias": bias, "parts": parts,
+            "x": x, "group": group_size, "options": {"mode": mode},
             "config": quantization(group_size, **changes)}
 
 
@@ -135,8 +135,8 @@ def cut_spec(spec, rows, group, size):
 def exact_product(case):
     """float64, from the dequantized weight, with the bias."""
     group = case["group"] if case["group"] != -1 else case["k"]
-    weight = torch.cat([awq_models.dequantize(part["qweight"], part["qzeros"], part["scales"], group)
-                        for part in case["parts"]], dim=1)
+    weight = torch.cat([awq_models.dequantize(part["qweight"], part["qzeros"], part["scales"],
+                                              group) for part in case["parts"]], dim=1)
     y = case["x"].double() @ weight
     return y + torch.cat([part["bias"].double() for part in case["parts"]]) if case["bias"] else y
 

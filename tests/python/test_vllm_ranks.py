@@ -1,5 +1,5 @@
-"""vLLM with the plugin and tensor_parallel_size 2: the tokens of the C++ runner, also where the ranks
-cut down_proj inside a quantization group (vLLM's own CPU path is wrong there).
+"""vLLM with the plugin and tensor_parallel_size 2: the tokens of the C++ runner, also where the
+ranks cut down_proj inside a quantization group (vLLM's own CPU path is wrong there).
 
     build/venv-vllm/bin/python tests/python/test_vllm_ranks.py
 """

@@ -2,7 +2,8 @@
 
 The order of vLLM's calls: override_quantization_method (is this checkpoint ours?), from_config (its
 quantization_config), maybe_update_config (its directory), apply_vllm_mapper (names of the model in
-vLLM), get_quant_method (once per layer). The object is pickled to worker processes: plain values only.
+vLLM), get_quant_method (once per layer). The object is pickled to worker processes: plain values
+only.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ class NibbleConfig(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None,
                             revision: str | None = None) -> None:
-        """Takes from the checkpoint what its config need not say: which modules have no qweight, and
-        the type of the scales."""
+        """Takes from the checkpoint what its config need not say: which modules have no qweight,
+        and the type of the scales."""
         tensors = get_safetensors_params_metadata(model_name, revision=revision)
         modules: dict[str, set[str]] = {}
         for name in tensors:
@@ -130,8 +131,8 @@ class NibbleConfig(QuantizationConfig):
     # ---- modes ----------------------------------------------------------------------------------
 
     def spec_of(self, prefix: str) -> Spec:
-        """How the linear of this name is run: by --additional-config, else by the checkpoint's plan,
-        else in w4a8, as the command-line tool does."""
+        """How the linear of this name is run: by --additional-config, else by the checkpoint's
+        plan, else in w4a8, as the command-line tool does."""
         options = read_options(get_current_vllm_config().additional_config)
         try:
             plan = choose_plan(options.get("mode"), options.get("granularity"),
@@ -142,7 +143,7 @@ class NibbleConfig(QuantizationConfig):
 
 
 def read_options(additional_config: Any) -> dict[str, str]:
-    """The "nibble" part of --additional-config: {"mode": ..., "granularity": ...}, both optional."""
+    """The "nibble" part of --additional-config: "mode" and "granularity", both optional."""
     where = "nibble: additional_config.nibble"
     if not isinstance(additional_config, Mapping) or "nibble" not in additional_config:
         return {}

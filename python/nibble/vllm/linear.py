@@ -1,5 +1,5 @@
-"""One linear layer of a rank, as vLLM drives it: create_weights makes parameters of the checkpoint's
-own layout, vLLM fills them, process_weights_after_loading repacks them for the kernels, apply
+"""One linear layer of a rank, as vLLM drives it: create_weights makes parameters of the layout of
+the checkpoint, vLLM fills them, process_weights_after_loading repacks them for the kernels, apply
 multiplies. Fused layers (qkv, gate_up) are one weight: columns do not see each other.
 
 Tensor parallelism cuts a row-parallel weight along K. The cut may fall inside a quantization group:

@@ -11,8 +11,9 @@
 //     plan gives the same bits; a kernel that does not split K gives those of the CPU.
 //   - x and y begin at multiples of 16 bytes, and so do all their rows.
 //   - A row of x with a NaN or infinity becomes a row of NaN in y: nothing is reported, because
-//     that would need a wait. w4a16 quantizes nothing: there they go the way of IEEE arithmetic, and
-//     x has 16 bits. Its products q - z times x are exact, their sums are floats of tensor cores.
+//     that would need a wait. w4a16 quantizes nothing: there they go the way of IEEE arithmetic,
+//     and x has 16 bits. Its products q - z times x are exact, their sums are floats of tensor
+//     cores.
 #pragma once
 
 #include <cstddef>
@@ -164,8 +165,8 @@ struct DeviceInput {
   const float* static_scales = nullptr;  // device memory; static_tensor: (1), static_group: (G)
 };
 
-/// Quantize + GEMM + dequantize; w4a16: GEMM of x where it is. workspace: plan.workspace_bytes, 256-byte aligned, zeroed once
-/// before its first use (the kernels leave its counters at zero).
+/// Quantize + GEMM + dequantize; w4a16: GEMM of x where it is. workspace: plan.workspace_bytes,
+/// 256-byte aligned, zeroed once before its first use (the kernels leave its counters at zero).
 Status run_gemm(const Plan& plan, const DeviceInput& input, const DeviceWeights& weights, void* y,
                 int64_t y_stride, void* workspace, Stream stream);
 

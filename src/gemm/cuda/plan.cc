@@ -221,9 +221,8 @@ RsTile best_tile(std::span<const RsTile> tiles, int64_t m) {
   const auto cost = [m](const RsTile& tile) {
     return (m + tile.tokens - 1) / tile.tokens * (tile.tokens + kExpansionRows);
   };
-  return *std::min_element(tiles.begin(), tiles.end(), [&](const RsTile& a, const RsTile& b) {
-    return cost(a) < cost(b);
-  });
+  return *std::min_element(tiles.begin(), tiles.end(),
+                           [&](const RsTile& a, const RsTile& b) { return cost(a) < cost(b); });
 }
 
 /// Splitting costs a sum over parts; an almost full last wave is not worth it.
@@ -279,7 +278,8 @@ std::string Plan::describe() const {
                          : "",
                      dtype_name(p.x_dtype), dtype_name(p.y_dtype),
                      floats ? dtype_name(p.x_dtype) : granularity_name(p.granularity),
-                     floats || p.symmetric ? "" : " asymmetric", device, family_text(*this), workspace_bytes);
+                     floats || p.symmetric ? "" : " asymmetric", device, family_text(*this),
+                     workspace_bytes);
 }
 
 std::vector<KernelRow> kernel_table() {
@@ -322,11 +322,11 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
   const PackedLayout layout = layout_of(problem);
   const bool slab = plan.family == KernelFamily::slab || plan.family == KernelFamily::slab_fused;
   if (slab && problem.m > 0) {
-    plan.slab = problem.mode == Mode::w4a16
-                    ? slab_halves_config(layout, problem.m, device.multiprocessors,
-                                         device.shared_bytes)
-                    : slab_config(layout, problem.m, has_group_scales(problem),
-                                  device.multiprocessors, device.shared_bytes);
+    plan.slab =
+        problem.mode == Mode::w4a16
+            ? slab_halves_config(layout, problem.m, device.multiprocessors, device.shared_bytes)
+            : slab_config(layout, problem.m, has_group_scales(problem), device.multiprocessors,
+                          device.shared_bytes);
     plan.slab.programmatic = true;
     if (plan.family == KernelFamily::slab_fused) {
       plan.fused =
@@ -338,8 +338,8 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
   } else if (plan.family == KernelFamily::ss && problem.m > 0) {
     plan.ss.e4m3 = kernel->row.mode == Mode::w4a4;
     plan.ss.multiprocessors = device.multiprocessors;
-    plan.ss.split_tail = worth_splitting(ss_schedule_of(layout, problem.m, plan.ss),
-                                         device.multiprocessors);
+    plan.ss.split_tail =
+        worth_splitting(ss_schedule_of(layout, problem.m, plan.ss), device.multiprocessors);
   }
   plan.workspace_bytes = workspace_layout(plan).total;
   return plan;

@@ -280,8 +280,8 @@ __device__ __forceinline__ uint4 load_matrices_transposed(uint32_t row_address) 
   return v;
 }
 
-/// Transposes an 8 x 8 matrix of 16-bit elements: lane 4 r + c gives row r, columns 2 c and 2 c + 1,
-/// and gets column r, rows 2 c and 2 c + 1.
+/// Transposes an 8 x 8 matrix of 16-bit elements: lane 4 r + c gives row r, columns 2 c and
+/// 2 c + 1, and gets column r, rows 2 c and 2 c + 1.
 __device__ __forceinline__ uint32_t transposed(uint32_t v) {
   uint32_t d;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
