@@ -137,6 +137,40 @@ TEST(CudaModel, QuantizedActivationsCostWhatTheyCostOnTheCpu) {
   }
 }
 
+TEST(CudaModel, EveryActivationScaleRuns) {
+  NIBBLE_NEEDS_GPU();
+  Pair pair;
+  ASSERT_NO_FATAL_FAILURE(
+      load("llama_awq", {.threads = 2, .kv_dtype = Dtype::f16, .context = 64}, pair));
+  const std::vector<int32_t> tokens = random_tokens(30, 80, 11);
+  const int64_t layers = pair.cpu->config().layers;
+  ASSERT_TRUE(set_mode(*pair.cpu, Mode::w4a16).ok());
+  const std::vector<float> exact = all_logits(*pair.cpu, tokens, 64);
+  for (const Granularity granularity :
+       {Granularity::tensor, Granularity::token, Granularity::group}) {
+    SCOPED_TRACE(granularity_name(granularity));
+    const ModelPlan plan = uniform_plan(layers, Mode::w4a8, granularity);
+    ASSERT_TRUE(pair.cpu->set_plan(plan).ok());
+    ASSERT_TRUE(pair.gpu->set_plan(plan).ok());
+    const std::vector<float> expected = all_logits(*pair.cpu, tokens, 64);
+    const std::vector<float> found = all_logits(*pair.gpu, tokens, 64);
+    EXPECT_LE(rms_difference(found, expected), rms_difference(exact, expected));
+  }
+  ModelPlan fixed = uniform_plan(layers, Mode::w4a8, Granularity::static_tensor);
+  for (LinearSpec& spec : fixed.specs) spec.static_scales = {0.05f};
+  ASSERT_TRUE(pair.cpu->set_plan(fixed).ok());
+  ASSERT_TRUE(pair.gpu->set_plan(fixed).ok());
+  const std::vector<float> expected = all_logits(*pair.cpu, tokens, 64);
+  const std::vector<float> found = all_logits(*pair.gpu, tokens, 64);
+  EXPECT_LE(rms_difference(found, expected), rms_difference(exact, expected));
+
+  ModelPlan mixed = uniform_plan(layers, Mode::w4a4, Granularity::group);
+  mixed.at(1, Slot::o).wide_groups = {1, 0};
+  const Status refused = pair.gpu->set_plan(mixed);
+  EXPECT_EQ(refused.code(), Code::unsupported);
+  EXPECT_NE(refused.message().find("layer 1, o"), std::string::npos) << refused.message();
+}
+
 /// Greedy tokens by graphs of decoding steps, and what reading the whole text at once says of each
 /// choice.
 TEST(CudaModel, DecodingByGraphsChoosesWhatReadingChooses) {

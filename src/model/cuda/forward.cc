@@ -34,22 +34,13 @@ bool runs_16bit(const DeviceLinear& linear, const LinearSpec& spec) {
 
 }  // namespace
 
-/// One of: norm of (hidden + delta); gate of gate_up; rows that are there.
-struct Forward::Source {
-  enum class Kind { norm, gate, rows } kind = Kind::rows;
-  const float* norm = nullptr;
-  const float* post_norm = nullptr;
-  const void* delta = nullptr;
-  const void* x = nullptr;
-  int64_t width = 0;
-
-  const char* operation() const { return kind == Kind::norm ? "norm" : "gate"; }
-  const char* quantizing() const {
-    return kind == Kind::norm   ? "norm, quantizing"
-           : kind == Kind::gate ? "gate, quantizing"
-                                : "quantizing";
-  }
-};
+/// Whether the kernel that makes the rows also quantizes them so.
+bool Forward::can_fuse(Source::Kind kind, const Problem& problem) {
+  if (problem.granularity == Granularity::tensor) return false;
+  const int64_t group = problem.group_size;
+  return kind != Source::Kind::norm || !scales_per_group(problem.granularity) || group == 32 ||
+         group == 64 || group == 128 || group == problem.k;
+}
 
 Forward::Forward(const DeviceModel& model, const KvPool& pool, int64_t rows)
     : model_(model), pool_(pool), rows_(rows) {}
@@ -221,7 +212,7 @@ Status Forward::make_operand(const Source& source, bool first, const Plan& plan,
   input.clip = spec.clip;
   input.static_scales = static_scales;
   const Operand operand = workspace_operand(plan, workspace_.as<>());
-  if (source.kind == Source::Kind::rows || spec.granularity == Granularity::tensor) {
+  if (source.kind == Source::Kind::rows || !can_fuse(source.kind, plan.problem)) {
     int64_t stride = source.width;
     input.x = source.x;
     if (source.kind != Source::Kind::rows) {

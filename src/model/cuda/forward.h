@@ -98,7 +98,22 @@ class Forward {
   Status allocate();
 
   /// Where the input of a slot's products comes from.
-  struct Source;
+  struct Source {
+    enum class Kind { norm, gate, rows } kind = Kind::rows;
+    const float* norm = nullptr;  // of hidden + delta
+    const float* post_norm = nullptr;
+    const void* delta = nullptr;
+    const void* x = nullptr;  // rows that are there
+    int64_t width = 0;
+
+    const char* operation() const { return kind == Kind::norm ? "norm" : "gate"; }
+    const char* quantizing() const {
+      return kind == Kind::norm   ? "norm, quantizing"
+             : kind == Kind::gate ? "gate, quantizing"
+                                  : "quantizing";
+    }
+  };
+  static bool can_fuse(Source::Kind kind, const Problem& problem);
   Result<const Plan*> plan_for(const DeviceLinear& linear, const LinearSpec& spec, int64_t rows,
                                Dtype y_type);
   Status run_slot(int64_t layer, Slot slot, const Source& source, int64_t rows, void* y,
