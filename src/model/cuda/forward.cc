@@ -135,6 +135,7 @@ Status Forward::set_plan(const ModelPlan& plan) {
     scales.push_back(std::move(*buffer));
   }
   plan_ = plan;
+  prepared_.clear();
   static_scales_ = std::move(scales);
   return {};
 }
@@ -174,6 +175,7 @@ Result<const Plan*> Forward::plan_for(const DeviceLinear& linear, const LinearSp
 
 Status Forward::prepare(int64_t rows, bool* moved) {
   *moved = false;
+  if (prepared_.contains(rows)) return {};  // every decoding step asks
   size_t bytes = 0;
   const auto want = [&](const DeviceLinear& linear, const LinearSpec& spec, int64_t m,
                         Dtype y) -> Status {
@@ -196,10 +198,14 @@ Status Forward::prepare(int64_t rows, bool* moved) {
       NIBBLE_TRY(want(model_.head, LinearSpec{}, m, Dtype::f32));
     }
   }
-  if (bytes <= workspace_.bytes()) return {};
-  NIBBLE_TRY(to_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize"));
-  *moved = true;
-  return workspace_.allocate_zeroed(bytes, model_.device);
+  if (bytes > workspace_.bytes()) {
+    NIBBLE_TRY(to_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize"));
+    *moved = true;
+    prepared_.clear();  // an allocation that fails leaves nothing
+    NIBBLE_TRY(workspace_.allocate_zeroed(bytes, model_.device));
+  }
+  prepared_.insert(rows);
+  return {};
 }
 
 /// The operand of a quantized product, in the workspace. `first`: nobody has made this source's

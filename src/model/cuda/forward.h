@@ -5,6 +5,7 @@
 
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -60,7 +61,6 @@ class Forward {
 
   /// Takes effect with the next pass. unsupported: mixed groups.
   Status set_plan(const ModelPlan& plan);
-  const ModelPlan& plan() const { return plan_; }
 
   /// Plans all products of `rows` rows and makes their workspace large enough. *moved: whether
   /// buffers are elsewhere now, so that graphs captured before are void. May wait.
@@ -133,6 +133,7 @@ class Forward {
   const KvPool& pool_;
   int64_t rows_;
   ModelPlan plan_;
+  std::set<int64_t> prepared_;               // numbers of rows, under that plan
   std::vector<DeviceBuffer> static_scales_;  // of every slot of every layer; empty where none
   using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int, int, bool, int>;
   std::map<Key, Plan> plans_;

@@ -58,7 +58,6 @@ class KvPool {
 
   KvPages layer(int64_t index) const;
   const KvShape& shape() const { return shape_; }
-  int64_t free_pages() const { return static_cast<int64_t>(free_pages_.size()); }
 
  private:
   friend class PagedSequence;
