@@ -10,6 +10,9 @@
 #include "logit_scores.h"
 #include "text_eval.h"
 
+#include "model/cpu_runner.h"
+#include "model/model.h"
+
 namespace nibble {
 namespace {
 
@@ -279,15 +282,16 @@ class EvaluateModel : public testing::Test {
     Result<Model> model = Model::load(*checkpoint_, {.threads = 2, .context = 64});
     ASSERT_TRUE(model.ok()) << model.status().message();
     model_ = std::make_unique<Model>(std::move(*model));
+    runner_ = std::make_unique<CpuRunner>(*model_);
   }
 
   EvalSubject subject(Mode mode) {
-    return {model_.get(), uniform_plan(model_->config().layers, mode), mode_name(mode)};
+    return {runner_.get(), uniform_plan(model_->config().layers, mode), mode_name(mode)};
   }
 
   /// -ln p of tokens[i + 1] for every i, straight from the model.
   std::vector<double> direct(const EvalSubject& from, const std::vector<int32_t>& tokens) {
-    Model& model = *from.model;
+    Model& model = *model_;
     EXPECT_TRUE(model.set_plan(from.plan).ok());
     KvCache cache = model.make_cache();
     const BatchItem item{&cache, tokens};
@@ -308,6 +312,7 @@ class EvaluateModel : public testing::Test {
 
   std::unique_ptr<Checkpoint> checkpoint_;
   std::unique_ptr<Model> model_;
+  std::unique_ptr<CpuRunner> runner_;
 };
 
 TEST_F(EvaluateModel, ScoresTheSecondHalfOfEveryChunk) {

@@ -14,11 +14,13 @@
 #include "cuda_bench.h"
 #include "cuda_oracle.h"
 #include "cuda_probe.h"
+#include "gemm/cuda/cublas.h"
 #include "gemm/cuda/gemm_cuda.h"
 
 namespace nibble::cli {
 namespace {
 
+using cuda::Cublas;
 using cuda::DeviceInfo;
 using cuda::DeviceWeights;
 using nlohmann::json;
@@ -169,7 +171,7 @@ class Point {
       : o_(o), device_(device), weights_(weights), m_(m), sink_(16) {}
 
   Status add_kernels(const Sample& sample, const ref::Weights& reference, std::string& mismatch);
-  void add_cublas(const Cublas& cublas);
+  void add_cublas(Cublas& cublas);
   void measure(const DeviceMonitor& monitor, std::vector<CudaRow>& rows);
 
  private:
@@ -187,7 +189,7 @@ class Point {
   }
   void add(const std::string& kernel, const std::string& mode, const cuda::Plan* plan,
            int64_t copies, std::function<void(int64_t, cudaStream_t)> launch);
-  void add_dense(const Cublas& cublas, Cublas::Type type, const char* name);
+  void add_dense(Cublas& cublas, Cublas::Type type, const char* name);
 
   const GemmBenchOptions& o_;
   const DeviceInfo& device_;
@@ -271,7 +273,7 @@ Status Point::add_kernels(const Sample& sample, const ref::Weights& reference,
   return {};
 }
 
-void Point::add_dense(const Cublas& cublas, Cublas::Type type, const char* name) {
+void Point::add_dense(Cublas& cublas, Cublas::Type type, const char* name) {
   const int64_t n = weights_.tensors.n, k = weights_.tensors.k;
   const int64_t element = type == Cublas::Type::f16 ? 2 : 1, bytes = n * k * element;
   const int64_t copies = (kColdBytes + bytes - 1) / bytes;
@@ -289,19 +291,18 @@ void Point::add_dense(const Cublas& cublas, Cublas::Type type, const char* name)
     check_cuda(launch_fill_words(const_cast<std::byte*>(w), bytes * copies, kSeed, nullptr), name);
     check_cuda(launch_fill_words(x, m_ * k, kSeed, nullptr), name);
   }
-  const bool works = cublas.multiply(type, x, w, y, m_, n, k, nullptr);
+  const bool works = cublas.multiply(type, x, w, y, n, m_, n, k, nullptr).ok();
   check_cuda(cudaDeviceSynchronize(), name);
   if (!works) return;  // int8 wants M in multiples of 4
   add(name, "matmul only", nullptr, copies,
       [&cublas, type, x, w, y, n, k, bytes, copies, this](int64_t i, cudaStream_t stream) {
-        if (!cublas.multiply(type, x, w + i % copies * bytes, y, m_, n, k, stream)) {
-          throw std::runtime_error("cuBLAS failed");
-        }
+        const Status status =
+            cublas.multiply(type, x, w + i % copies * bytes, y, n, m_, n, k, stream);
+        if (!status.ok()) throw std::runtime_error(status.message());
       });
 }
 
-void Point::add_cublas(const Cublas& cublas) {
-  if (!cublas.ok()) return;
+void Point::add_cublas(Cublas& cublas) {
   dense_.reserve(6);
   add_dense(cublas, Cublas::Type::f16, "cublas-f16");
   add_dense(cublas, Cublas::Type::int8, "cublas-int8");
@@ -416,7 +417,7 @@ Status print_all(const GemmBenchOptions& o, const DeviceInfo& device, const Devi
 }
 
 /// All M of one shape.
-Status measure_shape(const GemmBenchOptions& o, const DeviceInfo& device, const Cublas* cublas,
+Status measure_shape(const GemmBenchOptions& o, const DeviceInfo& device, Cublas* cublas,
                      const DeviceMonitor& monitor, int64_t n, int64_t k, std::vector<CudaRow>& rows,
                      std::string& mismatch) {
   NIBBLE_TRY(check_bench_shape(n, k, o.group_size));
@@ -444,8 +445,12 @@ int run_cuda_gemm_bench(const GemmBenchOptions& options) {
   const DeviceMonitor monitor(device->ordinal);
   std::unique_ptr<Cublas> cublas;
   if (!options.no_baseline) {
-    cublas = std::make_unique<Cublas>(options.cublas);
-    if (!cublas->ok()) fmt::print(stderr, "nibble: without baseline: {}\n", cublas->problem());
+    Result<std::unique_ptr<Cublas>> opened = Cublas::open(*device, options.cublas);
+    if (opened.ok()) {
+      cublas = std::move(*opened);
+    } else {
+      fmt::print(stderr, "nibble: without baseline: {}\n", opened.status().message());
+    }
   }
   std::vector<CudaRow> rows;
   for (const int64_t n : options.n) {

@@ -9,6 +9,7 @@
 #include <random>
 
 #include "base/cpu_features.h"
+#include "bench_model_cuda.h"
 #include "cli.h"
 #include "model_options.h"
 #include "probe_memory.h"
@@ -20,7 +21,6 @@ namespace {
 
 using nlohmann::json;
 
-constexpr int64_t kForwardTokens = 512;  // of a prompt that go through the layers at once
 constexpr size_t kProbeBytes = size_t{1} << 30, kProbeSliceBytes = size_t{16} << 20;
 constexpr int kProbeSlices = 4;  // timed after every run; short ones, to fit between interruptions
 
@@ -49,6 +49,7 @@ struct Row {
   Test test;
   const NamedPlan* plan = nullptr;
   Samples samples;
+  std::vector<OperationTime> operations = {};  // of one pass; on a GPU
 
   double avg(double (*value)(const Row&, double us)) const {
     double sum = 0;
@@ -84,7 +85,7 @@ std::vector<Test> tests_of(const Options& options) {
 }
 
 /// Bytes of weights, head, keys and values that decoding must read at least once.
-double decode_bytes(Model& model, const Test& test, Dtype kv_dtype) {
+double decode_bytes(const Runner& model, const Test& test, Dtype kv_dtype) {
   const ModelConfig& config = model.config();
   const double position_bytes =
       2.0 * static_cast<double>(config.kv_heads * config.head_dim * dtype_bytes(kv_dtype));
@@ -99,73 +100,86 @@ double decode_bytes(Model& model, const Test& test, Dtype kv_dtype) {
          static_cast<double>(test.batch) * positions * position_bytes;
 }
 
-uint64_t parameters(const Model& model) {
-  const ModelConfig& config = model.config();
-  auto count = static_cast<uint64_t>(config.vocab * config.hidden) * (config.tied_head ? 1 : 2);
-  for (int64_t i = 0; i < config.layers; ++i) {
-    for (const LinearGroup& group : model.layer(i).groups) {
-      for (const Linear& linear : group.linears)
-        count += static_cast<uint64_t>(linear.k * linear.n);
-    }
-  }
-  return count;
+uint64_t parameters(const ModelConfig& c) {
+  const int64_t attention = (2 * c.heads + 2 * c.kv_heads) * c.head_dim * c.hidden;
+  return static_cast<uint64_t>(c.vocab * c.hidden * (c.tied_head ? 1 : 2) +
+                               c.layers * (attention + 3 * c.hidden * c.intermediate));
 }
 
 class Bench {
  public:
-  explicit Bench(LoadedModel& loaded) : loaded_(loaded) {}
+  Bench(LoadedModel& loaded, int64_t pass_tokens) : loaded_(loaded), pass_tokens_(pass_tokens) {}
 
-  /// Runs the test once: random tokens, as llama-bench; nothing is sampled.
+  /// Runs the test once, greedily: random prompts, as llama-bench; what is decoded follows itself.
   Status run(const NamedPlan& plan, const Test& test, double* microseconds) {
-    Model& model = loaded_.model();
-    const ModelConfig& config = model.config();
-    if (model.quantized()) NIBBLE_TRY(model.set_plan(plan.plan));
-    while (caches_.size() < static_cast<size_t>(test.batch)) caches_.push_back(model.make_cache());
-    for (KvCache& cache : caches_) cache.set_length(0);
-    const int64_t rows = std::max(test.batch, std::min(kForwardTokens, test.n_prompt));
-    hidden_.resize(static_cast<size_t>(rows * config.hidden));
-    logits_.resize(static_cast<size_t>(test.batch * config.vocab));
+    Runner& model = loaded_.runner_of(plan.mode);
+    if (model.quantized() && set_ != &plan) NIBBLE_TRY(model.set_plan(plan.plan));
+    if (model.quantized()) set_ = &plan;
+    caches_.clear();
+    for (int64_t i = 0; i < test.batch; ++i) caches_.push_back(model.make_cache());
     std::mt19937 random(1);
-    std::vector<int32_t> tokens(static_cast<size_t>(test.tokens()));
+    std::vector<int32_t> tokens(static_cast<size_t>(std::max(test.n_prompt, test.batch)));
     for (int32_t& token : tokens) {
-      token = static_cast<int32_t>(random() % static_cast<uint64_t>(config.vocab));
+      token = static_cast<int32_t>(random() % static_cast<uint64_t>(model.config().vocab));
+    }
+    if (test.n_gen > 0) {  // what a device makes for the first step of a batch is not timed
+      Test step = test;
+      step.n_gen = std::min<int64_t>(2, test.n_gen);
+      NIBBLE_TRY(decode(model, step, tokens));
+      for (auto& cache : caches_) cache->set_length(0);
     }
     const double start = now_seconds();
-    NIBBLE_TRY(test.n_gen > 0 ? decode(test, tokens) : read_prompt(test, tokens));
+    NIBBLE_TRY(test.n_gen > 0 ? decode(model, test, tokens) : read_prompt(model, test, tokens));
     *microseconds = (now_seconds() - start) * 1e6;
     return {};
   }
 
- private:
-  Status read_prompt(const Test& test, const std::vector<int32_t>& tokens) {
-    Model& model = loaded_.model();
-    int64_t count = 0;
-    for (int64_t at = 0; at < test.n_prompt; at += count) {
-      count = std::min(kForwardTokens, test.n_prompt - at);
-      const BatchItem item{caches_.data(), {tokens.data() + at, static_cast<size_t>(count)}};
-      NIBBLE_TRY(model.forward({&item, 1}, hidden_.data()));
+  /// Where the time of one pass of the test goes: its first one of a prompt, its last one of
+  /// decoding.
+  Result<std::vector<OperationTime>> profile(const NamedPlan& plan, const Test& test) {
+    double ignored = 0;
+    Test before = test;
+    before.n_gen = std::max<int64_t>(0, test.n_gen - 1);
+    before.n_prompt = test.n_gen > 0 ? 0 : std::min(pass_tokens_, test.n_prompt);
+    NIBBLE_TRY(run(plan, before, &ignored));
+    std::vector<int32_t> tokens(static_cast<size_t>(std::max(before.n_prompt, test.batch)), 1);
+    std::vector<SequenceItem> items;
+    if (test.n_gen == 0) {
+      caches_[0]->set_length(0);
+      items.push_back({caches_[0].get(), tokens});
+    } else {
+      for (auto& cache : caches_) items.push_back({cache.get(), {tokens.data(), 1}});
     }
-    return model.logits(hidden_.data() + (count - 1) * model.config().hidden, 1, logits_.data());
+    return loaded_.runner_of(plan.mode).profile(items);
   }
 
-  Status decode(const Test& test, const std::vector<int32_t>& tokens) {
-    Model& model = loaded_.model();
-    std::vector<BatchItem> items(static_cast<size_t>(test.batch));
+ private:
+  Status read_prompt(Runner& model, const Test& test, const std::vector<int32_t>& tokens) {
+    int32_t next = 0;
+    for (int64_t at = 0; at < test.n_prompt; at += pass_tokens_) {
+      const int64_t count = std::min(pass_tokens_, test.n_prompt - at);
+      const SequenceItem item{caches_[0].get(), {tokens.data() + at, static_cast<size_t>(count)}};
+      const bool last = at + count == test.n_prompt;
+      NIBBLE_TRY(last ? model.greedy({&item, 1}, {&next, 1})
+                      : model.forward({&item, 1}, HiddenRows::none, nullptr));
+    }
+    return {};
+  }
+
+  Status decode(Runner& model, const Test& test, std::vector<int32_t> tokens) {
+    std::vector<SequenceItem> items(static_cast<size_t>(test.batch));
+    for (size_t i = 0; i < items.size(); ++i) items[i] = {caches_[i].get(), {&tokens[i], 1}};
     for (int64_t step = 0; step < test.n_gen; ++step) {
       if (interrupted()) return Status(Code::interrupted, "interrupted");
-      for (size_t i = 0; i < items.size(); ++i) {
-        const size_t at = static_cast<size_t>(step) * items.size() + i;
-        items[i] = {&caches_[i], {tokens.data() + at, 1}};
-      }
-      NIBBLE_TRY(model.forward(items, hidden_.data()));
-      NIBBLE_TRY(model.logits(hidden_.data(), test.batch, logits_.data()));
+      NIBBLE_TRY(model.greedy(items, tokens));
     }
     return {};
   }
 
   LoadedModel& loaded_;
-  std::vector<KvCache> caches_;
-  std::vector<float> hidden_, logits_;
+  int64_t pass_tokens_;
+  const NamedPlan* set_ = nullptr;  // a plan that is set again would void what was prepared for it
+  std::vector<std::unique_ptr<SequenceCache>> caches_;
 };
 
 /// What holds for all rows of one run.
@@ -175,22 +189,49 @@ struct Run {
   int threads = 0;
   uint64_t peak_memory = 0;  // of model and tests, not of the bandwidth probe
   double read_gb_per_s = 0;  // measured in the same rounds
+  TensorPeak peak;           // of a GPU
+
+  const Runner& runner_of(const Row& row) const { return loaded->runner_of(row.plan->mode); }
+  bool on_gpu() const { return options->model.device == "cuda"; }
+  const char* backend() const { return on_gpu() ? "CUDA" : "CPU"; }
+
+  /// Share of what tensor cores could at best deliver that reading a prompt made use of, counting
+  /// products with weights alone; 0 where it has no meaning.
+  double tensor_share(const Row& row) const {
+    const bool integers = row.plan->mode != kMode16Bit && row.plan->mode != "w4a16";
+    const double tops = integers ? peak.int8_tops : peak.half_tops;
+    const double us = row.samples.median();
+    if (row.test.n_gen > 0 || tops <= 0 || us <= 0) return 0;
+    const ModelConfig& config = loaded->config();
+    const uint64_t head = static_cast<uint64_t>(config.vocab * config.hidden);
+    const uint64_t weights = parameters(config) - head * (config.tied_head ? 1 : 2);
+    return 2 * static_cast<double>(weights) * static_cast<double>(row.test.n_prompt) / us * 1e-6 /
+           tops;
+  }
 
   /// Share of the read bandwidth that decoding made use of; 0 where it has no meaning.
   double byte_limit_share(const Row& row) const {
     const double us = row.samples.median();
     if (row.test.n_gen == 0 || read_gb_per_s <= 0 || us <= 0) return 0;
     const Dtype kv = options->model.model_options(0, 1).kv_dtype;
-    return decode_bytes(loaded->model(), row.test, kv) / us * 1e-3 / read_gb_per_s;
+    return decode_bytes(runner_of(row), row.test, kv) / us * 1e-3 / read_gb_per_s;
   }
   std::string model_name() const {
     const std::filesystem::path path(loaded->directory());
     return printable((path.has_filename() ? path : path.parent_path()).filename().string());
   }
   std::vector<std::string> kernels_of_row(const Row& row) const {
-    return kernels_of(loaded->model(), row.plan->plan);
+    return runner_of(row).kernels(&row.plan->plan);
   }
 };
+
+json operations_json(const Row& row) {
+  json list = json::array();
+  for (const OperationTime& time : row.operations) {
+    list.push_back({{"name", time.name}, {"us", time.microseconds}, {"launches", time.launches}});
+  }
+  return list;
+}
 
 json to_json(const Run& run, const Row& row) {
   std::vector<int64_t> samples_ns;
@@ -214,6 +255,8 @@ json to_json(const Run& run, const Row& row) {
           {"samples_ns", samples_ns},
           {"samples_ts", samples_ts},
           {"byte_limit_share", share > 0 ? json(share) : json(nullptr)},
+          {"tensor_share", run.tensor_share(row) > 0 ? json(run.tensor_share(row)) : json(nullptr)},
+          {"operations", operations_json(row)},
           {"read_gb_per_s", run.read_gb_per_s > 0 ? json(run.read_gb_per_s) : json(nullptr)},
           {"kernels", run.kernels_of_row(row)},
           {"peak_mem_bytes", run.peak_memory},
@@ -222,10 +265,10 @@ json to_json(const Run& run, const Row& row) {
           {"model_filename", run.loaded->directory()},
           {"model_type", architecture_name(run.loaded->config().architecture)},
           {"model_size", run.loaded->checkpoint().bytes()},
-          {"model_n_params", parameters(run.loaded->model())},
-          {"weight_bytes", run.loaded->model().weight_bytes()},
-          {"head_bytes", run.loaded->model().head_bytes()},
-          {"head", run.loaded->model().head_name()},
+          {"model_n_params", parameters(run.loaded->config())},
+          {"weight_bytes", run.runner_of(row).weight_bytes()},
+          {"head_bytes", run.runner_of(row).head_bytes()},
+          {"head", run.runner_of(row).head_name()},
           {"type_k", run.options->model.kv},
           {"type_v", run.options->model.kv}};
 }
@@ -241,14 +284,36 @@ void print_csv(const Run& run, const std::vector<Row>& rows) {
   for (const Row& row : rows) {
     const json j = to_json(run, row);
     const double share = run.byte_limit_share(row);
-    fmt::print("\"{}\",{},{},CPU,{},{},{},{},{},{},{},{},{:.3f},{:.3f},{:.3f},{},{},{}\n",
+    fmt::print("\"{}\",{},{},{},{},{},{},{},{},{},{},{},{:.3f},{:.3f},{:.3f},{},{},{}\n",
                run.model_name(), j["model_size"].get<uint64_t>(),
-               j["model_n_params"].get<uint64_t>(), run.threads, row.plan->mode, row.test.name(),
-               row.test.n_prompt, row.test.n_gen, row.test.batch, j["avg_ns"].get<int64_t>(),
-               j["stddev_ns"].get<int64_t>(), j["avg_ts"].get<double>(),
+               j["model_n_params"].get<uint64_t>(), run.backend(), run.threads, row.plan->mode,
+               row.test.name(), row.test.n_prompt, row.test.n_gen, row.test.batch,
+               j["avg_ns"].get<int64_t>(), j["stddev_ns"].get<int64_t>(), j["avg_ts"].get<double>(),
                j["stddev_ts"].get<double>(), j["median_ts"].get<double>(),
                share > 0 ? fmt::format("{:.4f}", share) : "", run.peak_memory,
                fmt::join(run.kernels_of_row(row), " "));
+  }
+}
+
+/// Where the time of one pass goes, mode by mode; timing keeps operations from overlapping.
+void print_operations(const Run& run, const std::vector<Row>& rows) {
+  for (const Row& row : rows) {
+    if (row.operations.empty()) continue;
+    double sum = 0;
+    for (const OperationTime& time : row.operations) sum += time.microseconds;
+    const double share = run.tensor_share(row);
+    fmt::print("{} {}: one pass by operations, {:.1f} us in all{}\n", row.plan->mode,
+               row.test.name(), sum,
+               share > 0 ? fmt::format("; {:.0f} % of the tensor cores' peak", 100 * share) : "");
+    Table table("<>>>");
+    table.add({"  operation", "launches", "us", "share"});
+    for (const OperationTime& time : row.operations) {
+      table.add({"  " + time.name, fmt::format("{}", time.launches),
+                 fmt::format("{:.1f}", time.microseconds),
+                 fmt::format("{:.1f} %", 100 * time.microseconds / sum)});
+    }
+    table.print(stdout);
+    fmt::print("\n");
   }
 }
 
@@ -265,15 +330,16 @@ void print_markdown(const Run& run, const std::vector<Row>& rows) {
       "limit |\n|---|---:|---:|---|---:|---|---:|---:|---:|---:|\n");
   for (const Row& row : rows) {
     const double share = run.byte_limit_share(row);
-    fmt::print("| {} | {} | {} | CPU | {} | {} | {} | {:.2f} ± {:.2f} | {:.2f} | {} |\n",
+    fmt::print("| {} | {} | {} | {} | {} | {} | {} | {:.2f} ± {:.2f} | {:.2f} | {} |\n",
                run.model_name(), bytes_text(run.loaded->checkpoint().bytes()),
-               count_text(parameters(run.loaded->model())), run.threads,
+               count_text(parameters(run.loaded->config())), run.backend(), run.threads,
                mode_text(row.plan->mode, run.options->model), row.test.name(),
                row.avg(Row::tokens_per_second), row.stddev(Row::tokens_per_second),
                Row::tokens_per_second(row, row.samples.median()),
                share > 0 ? fmt::format("{:.0f} %", 100 * share) : "-");
   }
   fmt::print("\n");
+  print_operations(run, rows);
   std::vector<const NamedPlan*> seen;
   for (const Row& row : rows) {
     if (std::find(seen.begin(), seen.end(), row.plan) != seen.end()) continue;
@@ -283,9 +349,40 @@ void print_markdown(const Run& run, const std::vector<Row>& rows) {
   fmt::print("peak memory {}\n", bytes_text(run.peak_memory));
 }
 
+/// The read bandwidth of the memory that the model lies in.
+class ReadBandwidth {
+ public:
+  ReadBandwidth(bool on_gpu, bool wanted, int threads) {
+    if (!wanted) return;
+    if (on_gpu) {
+      device_ = make_device_read_probe();
+    } else {
+      host_ = std::make_unique<ReadBandwidthProbe>(threads, kProbeBytes, kProbeSliceBytes);
+    }
+  }
+
+  void sample() {
+    if (device_ != nullptr) samples_.microseconds.push_back(1 / device_->gb_per_s());
+    if (host_ == nullptr || !host_->ok()) return;
+    host_->read_slice();  // untimed: caches are full of dirty lines that must be written first
+    for (int i = 0; i < kProbeSlices; ++i) {
+      const double start = now_seconds();
+      host_->read_slice();
+      const double us = (now_seconds() - start) * 1e6;
+      samples_.microseconds.push_back(us / (static_cast<double>(host_->slice_bytes()) * 1e-3));
+    }
+  }
+  double gb_per_s() const { return samples_.microseconds.empty() ? 0 : 1 / samples_.median(); }
+
+ private:
+  std::unique_ptr<ReadBandwidthProbe> host_;
+  std::unique_ptr<DeviceReadProbe> device_;
+  Samples samples_;  // microseconds a kilobyte
+};
+
 /// All tests of all modes in turn, round after round.
 Status measure(const Options& options, std::vector<Row>& rows, Run& run) {
-  Bench bench(*run.loaded);
+  Bench bench(*run.loaded, options.model.pass_tokens());
   Progress progress(options.progress, "run",
                     static_cast<int64_t>(rows.size()) * (options.repetitions + 1));
   const auto run_row = [&](Row& row, double* us) -> Status {
@@ -296,30 +393,28 @@ Status measure(const Options& options, std::vector<Row>& rows, Run& run) {
     return {};
   };
   double us = 0;
-  for (Row& row : rows) NIBBLE_TRY(run_row(row, &us));  // warm-up
-  run.peak_memory = peak_memory_bytes();
+  for (Row& row : rows) NIBBLE_TRY(run_row(row, &us));   // warm-up
+  run.peak_memory = run.loaded->runner().peak_memory();  // of the second runner too
 
-  // Only decoding is compared with the memory; the probe takes a second and 1 GiB.
-  std::unique_ptr<ReadBandwidthProbe> probe;
-  if (std::any_of(rows.begin(), rows.end(), [](const Row& row) { return row.test.n_gen > 0; })) {
-    probe = std::make_unique<ReadBandwidthProbe>(run.threads, kProbeBytes, kProbeSliceBytes);
-  }
-  Samples reads;
+  // Only decoding is compared with the memory; on a CPU the probe takes a second and 1 GiB.
+  const bool decodes =
+      std::any_of(rows.begin(), rows.end(), [](const Row& row) { return row.test.n_gen > 0; });
+  ReadBandwidth read(run.on_gpu(), decodes, run.threads);
   for (int repetition = 0; repetition < options.repetitions; ++repetition) {
     for (Row& row : rows) {
       NIBBLE_TRY(run_row(row, &us));
       row.samples.microseconds.push_back(us);
-      if (probe == nullptr || !probe->ok()) continue;
-      probe->read_slice();  // untimed: caches are full of dirty lines that must be written first
-      for (int i = 0; i < kProbeSlices; ++i) {
-        const double start = now_seconds();
-        probe->read_slice();
-        reads.microseconds.push_back((now_seconds() - start) * 1e6);
-      }
+      read.sample();
     }
   }
-  const double read_us = reads.median();
-  if (read_us > 0) run.read_gb_per_s = static_cast<double>(probe->slice_bytes()) / read_us * 1e-3;
+  run.read_gb_per_s = read.gb_per_s();
+  if (!run.on_gpu()) return {};
+  run.peak = device_tensor_peak();
+  for (Row& row : rows) {
+    Result<std::vector<OperationTime>> times = bench.profile(*row.plan, row.test);
+    if (!times.ok()) return times.status();
+    row.operations = std::move(*times);
+  }
   return {};
 }
 
@@ -336,14 +431,22 @@ int run_bench(const Options& options) {
   }
   Result<std::unique_ptr<LoadedModel>> loaded = LoadedModel::open(options.model.directory);
   if (!loaded.ok()) return fail(loaded.status());
-  Result<std::vector<NamedPlan>> plans = plans_of(**loaded, options.model);
+  const bool on_gpu = options.model.device == "cuda";
+  Result<std::vector<NamedPlan>> plans = plans_of(**loaded, options.model, on_gpu);
   if (!plans.ok()) return fail(plans.status());
-  const Status status = (*loaded)->load(options.model.model_options(context, sequences));
-  if (!status.ok()) return fail(status);
+  const ModelOptions model_options = options.model.model_options(context, sequences);
+  if (const Status status = (*loaded)->load(model_options, options.model.device); !status.ok()) {
+    return fail(status);
+  }
+  const auto is_16bit = [](const NamedPlan& plan) { return plan.mode == kMode16Bit; };
+  if (on_gpu && (*loaded)->quantized() && std::any_of(plans->begin(), plans->end(), is_16bit)) {
+    const Status status = (*loaded)->load_dequantized(model_options);
+    if (!status.ok()) return fail(status);
+  }
 
   std::vector<Row> rows;
   for (const Test& test : tests) {
-    for (const NamedPlan& plan : *plans) rows.push_back({test, &plan, {}});
+    for (const NamedPlan& plan : *plans) rows.push_back({test, &plan, {}, {}});
   }
   Run run;
   run.options = &options;

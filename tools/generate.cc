@@ -21,7 +21,7 @@ using nlohmann::json;
 struct Options {
   ModelArguments model;
   std::vector<std::string> prompts, files;
-  int64_t count = 128;
+  int64_t count = 128, batch = 0;
   SamplerOptions sampler;
   bool ignore_eos = false, as_json = false;
   std::string compare;
@@ -157,8 +157,11 @@ Status prepare(const Options& options, Setup& setup) {
   ModelOptions load_options = options.model.model_options(0, 1);
   load_options.context = std::max<int64_t>(1, std::min(longest, model.config().max_positions));
   load_options.sequences = static_cast<int64_t>(setup.sequences.size());
-  NIBBLE_TRY(model.load(load_options));
-  if (model.quantized()) return model.model().set_plan(setup.plan.plan);
+  if (options.batch > 0) {
+    load_options.sequences = std::min(load_options.sequences, options.batch);
+  }
+  NIBBLE_TRY(model.load(load_options, options.model.device));
+  if (model.quantized()) return model.runner().set_plan(setup.plan.plan);
   return {};
 }
 
@@ -270,7 +273,7 @@ void print_json(const Options& options, const Setup& setup,
   document["mode"] = setup.plan.mode;
   document["act"] = options.model.activations;
   document["kv"] = options.model.kv;
-  document["head"] = setup.model->model().head_name();
+  document["head"] = setup.model->runner().head_name();
   document["memory"] = memory_json(setup.model->memory());
   document["peak_mem_bytes"] = peak_memory_bytes();
   document["kernels"] = kernels;
@@ -308,7 +311,7 @@ Status compare(const Options& options, Setup& setup) {
     SamplerOptions sampler = options.sampler;
     sampler.seed += i;  // as generate() does
     Result<std::optional<Divergence>> divergence =
-        first_divergence(setup.model->model(), setup.plan.plan, setup.compare->plan,
+        first_divergence(setup.model->runner(), setup.plan.plan, setup.compare->plan,
                          setup.sequences[i], sampler, interrupted);
     if (!divergence.ok()) return divergence.status();
     setup.answers[i].divergence = *divergence;
@@ -328,11 +331,13 @@ Status run(const Options& options, Setup& setup) {
   generation.sampler = options.sampler;
   generation.stop_tokens = stop_tokens(options, setup);
   generation.stop = interrupted;
+  generation.pass_tokens = options.model.pass_tokens();
+  generation.batch = options.batch;
   generation.on_token = [&](size_t i, int32_t token) {
     setup.answers[i].text += setup.answers[i].stream->push(token);
     return options.as_json || printer.update();
   };
-  const Status status = generate(setup.model->model(), setup.sequences, generation, setup.times);
+  const Status status = generate(setup.model->runner(), setup.sequences, generation, setup.times);
   for (Answer& answer : setup.answers) answer.text += answer.stream->finish();
   if (!options.as_json) printer.update();
   return status;
@@ -346,7 +351,7 @@ int run_generate(const Options& options) {
   Setup setup;
   if (const Status status = prepare(options, setup); !status.ok()) return fail(status);
   if (const Status status = run(options, setup); !status.ok()) return fail(status);
-  const std::vector<std::string> kernels = setup.model->model().kernels();  // before --compare
+  const std::vector<std::string> kernels = setup.model->runner().kernels();  // before --compare
   if (!interrupted() && setup.compare.has_value()) {
     const Status status = compare(options, setup);
     if (!status.ok() && status.code() != Code::interrupted) return fail(status);
@@ -405,6 +410,12 @@ void add_generate_command(CLI::App& app, int& exit_code) {
   command
       ->add_option("-c,--context", options->model.context,
                    "longest text, prompt included; 0: what the prompt and -n need")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str()
+      ->group("Model");
+  command
+      ->add_option("-b,--batch", options->batch,
+                   "prompts that are decoded together at most, the others wait; 0: all")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str()
       ->group("Model");

@@ -2,38 +2,42 @@
 #include "generation.h"
 
 #include <algorithm>
+#include <cstdint>
 
 #include "timing.h"
 
 namespace nibble {
 namespace {
 
-/// Prompt tokens that go through the layers at once.
+/// Tokens that go through the layers at once when comparing.
 constexpr int64_t kForwardTokens = 512;
 /// Rows of logits that are looked at together when comparing.
 constexpr int64_t kCompareRows = 64;
 
 class Generator {
  public:
-  Generator(Model& model, std::span<Sequence> sequences, const GenerateOptions& options)
-      : model_(model), sequences_(sequences), options_(options) {
+  Generator(Runner& model, std::span<Sequence> sequences, const GenerateOptions& options)
+      : model_(model), sequences_(sequences), options_(options), caches_(sequences.size()) {
     for (size_t i = 0; i < sequences.size(); ++i) {
       SamplerOptions sampler = options.sampler;
       sampler.seed += i;
       samplers_.emplace_back(sampler);
-      caches_.push_back(model.make_cache());
     }
   }
 
   Status run(GenerateTimes& times) {
-    const double start = now_seconds();
-    NIBBLE_TRY(read_prompts(times));
-    times.prompt_seconds = now_seconds() - start;
-    while (!active_.empty()) {
-      if (stopped_ || (options_.stop && options_.stop())) break;
+    while (!stopped_ && !(options_.stop && options_.stop())) {
+      const double start = now_seconds();
+      NIBBLE_TRY(admit(times));
+      const double admitted = now_seconds();
+      times.prompt_seconds += admitted - start;
+      if (active_.empty()) {
+        if (next_sequence_ == sequences_.size()) break;
+        continue;  // all that were admitted ended with their first token
+      }
       NIBBLE_TRY(decode(times));
+      times.decode_seconds += now_seconds() - admitted;
     }
-    times.decode_seconds = now_seconds() - start - times.prompt_seconds;
     for (Sequence& sequence : sequences_) {
       if (sequence.finish == Finish::running) sequence.finish = Finish::interrupted;
     }
@@ -42,106 +46,145 @@ class Generator {
 
  private:
   int64_t width() const { return model_.config().hidden; }
+  size_t vocab() const { return static_cast<size_t>(model_.config().vocab); }
 
-  /// All prompts through the layers, packed into forward passes whatever their lengths, and the
-  /// first token of each.
-  Status read_prompts(GenerateTimes& times) {
-    std::vector<float> last(sequences_.size() * static_cast<size_t>(width()));
-    std::vector<float> hidden(static_cast<size_t>(kForwardTokens * width()));
-    std::vector<size_t> done(sequences_.size());  // tokens of each prompt
-    size_t first = 0;                             // sequence that is not done
-    while (first < sequences_.size()) {
-      if (options_.stop && options_.stop()) return {};
-      std::vector<BatchItem> items;
-      int64_t rows = 0;
-      for (size_t i = first; i < sequences_.size() && rows < kForwardTokens; ++i) {
-        const std::vector<int32_t>& prompt = sequences_[i].prompt;
-        const size_t count =
-            std::min(prompt.size() - done[i], static_cast<size_t>(kForwardTokens - rows));
-        items.push_back({&caches_[i], {prompt.data() + done[i], count}});
-        rows += static_cast<int64_t>(count);
+  /// Reads the prompts of as many sequences as there is room for beside the active ones.
+  Status admit(GenerateTimes& times) {
+    const size_t most = options_.batch > 0 ? static_cast<size_t>(options_.batch) : SIZE_MAX;
+    const size_t first = next_sequence_;
+    const size_t count = std::min(sequences_.size() - first, most - std::min(most, active_.size()));
+    if (count == 0) return {};
+    next_sequence_ += count;
+    for (size_t i = first; i < next_sequence_; ++i) caches_[i] = model_.make_cache();
+    std::vector<float> states;
+    NIBBLE_TRY(read_prompts(first, count, states, times));
+    if (stopped_) return {};
+    logits_.resize(count * vocab());
+    NIBBLE_TRY(model_.logits(states.data(), static_cast<int64_t>(count), logits_.data()));
+    std::vector<size_t> admitted;
+    for (size_t i = first; i < next_sequence_; ++i) admitted.push_back(i);
+    sample(admitted);
+    std::vector<size_t> still = take(admitted, next_);
+    active_.insert(active_.end(), still.begin(), still.end());
+    return {};
+  }
+
+  /// The prompts of sequences [first, first + count) through the layers, packed into forward passes
+  /// whatever their lengths, and the last hidden state of each.
+  Status read_prompts(size_t first, size_t count, std::vector<float>& states,
+                      GenerateTimes& times) {
+    states.resize(count * static_cast<size_t>(width()));
+    std::vector<size_t> done(count);  // tokens of each prompt
+    for (size_t at = 0; at < count;) {
+      if (options_.stop && options_.stop()) {
+        stopped_ = true;
+        return {};
       }
-      NIBBLE_TRY(model_.forward(items, hidden.data()));
+      std::vector<SequenceItem> items;
+      int64_t rows = 0;
+      for (size_t i = at; i < count && rows < options_.pass_tokens; ++i) {
+        const std::vector<int32_t>& prompt = sequences_[first + i].prompt;
+        const size_t taken =
+            std::min(prompt.size() - done[i], static_cast<size_t>(options_.pass_tokens - rows));
+        items.push_back({caches_[first + i].get(), {prompt.data() + done[i], taken}});
+        rows += static_cast<int64_t>(taken);
+      }
+      // Of an item whose prompt goes on, the row is overwritten by a later pass.
+      NIBBLE_TRY(model_.forward(items, HiddenRows::last,
+                                states.data() + at * static_cast<size_t>(width())));
       times.prompt_tokens += rows;
-      int64_t row = 0;
-      const size_t started = first;
+      const size_t started = at;
       for (size_t i = started; i < started + items.size(); ++i) {
-        const size_t count = items[i - started].tokens.size();
-        row += static_cast<int64_t>(count);
-        done[i] += count;
-        if (done[i] < sequences_[i].prompt.size()) break;
-        std::copy_n(hidden.data() + (row - 1) * width(), width(),
-                    last.data() + static_cast<int64_t>(i) * width());
-        first = i + 1;
+        done[i] += items[i - started].tokens.size();
+        if (done[i] == sequences_[first + i].prompt.size()) at = i + 1;
       }
     }
-    for (size_t i = 0; i < sequences_.size(); ++i) active_.push_back(i);
-    return choose(last.data());
+    return {};
   }
 
   /// One more token of every active sequence.
   Status decode(GenerateTimes& times) {
-    std::vector<BatchItem> items;
-    for (const size_t i : active_)
-      items.push_back({&caches_[i], {&sequences_[i].tokens.back(), 1}});
-    hidden_.resize(active_.size() * static_cast<size_t>(width()));
-    NIBBLE_TRY(model_.forward(items, hidden_.data()));
-    times.decode_tokens += static_cast<int64_t>(active_.size());
-    return choose(hidden_.data());
-  }
-
-  /// Samples a token for every active sequence from its row of `hidden`; drops those that end.
-  Status choose(const float* hidden) {
-    const auto vocab = static_cast<size_t>(model_.config().vocab);
-    logits_.resize(active_.size() * vocab);
-    NIBBLE_TRY(model_.logits(hidden, static_cast<int64_t>(active_.size()), logits_.data()));
-    std::vector<size_t> still;
-    for (size_t row = 0; row < active_.size(); ++row) {
-      const size_t i = active_[row];
-      Sequence& sequence = sequences_[i];
-      if (sequence.limit <= 0) {
-        sequence.finish = Finish::length;
-        continue;
-      }
-      const int32_t token = samplers_[i].sample({logits_.data() + row * vocab, vocab});
-      sequence.tokens.push_back(token);
-      if (std::binary_search(options_.stop_tokens.begin(), options_.stop_tokens.end(), token)) {
-        sequence.finish = Finish::eos;
-        continue;
-      }
-      if (options_.on_token && !options_.on_token(i, token)) stopped_ = true;
-      if (static_cast<int64_t>(sequence.tokens.size()) >= sequence.limit) {
-        sequence.finish = Finish::length;
-      } else {
-        still.push_back(i);
-      }
+    std::vector<SequenceItem> items;
+    for (const size_t i : active_) {
+      items.push_back({caches_[i].get(), {&sequences_[i].tokens.back(), 1}});
     }
-    active_ = std::move(still);
+    times.decode_tokens += static_cast<int64_t>(active_.size());
+    if (options_.sampler.temperature == 0) {
+      next_.resize(active_.size());
+      NIBBLE_TRY(model_.greedy(items, next_));
+      active_ = take(active_, next_);
+      return {};
+    }
+    hidden_.resize(active_.size() * static_cast<size_t>(width()));
+    NIBBLE_TRY(model_.forward(items, HiddenRows::last, hidden_.data()));
+    logits_.resize(active_.size() * vocab());
+    NIBBLE_TRY(model_.logits(hidden_.data(), static_cast<int64_t>(active_.size()), logits_.data()));
+    sample(active_);
+    active_ = take(active_, next_);
     return {};
   }
 
-  Model& model_;
+  /// A token for each of these sequences from its row of logits, into next_.
+  void sample(const std::vector<size_t>& of) {
+    next_.clear();
+    for (size_t row = 0; row < of.size(); ++row) {
+      const std::span<const float> logits(logits_.data() + row * vocab(), vocab());
+      next_.push_back(samplers_[of[row]].sample(logits));
+    }
+  }
+
+  /// Appends the tokens that were chosen for these sequences; those that go on.
+  std::vector<size_t> take(const std::vector<size_t>& of, std::span<const int32_t> next) {
+    std::vector<size_t> still;
+    for (size_t row = 0; row < of.size(); ++row) {
+      const size_t i = of[row];
+      Sequence& sequence = sequences_[i];
+      if (sequence.limit <= 0) {
+        sequence.finish = Finish::length;
+      } else {
+        const int32_t token = next[row];
+        sequence.tokens.push_back(token);
+        if (std::binary_search(options_.stop_tokens.begin(), options_.stop_tokens.end(), token)) {
+          sequence.finish = Finish::eos;
+        } else {
+          if (options_.on_token && !options_.on_token(i, token)) stopped_ = true;
+          if (static_cast<int64_t>(sequence.tokens.size()) >= sequence.limit) {
+            sequence.finish = Finish::length;
+          } else {
+            still.push_back(i);
+            continue;
+          }
+        }
+      }
+      caches_[i].reset();  // its memory is for those that wait
+    }
+    return still;
+  }
+
+  Runner& model_;
   std::span<Sequence> sequences_;
   const GenerateOptions& options_;
   std::vector<Sampler> samplers_;
-  std::vector<KvCache> caches_;
+  std::vector<std::unique_ptr<SequenceCache>> caches_;
+  size_t next_sequence_ = 0;    // the first that has not been admitted
   std::vector<size_t> active_;  // sequences that go on
   std::vector<float> hidden_, logits_;
+  std::vector<int32_t> next_;
   bool stopped_ = false;
 };
 
 /// Hidden states of the last `rows` tokens, (rows, hidden).
-Result<std::vector<float>> hidden_states(Model& model, std::span<const int32_t> tokens,
+Result<std::vector<float>> hidden_states(Runner& model, std::span<const int32_t> tokens,
                                          int64_t rows, const std::function<bool()>& stop) {
   const int64_t width = model.config().hidden;
   const auto length = static_cast<int64_t>(tokens.size());
   std::vector<float> hidden(static_cast<size_t>(length * width));
-  KvCache cache = model.make_cache();
+  const std::unique_ptr<SequenceCache> cache = model.make_cache();
   for (int64_t at = 0; at < length; at += kForwardTokens) {
     if (stop && stop()) return Status(Code::interrupted, "interrupted");
     const auto count = static_cast<size_t>(std::min(kForwardTokens, length - at));
-    const BatchItem item{&cache, tokens.subspan(static_cast<size_t>(at), count)};
-    NIBBLE_TRY(model.forward({&item, 1}, hidden.data() + at * width));
+    const SequenceItem item{cache.get(), tokens.subspan(static_cast<size_t>(at), count)};
+    NIBBLE_TRY(model.forward({&item, 1}, HiddenRows::all, hidden.data() + at * width));
   }
   hidden.erase(hidden.begin(), hidden.begin() + (length - rows) * width);
   return hidden;
@@ -159,12 +202,12 @@ const char* finish_name(Finish finish) {
   return "?";
 }
 
-Status generate(Model& model, std::span<Sequence> sequences, const GenerateOptions& options,
+Status generate(Runner& model, std::span<Sequence> sequences, const GenerateOptions& options,
                 GenerateTimes& times) {
   return Generator(model, sequences, options).run(times);
 }
 
-Result<std::optional<Divergence>> first_divergence(Model& model, const ModelPlan& plan,
+Result<std::optional<Divergence>> first_divergence(Runner& model, const ModelPlan& plan,
                                                    const ModelPlan& other, const Sequence& sequence,
                                                    const SamplerOptions& sampler_options,
                                                    const std::function<bool()>& stop) {

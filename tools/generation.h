@@ -7,7 +7,7 @@
 #include <span>
 #include <vector>
 
-#include "model/model.h"
+#include "model/runner.h"
 #include "model/sampler.h"
 
 namespace nibble {
@@ -29,16 +29,19 @@ struct GenerateOptions {
   std::function<bool()> stop;        // may be empty; asked between forward passes
   /// Every token but a stop token; false ends generation as `stop` does. May be empty.
   std::function<bool(size_t sequence, int32_t token)> on_token;
+  int64_t pass_tokens = 512;  // prompt tokens that go through the layers at once, at most
+  // Sequences that are decoded together, at most; the others wait until one ends. 0: all of them
+  int64_t batch = 0;
 };
 
 struct GenerateTimes {
   int64_t prompt_tokens = 0, decode_tokens = 0;  // the latter without each sequence's first
-  double prompt_seconds = 0;  // until the first token of every sequence was known
+  double prompt_seconds = 0;  // reading prompts, each up to its first token
   double decode_seconds = 0;  // of all later ones
 };
 
 /// Fills tokens and finish of every sequence. An interruption is not an error.
-Status generate(Model& model, std::span<Sequence> sequences, const GenerateOptions& options,
+Status generate(Runner& model, std::span<Sequence> sequences, const GenerateOptions& options,
                 GenerateTimes& times);
 
 /// The first token that another plan chooses differently after the same tokens.
@@ -53,7 +56,7 @@ struct Divergence {
 /// passes (no plan here may have Granularity::tensor), so this is what generating under `other`
 /// would have chosen, at the speed of a prompt. Leaves the model with one of the two plans.
 /// nothing: they agree on every token.
-Result<std::optional<Divergence>> first_divergence(Model& model, const ModelPlan& plan,
+Result<std::optional<Divergence>> first_divergence(Runner& model, const ModelPlan& plan,
                                                    const ModelPlan& other, const Sequence& sequence,
                                                    const SamplerOptions& sampler,
                                                    const std::function<bool()>& stop);

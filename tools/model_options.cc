@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "format/linear_format.h"
+#include "model/cuda/runner.h"
 #include "model/plan_config.h"
 #include "text.h"
 #include "timing.h"
@@ -52,7 +53,8 @@ ModelOptions ModelArguments::model_options(int64_t default_context, int64_t sequ
           .kv_dtype = kKvTypes.at(kv),
           .int8_head = head == "int8",
           .context = context > 0 ? context : default_context,
-          .sequences = sequences};
+          .sequences = sequences,
+          .batch_invariant = batch_invariant};
 }
 
 void add_model_arguments(CLI::App& command, ModelArguments& arguments, bool many_modes) {
@@ -89,6 +91,16 @@ void add_model_arguments(CLI::App& command, ModelArguments& arguments, bool many
       ->check(CLI::IsMember({"16", "int8"}))
       ->capture_default_str()
       ->group("Model");
+  command.add_option("--device", arguments.device, "where the model runs; cuda: the first GPU")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str()
+      ->group("Model");
+  command
+      .add_flag(
+          "--batch-invariant", arguments.batch_invariant,
+          "on a GPU: the same bits for a sequence alone and beside others (--batch of them at "
+          "most), at the cost of a full batch's steps; a CPU always gives them")
+      ->group("Model");
   command.add_option("--threads", arguments.threads, "threads; 0: all CPUs")
       ->check(CLI::Range(0, kMaxThreads))
       ->capture_default_str()
@@ -111,7 +123,8 @@ Result<std::unique_ptr<LoadedModel>> LoadedModel::open(const std::string& direct
   return std::unique_ptr<LoadedModel>(new LoadedModel(std::move(*checkpoint), std::move(*config)));
 }
 
-Status LoadedModel::load(const ModelOptions& options) {
+Status LoadedModel::load(const ModelOptions& options, const std::string& device) {
+  if (device == "cuda") return load_cuda(options);
   Result<MemoryEstimate> memory = Model::estimate(checkpoint_, options);
   if (!memory.ok()) return memory.status();
   memory_ = *memory;
@@ -121,6 +134,35 @@ Status LoadedModel::load(const ModelOptions& options) {
   if (!model.ok()) return model.status();
   load_seconds_ = now_seconds() - start;
   model_.emplace(std::move(*model));
+  runner_ = std::make_unique<CpuRunner>(*model_);
+  return {};
+}
+
+Status LoadedModel::load_cuda(const ModelOptions& options) {
+  Result<MemoryEstimate> memory = cuda::estimate_runner(checkpoint_, options);
+  if (!memory.ok()) return memory.status();
+  memory_ = *memory;
+  print_memory(directory(), options, memory_);
+  std::fputs(
+      "nibble: note: models on a GPU are new: their runner is tested on a stand-in of host memory "
+      "and its kernels one by one on an H200, not yet both together. --device cpu is the "
+      "reference.\n",
+      stderr);
+  const double start = now_seconds();
+  Result<std::unique_ptr<Runner>> runner = cuda::make_runner(checkpoint_, options);
+  if (!runner.ok()) return runner.status();
+  load_seconds_ = now_seconds() - start;
+  runner_ = std::move(*runner);
+  return {};
+}
+
+Status LoadedModel::load_dequantized(const ModelOptions& options) {
+  const double start = now_seconds();
+  Result<std::unique_ptr<Runner>> runner =
+      cuda::make_runner(checkpoint_, options, cuda::WeightForm::dequantized);
+  if (!runner.ok()) return runner.status();
+  load_seconds_ += now_seconds() - start;
+  dequantized_ = std::move(*runner);
   return {};
 }
 
@@ -131,8 +173,8 @@ std::string LoadedModel::default_mode() const {
   return has_plan() ? "auto" : "w4a8";
 }
 
-Result<ModelPlan> LoadedModel::plan(const std::string& mode,
-                                    std::optional<Granularity> granularity) const {
+Result<ModelPlan> LoadedModel::plan(const std::string& mode, std::optional<Granularity> granularity,
+                                    bool dequantizes) const {
   if (!quantized_) {
     if (mode == kMode16Bit || mode == "auto") return uniform_plan(config_.layers, Mode::w4a16);
     return Status(Code::unsupported,
@@ -140,6 +182,7 @@ Result<ModelPlan> LoadedModel::plan(const std::string& mode,
                               "quantize makes a 4-bit checkpoint)",
                               printable(directory()), mode));
   }
+  if (mode == kMode16Bit && dequantizes) return uniform_plan(config_.layers, Mode::w4a16);
   if (mode == kMode16Bit) {
     return Status(Code::unsupported, fmt::format("{} is quantized: mode 16bit is for checkpoints "
                                                  "with 16-bit weights, w4a16 is the nearest",
@@ -156,13 +199,13 @@ Result<ModelPlan> LoadedModel::plan(const std::string& mode,
   return plan_from_config(checkpoint_.config(), config_);
 }
 
-Result<std::vector<NamedPlan>> plans_of(const LoadedModel& loaded,
-                                        const ModelArguments& arguments) {
+Result<std::vector<NamedPlan>> plans_of(const LoadedModel& loaded, const ModelArguments& arguments,
+                                        bool dequantizes) {
   std::vector<std::string> modes = arguments.modes;
   if (modes.empty()) modes.push_back(loaded.default_mode());
   std::vector<NamedPlan> plans;
   for (const std::string& mode : modes) {
-    Result<ModelPlan> plan = loaded.plan(mode, arguments.granularity());
+    Result<ModelPlan> plan = loaded.plan(mode, arguments.granularity(), dequantizes);
     if (!plan.ok()) return plan.status();
     plans.push_back({mode, std::move(*plan)});
   }
@@ -172,27 +215,6 @@ Result<std::vector<NamedPlan>> plans_of(const LoadedModel& loaded,
 std::string mode_text(const std::string& mode, const ModelArguments& arguments) {
   return mode == "w4a8" || mode == "w4a4" ? fmt::format("{} {}", mode, arguments.activations)
                                           : mode;
-}
-
-std::vector<std::string> kernels_of(const Model& model, const ModelPlan& plan) {
-  std::vector<Mode> modes;
-  if (model.head_name() == mode_name(Mode::w4a16)) modes.push_back(Mode::w4a16);
-  for (const LinearSpec& spec : plan.specs) {
-    if (!model.quantized()) break;
-    // groups of 8 and of 4 bits side by side run in the kernels for 8
-    modes.push_back(spec.wide_groups.empty() ? spec.mode : Mode::w4a8);
-  }
-  const std::vector<KernelInfo> table = kernel_table();
-  std::vector<std::string> names;
-  for (const std::string& name : model.kernels()) {
-    const auto info = std::find_if(table.begin(), table.end(),
-                                   [&](const KernelInfo& kernel) { return name == kernel.name; });
-    if (info == table.end() ||  // of 16-bit weights: the same in every mode
-        std::find(modes.begin(), modes.end(), info->mode) != modes.end()) {
-      names.push_back(name);
-    }
-  }
-  return names;
 }
 
 nlohmann::json memory_json(const MemoryEstimate& memory) {

@@ -10,7 +10,9 @@
 #include "base/memory.h"
 #include "cli.h"
 #include "format/checkpoint.h"
+#include "model/cpu_runner.h"
 #include "model/model.h"
+#include "model/runner.h"
 
 namespace nibble::cli {
 
@@ -20,18 +22,21 @@ inline constexpr const char* kMode16Bit = "16bit";
 struct ModelArguments {
   std::string directory;
   std::vector<std::string> modes;  // empty: default_mode()
-  std::string activations = "mix", kv = "bf16", head = "16";
+  std::string activations = "mix", kv = "bf16", head = "16", device = "cpu";
   int threads = 0;
   int64_t context = 0;
+  bool batch_invariant = false;
 
   /// activations as uniform_plan() takes it.
   std::optional<Granularity> granularity() const;
   /// The options for Model::load; `context` where the user named none.
   ModelOptions model_options(int64_t default_context, int64_t sequences) const;
+  /// Prompt tokens that go through the layers at once: enough for full speed.
+  int64_t pass_tokens() const { return device == "cuda" ? 2048 : 512; }
 };
 
-/// DIR, --mode (several of them if `many_modes`), --act, --kv, --head, --threads. What --context
-/// means differs: each command adds its own.
+/// DIR, --mode (several of them if `many_modes`), --act, --kv, --head, --device, --threads, ...
+/// What --context means differs: each command adds its own.
 void add_model_arguments(CLI::App& command, ModelArguments& arguments, bool many_modes);
 
 /// A checkpoint, its configuration, and from load() on the model.
@@ -40,31 +45,46 @@ class LoadedModel {
   /// Reads config.json and the table of tensors; no weights yet.
   static Result<std::unique_ptr<LoadedModel>> open(const std::string& directory);
 
-  /// Says on stderr what memory it will take, then loads. Refuses what does not fit.
-  Status load(const ModelOptions& options);
+  /// Says on stderr what memory it will take, then loads. Refuses what does not fit. device:
+  /// "cpu" or "cuda".
+  Status load(const ModelOptions& options, const std::string& device = "cpu");
 
   const std::string& directory() const { return checkpoint_.directory(); }
   const Checkpoint& checkpoint() const { return checkpoint_; }
   const ModelConfig& config() const { return config_; }
   bool quantized() const { return quantized_; }
   bool has_plan() const;  // config.json holds one
-  Model& model() { return *model_; }
+  Model& model() { return *model_; }  // of device "cpu" only
+  Runner& runner() { return *runner_; }
+  const Runner& runner() const { return *runner_; }
   const MemoryEstimate& memory() const { return memory_; }
   double load_seconds() const { return load_seconds_; }
 
+  /// A second runner beside the first, of the same weights dequantized to 16 bits: what
+  /// `bench model --device cuda --mode 16bit` compares with.
+  Status load_dequantized(const ModelOptions& options);
+  /// The one that runs `mode`.
+  Runner& runner_of(const std::string& mode) {
+    return dequantized_ != nullptr && mode == kMode16Bit ? *dequantized_ : *runner_;
+  }
+
   /// "auto" with a saved plan, else "w4a8"; "16bit" if nothing is quantized.
   std::string default_mode() const;
-  /// What `mode` means here. unsupported: w4a8 of an unquantized checkpoint, or the reverse.
-  Result<ModelPlan> plan(const std::string& mode, std::optional<Granularity> granularity) const;
+  /// What `mode` means here. unsupported: w4a8 of an unquantized checkpoint, or, unless
+  /// load_dequantized() is going to be called, the reverse.
+  Result<ModelPlan> plan(const std::string& mode, std::optional<Granularity> granularity,
+                         bool dequantizes = false) const;
 
  private:
   LoadedModel(Checkpoint checkpoint, ModelConfig config);
+  Status load_cuda(const ModelOptions& options);
   Checkpoint checkpoint_;
   ModelConfig config_;
   bool quantized_ = false;
   MemoryEstimate memory_;
   double load_seconds_ = 0;
   std::optional<Model> model_;
+  std::unique_ptr<Runner> runner_, dequantized_;
 };
 
 /// arguments.modes, or the default one; every one checked against the checkpoint.
@@ -72,14 +92,11 @@ struct NamedPlan {
   std::string mode;
   ModelPlan plan;
 };
-Result<std::vector<NamedPlan>> plans_of(const LoadedModel& loaded, const ModelArguments& arguments);
+Result<std::vector<NamedPlan>> plans_of(const LoadedModel& loaded, const ModelArguments& arguments,
+                                        bool dequantizes = false);
 
 /// "w4a8 mix": mode and activation scales, the latter only where they have a meaning.
 std::string mode_text(const std::string& mode, const ModelArguments& arguments);
-
-/// Names of the kernels that `model` has run and that `plan` can have run: the receipt of one mode,
-/// when the model ran several.
-std::vector<std::string> kernels_of(const Model& model, const ModelPlan& plan);
 
 nlohmann::json memory_json(const MemoryEstimate& memory);
 

@@ -114,12 +114,15 @@ Status prepare(const Options& options, Setup& setup) {
   NIBBLE_TRY(read_texts(options, setup));
 
   const ModelOptions load_options = options.model.model_options(options.eval.context, 1);
-  NIBBLE_TRY(setup.model->load(load_options));
-  if (setup.reference_model != nullptr) NIBBLE_TRY(setup.reference_model->load(load_options));
-  for (EvalSubject& subject : setup.subjects) subject.model = &setup.model->model();
+  NIBBLE_TRY(setup.model->load(load_options, options.model.device));
+  if (setup.reference_model != nullptr) {
+    NIBBLE_TRY(setup.reference_model->load(load_options, options.model.device));
+  }
+  for (EvalSubject& subject : setup.subjects) subject.model = &setup.model->runner();
   if (setup.reference.has_value()) {
     setup.reference->model =
-        setup.reference_model != nullptr ? &setup.reference_model->model() : &setup.model->model();
+        setup.reference_model != nullptr ? &setup.reference_model->runner()
+                                         : &setup.model->runner();
   }
   return {};
 }
@@ -224,7 +227,7 @@ json to_json(const Options& options, const Setup& setup, const Row& row) {
                    {"tokens", r.tokens},
                    {"ppl", number(r.ppl)},
                    {"ppl_err", number(r.ppl_err)}};
-  document["kernels"] = kernels_of(setup.model->model(), row.subject->plan);
+  document["kernels"] = setup.model->runner().kernels(&row.subject->plan);
   const std::pair<const char*, double> paired[] = {{"reference_ppl", r.reference_ppl},
                                                    {"reference_ppl_err", r.reference_ppl_err},
                                                    {"correlation", r.correlation},
@@ -335,7 +338,7 @@ int run_perplexity(Options options) {
                "nibble: note: fewer than 100 tokens were scored; the figures mean little\n");
   }
   fmt::print(stderr, "kernels: {}; peak memory {}\n",
-             fmt::join(setup.model->model().kernels(), ", "), bytes_text(peak_memory_bytes()));
+             fmt::join(setup.model->runner().kernels(), ", "), bytes_text(peak_memory_bytes()));
   for (const std::string& failure : failures) {
     fmt::print(stderr, "nibble: gate failed: {}\n", failure);
   }

@@ -19,6 +19,7 @@
 #include "calibration_run.h"
 #include "cli.h"
 #include "format/output_file.h"
+#include "model/cpu_runner.h"
 #include "model/plan_config.h"
 #include "model_options.h"
 #include "plan_measure.h"
@@ -206,13 +207,14 @@ Status measure(const Options& options, const Texts& texts, Model& model,
 
 Status search(const Options& options, const Texts& texts, Model& model, PlanReport& report) {
   const ModelPlan plain = uniform_plan(model.config().layers, Mode::w4a16);
-  const EvalSubject reference{&model, plain, "w4a16"};
+  CpuRunner runner(model);
+  const EvalSubject reference{&runner, plain, "w4a16"};
   EvalOptions eval;
   eval.context = options.context;
   eval.threads = options.threads;
   int evaluations = 0;
   const auto oracle = [&](const ModelPlan& plan, bool thorough) -> Result<Quality> {
-    const EvalSubject subject{&model, plan, "plan"};
+    const EvalSubject subject{&runner, plan, "plan"};
     const EvalText& text = thorough ? texts.held_out : texts.search;
     // How many plans will be tried is not known beforehand, so each has its own progress.
     Progress progress(options.progress, "chunk", static_cast<int64_t>(text.chunks.size()));

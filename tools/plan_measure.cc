@@ -10,6 +10,7 @@
 #include "base/cpu_features.h"
 #include "calibration_run.h"
 #include "gemm/cpu/packed_weights.h"
+#include "model/cpu_runner.h"
 #include "timing.h"
 
 namespace nibble::cli {
@@ -394,7 +395,8 @@ Status measure_costs(const Model& model, int threads, std::vector<SlotMeasure>& 
 Status measure_sensitivity(Model& model, const EvalText& text, Choice first, int threads,
                            std::vector<SlotMeasure>& slots, const std::function<void()>& progress) {
   const ModelPlan plain = uniform_plan(model.config().layers, Mode::w4a16);
-  const EvalSubject reference{&model, plain, "w4a16"};
+  CpuRunner runner(model);
+  const EvalSubject reference{&runner, plain, "w4a16"};
   EvalOptions options;
   options.context = static_cast<int64_t>(text.chunks.front().size());
   options.score_all = true;
@@ -403,7 +405,7 @@ Status measure_sensitivity(Model& model, const EvalText& text, Choice first, int
     const size_t to = std::min(slots.size(), from + kSubjects);
     std::vector<EvalSubject> subjects;
     for (size_t i = from; i < to; ++i) {
-      subjects.push_back({&model, plain, ""});
+      subjects.push_back({&runner, plain, ""});
       subjects.back().plan.at(slots[i].layer, slots[i].slot) = slots[i].find(first)->spec;
     }
     const auto results = evaluate(text, &reference, subjects, options, interrupted);

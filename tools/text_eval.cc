@@ -17,9 +17,9 @@ constexpr int64_t kForwardTokens = 512;
 constexpr int64_t kLogitBytes = int64_t{64} << 20;
 
 /// A subject (or the reference) and what one chunk of it needs.
-struct Runner {
+struct Subject {
   const EvalSubject* subject = nullptr;
-  KvCache* cache = nullptr;
+  SequenceCache* cache = nullptr;
   std::vector<float> hidden;       // (context, hidden)
   std::vector<TokenScore> scores;  // of all chunks so far
 };
@@ -37,9 +37,9 @@ struct Block {
 Status interrupted_status() { return Status(Code::interrupted, "interrupted"); }
 
 /// Hidden states of a whole chunk, from an empty cache.
-Status run_chunk(Runner& runner, const std::vector<int32_t>& tokens,
+Status run_chunk(Subject& runner, const std::vector<int32_t>& tokens,
                  const std::function<bool()>& stop) {
-  Model& model = *runner.subject->model;
+  Runner& model = *runner.subject->model;
   if (model.quantized()) NIBBLE_TRY(model.set_plan(runner.subject->plan));
   runner.cache->set_length(0);
   const int64_t hidden = model.config().hidden;
@@ -47,15 +47,15 @@ Status run_chunk(Runner& runner, const std::vector<int32_t>& tokens,
   for (int64_t at = 0; at < length; at += kForwardTokens) {
     if (stop && stop()) return interrupted_status();
     const auto count = static_cast<size_t>(std::min(kForwardTokens, length - at));
-    const BatchItem item{runner.cache, {tokens.data() + at, count}};
-    NIBBLE_TRY(model.forward({&item, 1}, runner.hidden.data() + at * hidden));
+    const SequenceItem item{runner.cache, {tokens.data() + at, count}};
+    NIBBLE_TRY(model.forward({&item, 1}, HiddenRows::all, runner.hidden.data() + at * hidden));
   }
   return {};
 }
 
 /// Logits and norms of rows [row, row + rows) of the chunk.
-Status run_head(Runner& runner, int64_t row, int64_t rows, int threads, Block& block) {
-  Model& model = *runner.subject->model;
+Status run_head(Subject& runner, int64_t row, int64_t rows, int threads, Block& block) {
+  Runner& model = *runner.subject->model;
   const ModelConfig& config = model.config();
   NIBBLE_TRY(model.logits(runner.hidden.data() + row * config.hidden, rows, block.logits.data()));
   const Status status =
@@ -77,15 +77,15 @@ class Scorer {
         block_(rows_, vocab),
         base_(paired ? rows_ : 0, vocab) {}
 
-  Status score(const std::vector<int32_t>& tokens, Runner* reference,
-               std::vector<Runner>& runners) {
+  Status score(const std::vector<int32_t>& tokens, Subject* reference,
+               std::vector<Subject>& runners) {
     const auto length = static_cast<int64_t>(tokens.size());
     // The last row predicts a token beyond the chunk.
     for (int64_t row = first_; row < length - 1; row += rows_) {
       const int64_t rows = std::min(rows_, length - 1 - row);
       if (reference != nullptr) NIBBLE_TRY(run_head(*reference, row, rows, threads_, base_));
       const LogitRows base = base_.view();
-      for (Runner& runner : runners) {
+      for (Subject& runner : runners) {
         NIBBLE_TRY(run_head(runner, row, rows, threads_, block_));
         const size_t before = runner.scores.size();
         runner.scores.resize(before + static_cast<size_t>(rows));
@@ -165,30 +165,33 @@ Result<std::vector<EvalResult>> evaluate(const EvalText& text, const EvalSubject
   const int64_t vocab = subjects.front().model->config().vocab;
   NIBBLE_TRY(check_vocabularies(text, reference, subjects, vocab));
 
-  std::map<Model*, KvCache> caches;  // runs follow each other: one per model is enough
+  // runs follow each other: one per model is enough
+  std::map<Runner*, std::unique_ptr<SequenceCache>> caches;
   const auto make_runner = [&](const EvalSubject& subject) {
-    Runner runner;
+    Subject runner;
     runner.subject = &subject;
-    runner.cache = &caches.try_emplace(subject.model, subject.model->make_cache()).first->second;
+    std::unique_ptr<SequenceCache>& cache = caches[subject.model];
+    if (cache == nullptr) cache = subject.model->make_cache();
+    runner.cache = cache.get();
     runner.hidden.resize(static_cast<size_t>(options.context * subject.model->config().hidden));
     return runner;
   };
-  std::vector<Runner> runners;
+  std::vector<Subject> runners;
   for (const EvalSubject& subject : subjects) runners.push_back(make_runner(subject));
-  std::optional<Runner> base;
+  std::optional<Subject> base;
   if (reference != nullptr) base = make_runner(*reference);
 
   Scorer scorer(options, vocab, reference != nullptr);
   for (size_t i = 0; i < text.chunks.size(); ++i) {
     const std::vector<int32_t>& tokens = text.chunks[i];
     if (base.has_value()) NIBBLE_TRY(run_chunk(*base, tokens, stop));
-    for (Runner& runner : runners) NIBBLE_TRY(run_chunk(runner, tokens, stop));
+    for (Subject& runner : runners) NIBBLE_TRY(run_chunk(runner, tokens, stop));
     if (stop && stop()) return interrupted_status();
     NIBBLE_TRY(scorer.score(tokens, base.has_value() ? &*base : nullptr, runners));
     if (progress) progress(static_cast<int64_t>(i));
   }
   std::vector<EvalResult> results;
-  for (Runner& runner : runners) {
+  for (Subject& runner : runners) {
     results.push_back(summarize(std::move(runner.scores), reference != nullptr));
   }
   return results;

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "logit_scores.h"
-#include "model/model.h"
+#include "model/runner.h"
 #include "model/tokenizer.h"
 
 namespace nibble {
@@ -40,13 +40,13 @@ Result<EvalText> make_eval_text(const std::vector<int32_t>& tokens, int32_t bos,
 
 /// Where logits come from: a model under a plan. Models with 16-bit weights ignore the plan.
 struct EvalSubject {
-  Model* model = nullptr;
+  Runner* model = nullptr;
   ModelPlan plan;
   std::string name;  // "w4a8"
 };
 
 /// Scores every subject on the text against `reference` (null: plain perplexity) in one pass: the
-/// reference runs once per chunk. Subjects and the reference may share one Model; all have one
+/// reference runs once per chunk. Subjects and the reference may share one Runner; all have one
 /// vocabulary. interrupted if `stop` says so; `progress` after each chunk. Holds logits of some
 /// rows at a time, not of a chunk. Each model is left with the plan that was used last.
 Result<std::vector<EvalResult>> evaluate(const EvalText& text, const EvalSubject* reference,

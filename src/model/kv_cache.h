@@ -14,21 +14,22 @@
 #include "base/dtype.h"
 #include "base/status.h"
 #include "model/config.h"
+#include "model/sequence_cache.h"
 
 namespace nibble {
 
 inline constexpr int64_t kChunkPositions = 64;
 
-class KvCache {
+class KvCache : public SequenceCache {
  public:
   /// dtype: f16, bf16 or f32 of what is stored. Allocates nothing yet.
   KvCache(const ModelConfig& config, Dtype dtype);
 
   /// Makes room for `positions` in all; what is there stays. out_of_memory if there is none.
   Status reserve(int64_t positions);
-  int64_t length() const { return length_; }
-  /// Positions [0, length) are valid; shortening forgets the rest.
-  void set_length(int64_t length) { length_ = length; }
+  int64_t length() const override { return length_; }
+  /// Lengthened by the model, after the last layer has written new positions.
+  void set_length(int64_t length) override { length_ = length; }
 
   Dtype dtype() const { return dtype_; }
   /// Panels of the chunk that starts at position chunk * 64.

@@ -282,7 +282,7 @@ Status LayerRunner::run(const LayerWeights& weights, int64_t layer_index,
   norm.eps = static_cast<float>(c.norm_eps);
 
   Source before_attention = norm;
-  before_attention.norm = weights.input_norm.data();
+  before_attention.norm = weights.norms.input.data();
   NIBBLE_TRY(s.run_group(group(Slot::qkv), Slot::qkv, spec(Slot::qkv), before_attention, rows,
                          s.qkv.as<float>(), observer));
 
@@ -293,8 +293,8 @@ Status LayerRunner::run(const LayerWeights& weights, int64_t layer_index,
   attention.batch = batch;
   attention.qkv = s.qkv.as<float>();
   attention.qkv_stride = (c.heads + 2 * c.kv_heads) * c.head_dim;
-  attention.q_norm = weights.q_norm.empty() ? nullptr : weights.q_norm.data();
-  attention.k_norm = weights.k_norm.empty() ? nullptr : weights.k_norm.data();
+  attention.q_norm = weights.norms.q.empty() ? nullptr : weights.norms.q.data();
+  attention.k_norm = weights.norms.k.empty() ? nullptr : weights.norms.k.data();
   attention.cosine = s.cosine[kind].data();
   attention.sine = s.sine[kind].data();
   attention.out = s.attention.as<float>();
@@ -310,10 +310,10 @@ Status LayerRunner::run(const LayerWeights& weights, int64_t layer_index,
                          s.delta.as<float>(), observer));
 
   Source before_mlp = norm;
-  before_mlp.norm = weights.mlp_norm.data();
+  before_mlp.norm = weights.norms.mlp.data();
   before_mlp.delta = s.delta.as<float>();
   before_mlp.post_norm =
-      weights.post_attention_norm.empty() ? nullptr : weights.post_attention_norm.data();
+      weights.norms.post_attention.empty() ? nullptr : weights.norms.post_attention.data();
   NIBBLE_TRY(s.run_group(group(Slot::gate_up), Slot::gate_up, spec(Slot::gate_up), before_mlp, rows,
                          s.gate_up.as<float>(), observer));
 
@@ -328,7 +328,7 @@ Status LayerRunner::run(const LayerWeights& weights, int64_t layer_index,
 
   Source last = norm;
   last.delta = s.delta.as<float>();
-  last.post_norm = weights.post_mlp_norm.empty() ? nullptr : weights.post_mlp_norm.data();
+  last.post_norm = weights.norms.post_mlp.empty() ? nullptr : weights.norms.post_mlp.data();
   parallel_for(rows >= 16 ? s.threads : 1, rows,
                [&](int64_t row) { last.add_delta(row, hidden + row * c.hidden); });
   return {};

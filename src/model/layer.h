@@ -13,28 +13,15 @@
 #include "model/attention.h"
 #include "model/config.h"
 #include "model/kv_cache.h"
+#include "model/layer_source.h"
 #include "model/linear.h"
 
 namespace nibble {
 
 struct LayerWeights {
   LinearGroup groups[kSlots];  // q,k,v; o; gate,up; down in this order
-  // All as float. Norms already hold 1 + w where config.unit_offset_norm.
-  std::vector<float> input_norm, mlp_norm;                // (hidden); before attention, before MLP
-  std::vector<float> post_attention_norm, post_mlp_norm;  // (hidden) or empty (config.post_norms)
-  std::vector<float> q_norm, k_norm;                      // (head_dim) or empty
+  LayerNorms norms;
 };
-
-/// The tensor names of a checkpoint: prefix of the decoder ("model.", "language_model.model.",
-/// "model.language_model.", ...), found by where embed_tokens is.
-struct ModelNames {
-  std::string decoder;  // ends with "."; layers are decoder + "layers.<i>."
-  std::string lm_head;  // full name without ".weight"/".qweight", or empty (tied)
-  std::string layer(int64_t index) const {
-    return decoder + "layers." + std::to_string(index) + ".";
-  }
-};
-Result<ModelNames> find_model_names(const Checkpoint& checkpoint, const ModelConfig& config);
 
 struct LoadOptions {
   int threads = 0;                // <= 0: all
@@ -50,13 +37,6 @@ Result<LayerWeights> load_layer(const Checkpoint& checkpoint, const ModelNames& 
 /// One linear by its name without suffix, quantized or not.
 Result<Linear> load_linear(const Checkpoint& checkpoint, const std::string& name, int64_t k,
                            int64_t n, bool bias_required, const LoadOptions& options);
-
-/// The norm before the head, as float, 1 + w where config.unit_offset_norm.
-Result<std::vector<float>> load_final_norm(const Checkpoint& checkpoint, const ModelNames& names,
-                                           const ModelConfig& config);
-
-/// Tells the system that the mapped bytes of `tensor` are not needed soon; they stay readable.
-void drop_pages(const TensorView& tensor);
 
 /// Called with the input of each slot's linears, before any of them is run: x (rows, k) row-major.
 using SlotObserver = std::function<void(Slot slot, const float* x, int64_t rows, int64_t k)>;

@@ -120,33 +120,15 @@ Status check_fits(const MemoryEstimate& memory) {
                             gb(memory.kv_cache), gb(memory.workspace), gb(memory.available)));
 }
 
-/// The element type of an embedding or head, which may have more rows (padding) than the
-/// vocabulary.
-Result<Dtype> check_vocabulary_matrix(const std::string& name, const TensorView& tensor,
-                                      const ModelConfig& config) {
-  const auto dtype = float_dtype(tensor.dtype);
-  if (dtype && tensor.shape.size() == 2 && tensor.shape[0] >= config.vocab &&
-      tensor.shape[1] == config.hidden) {
-    return *dtype;
-  }
-  return Status(
-      Code::corrupt_file,
-      fmt::format("\"{}\": expected [{}, {}] of F32, F16 or BF16, found {} {}", name, config.vocab,
-                  config.hidden, tensor_dtype_name(tensor.dtype), tensor.shape_text()));
-}
-
 }  // namespace
 
 Status Model::find_embedding(const ModelNames& names, State& s) {
-  const std::string name = names.decoder + "embed_tokens.weight";
+  const std::string name = names.embedding();
   s.embedding = s.checkpoint->find(name);
   const Result<Dtype> dtype = check_vocabulary_matrix(name, *s.embedding, s.config);
   if (!dtype.ok()) return dtype.status();
   s.embedding_dtype = *dtype;
-  // As the reference does: the factor takes the embedding's type before it multiplies.
-  uint32_t rounded = 0;
-  store_from_float(&rounded, 0, *dtype, static_cast<float>(s.config.embedding_scale));
-  s.embedding_scale = load_as_float(&rounded, 0, *dtype);
+  s.embedding_scale = embedding_scale(s.config, *dtype);
   return {};
 }
 

@@ -13,6 +13,10 @@ struct ModelOptions {
   bool int8_head = false;  // lm_head quantized to 8 bits per output channel, on request only
   int64_t context = 0;     // longest sequence that will be asked for; 0: 4096 or the model's
   int64_t sequences = 1;   // that many of them at once: for the memory estimate
+  // On a GPU, products of different numbers of rows add up in different orders. If set, a sequence
+  // gets the same bits alone and beside others, up to `sequences` of them: every decoding step has
+  // as many rows, and prompts are read one by one. The CPU's bits never depend on the batch.
+  bool batch_invariant = false;
 };
 
 /// What a model will take, before anything is loaded.

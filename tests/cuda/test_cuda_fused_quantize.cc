@@ -123,56 +123,99 @@ std::vector<int64_t> sampled_rows(int64_t m) {
   return rows;
 }
 
+/// A norm's input on host and device: what NormArgs asks for.
+struct NormCase {
+  NormArgs args;
+  std::vector<float> hidden, norm, post_norm;
+  std::vector<uint16_t> delta;
+  Buffer device_hidden, device_norm, device_post_norm, device_delta;
+
+  NormCase(const Shape& s, Element type, bool with_delta, bool with_post_norm, std::mt19937& random)
+      : hidden(floats_of(rows_of(s.m, s.k, Element::bf16, random), Element::bf16)),
+        norm(floats_of(rows_of(1, s.k, Element::f16, random), Element::f16)),
+        post_norm(floats_of(rows_of(1, s.k, Element::f16, random), Element::f16)),
+        delta(rows_of(s.m, s.k, type, random)),
+        device_hidden(hidden),
+        device_norm(norm),
+        device_post_norm(post_norm),
+        device_delta(delta) {
+    for (float& h : hidden) h *= 1.0f + 0x1p-12f;  // more bits than 16 hold
+    device_hidden.upload(hidden.data());
+    args.m = s.m;
+    args.k = s.k;
+    args.hidden = device_hidden.as<float>();
+    args.type = type;
+    args.norm = device_norm.as<float>();
+    args.eps = 1e-5f;
+    if (with_delta) args.delta = device_delta.as<>();
+    if (with_post_norm) args.post_norm = device_post_norm.as<float>();
+  }
+  static std::vector<float> floats_of(const std::vector<uint16_t>& bits, Element type) {
+    std::vector<float> values(bits.size());
+    for (size_t i = 0; i < bits.size(); ++i) {
+      values[i] = load_as_float(bits.data(), static_cast<int64_t>(i), static_cast<Dtype>(type));
+    }
+    return values;
+  }
+  float factor(const std::vector<float>& row) const {
+    return 1.0f / std::sqrt(sum_of_squares(row) / static_cast<float>(args.k) + args.eps);
+  }
+  /// hidden of `row` after the residual add.
+  std::vector<float> sum(int64_t row) const {
+    const int64_t k = args.k;
+    std::vector<float> h(hidden.begin() + row * k, hidden.begin() + (row + 1) * k);
+    if (args.delta == nullptr) return h;
+    std::vector<float> d(static_cast<size_t>(k));
+    for (int64_t i = 0; i < k; ++i) {
+      d[i] = load_as_float(delta.data(), row * k + i, static_cast<Dtype>(args.type));
+    }
+    if (args.post_norm != nullptr) {
+      const float f = factor(d);
+      for (int64_t i = 0; i < k; ++i) d[i] = d[i] * f * post_norm[i];
+    }
+    for (int64_t i = 0; i < k; ++i) h[i] = h[i] + d[i];
+    return h;
+  }
+  std::vector<float> normalized(std::vector<float> h) const {
+    const float f = factor(h);
+    for (int64_t i = 0; i < args.k; ++i) h[i] = h[i] * f * norm[i];
+    return h;
+  }
+  void expect_hidden(int64_t row, const std::vector<float>& expected) const {
+    const std::vector<float> found = device_hidden.download<float>();
+    for (int64_t i = 0; i < args.k; ++i) {
+      if (std::isnan(expected[i])) continue;
+      ASSERT_EQ(found[row * args.k + i], expected[i]);
+    }
+  }
+};
+
+/// Without delta, with it, and with a norm of it.
+struct NormKind {
+  bool delta, post_norm;
+};
+constexpr NormKind kNormKinds[] = {{false, false}, {true, false}, {true, true}};
+
 TEST(CudaFusedQuantize, NormEqualsItsDocumentedOrder) {
   NIBBLE_NEEDS_GPU();
   std::mt19937 random(3);
   for (const Shape& s : kShapes) {
+    if (s.k > 16384) continue;
     for (const Element type : {Element::f16, Element::bf16}) {
-      for (const bool residual : {false, true}) {
-        SCOPED_TRACE(fmt::format("m {} k {} residual {}", s.m, s.k, residual));
-        const auto dtype = static_cast<Dtype>(type);
-        const std::vector<uint16_t> x = rows_of(s.m, s.k, type, random);
-        const std::vector<uint16_t> before = rows_of(s.m, s.k, type, random);
-        const std::vector<uint16_t> weight = rows_of(1, s.k, type, random);
-        const Buffer device_x(x), device_residual(before), device_weight(weight);
+      for (const NormKind& kind : kNormKinds) {
+        SCOPED_TRACE(fmt::format("m {} k {} delta {} {}", s.m, s.k, kind.delta, kind.post_norm));
+        const NormCase c(s, type, kind.delta, kind.post_norm, random);
         Quantized q(s, type);
-        NormQuantizeArgs args;
-        args.to = q.args;
-        args.to.x = device_x.as<>();
-        args.weight = device_weight.as<>();
-        args.one_plus = residual;
-        args.eps = 1e-5f;
-        if (residual) {
-          args.residual = args.sum = device_residual.as<>();
-          args.residual_stride = s.k;
-        }
-        NIBBLE_CHECK_CUDA(launch_norm_quantize(args, nullptr));
+        NIBBLE_CHECK_CUDA(launch_norm_quantize(c.args, q.args, nullptr));
         NIBBLE_CHECK_CUDA(cudaDeviceSynchronize());
-        const std::vector<uint16_t> after = device_residual.download<uint16_t>();
         for (const int64_t row : sampled_rows(s.m)) {
-          std::vector<float> h(static_cast<size_t>(s.k));
-          for (int64_t i = 0; i < s.k; ++i) {
-            h[i] = load_as_float(x.data(), row * s.k + i, dtype);
-            if (!residual) continue;
-            uint16_t sum;
-            store_from_float(&sum, 0, dtype,
-                             h[i] + load_as_float(before.data(), row * s.k + i, dtype));
-            h[i] = load_as_float(&sum, 0, dtype);
-            if (!std::isnan(h[i])) {
-              ASSERT_EQ(after[row * s.k + i], sum);
-            }
-          }
-          const float mean = sum_of_squares(h) / static_cast<float>(s.k);
-          const float factor = 1.0f / std::sqrt(mean + args.eps);
-          for (int64_t i = 0; i < s.k; ++i) {
-            const float w = load_as_float(weight.data(), i, dtype);
-            h[i] = h[i] * factor * (residual ? 1.0f + w : w);
-          }
-          expect_row(q, s, row, h);
+          const std::vector<float> h = c.sum(row);
+          c.expect_hidden(row, h);
+          expect_row(q, s, row, c.normalized(h));
           if (HasFatalFailure()) return;
         }
         for (const Buffer* buffer :
-             std::initializer_list<const Buffer*>{&q.codes, &q.scales, &q.sums, &device_residual}) {
+             std::initializer_list<const Buffer*>{&q.codes, &q.scales, &q.sums, &c.device_hidden}) {
           ASSERT_TRUE(buffer->guard_is_intact());
         }
       }
@@ -180,20 +223,74 @@ TEST(CudaFusedQuantize, NormEqualsItsDocumentedOrder) {
   }
 }
 
+TEST(CudaFusedQuantize, NormIn16BitsIsTheSameRowRounded) {
+  NIBBLE_NEEDS_GPU();
+  std::mt19937 random(6);
+  for (const Shape& s : {Shape{1, 4096}, Shape{300, 2048}, Shape{3, 264}, Shape{2, 16384}}) {
+    for (const Element type : {Element::f16, Element::bf16}) {
+      for (const NormKind& kind : kNormKinds) {
+        for (const bool gather : {false, true}) {
+          SCOPED_TRACE(fmt::format("m {} k {} delta {} {} gather {}", s.m, s.k, kind.delta,
+                                   kind.post_norm, gather));
+          NormCase c(s, type, kind.delta, kind.post_norm, random);
+          std::vector<int32_t> rows;
+          for (const int64_t row : sampled_rows(s.m))
+            rows.insert(rows.begin(), static_cast<int32_t>(row));
+          const Buffer device_rows(rows);
+          if (gather) {
+            c.args.gather = device_rows.as<int32_t>();
+            c.args.m = static_cast<int64_t>(rows.size());
+          }
+          const int64_t stride = s.k + 8;
+          Buffer out(static_cast<size_t>(c.args.m * stride * 2));
+          NIBBLE_CHECK_CUDA(launch_norm(c.args, out.as<>(), stride, nullptr));
+          NIBBLE_CHECK_CUDA(cudaDeviceSynchronize());
+          const std::vector<uint16_t> found = out.download<uint16_t>();
+          for (size_t i = 0; i < rows.size(); ++i) {
+            const std::vector<float> h = c.sum(rows[i]), y = c.normalized(h);
+            const int64_t at = (gather ? static_cast<int64_t>(i) : rows[i]) * stride;
+            for (int64_t j = 0; j < s.k; ++j) {
+              uint16_t expected;
+              store_from_float(&expected, 0, static_cast<Dtype>(type), y[j]);
+              if (std::isnan(y[j])) continue;
+              ASSERT_EQ(found[at + j], expected) << rows[i] << " " << j;
+            }
+            const int64_t k = s.k;
+            c.expect_hidden(rows[i], gather
+                                         ? std::vector<float>(c.hidden.begin() + rows[i] * k,
+                                                              c.hidden.begin() + (rows[i] + 1) * k)
+                                         : h);
+            if (HasFatalFailure()) return;
+          }
+          ASSERT_TRUE(out.guard_is_intact());
+          for (int64_t j = s.k; j < stride; ++j) ASSERT_EQ(found[j], 0xcccc);
+        }
+      }
+    }
+  }
+}
+
+TEST(CudaFusedQuantize, ResidualAddAlone) {
+  NIBBLE_NEEDS_GPU();
+  std::mt19937 random(7);
+  for (const bool post_norm : {false, true}) {
+    const NormCase c({5, 1000}, Element::bf16, true, post_norm, random);
+    NIBBLE_CHECK_CUDA(launch_norm(c.args, nullptr, 0, nullptr));
+    NIBBLE_CHECK_CUDA(cudaDeviceSynchronize());
+    for (int64_t row = 0; row < 4; ++row) c.expect_hidden(row, c.sum(row));
+  }
+}
+
 TEST(CudaFusedQuantize, NormOfARowDoesNotDependOnTheOthers) {
   NIBBLE_NEEDS_GPU();
   std::mt19937 random(5);
   const Shape many{1000, 8192}, one{1, 8192};
-  const std::vector<uint16_t> x = rows_of(many.m, many.k, Element::bf16, random);
-  const Buffer device_x(x), weight(rows_of(1, many.k, Element::bf16, random));
+  NormCase c(many, Element::bf16, false, false, random);
   Quantized all(many, Element::bf16), alone(one, Element::bf16);
-  for (Quantized* q : {&all, &alone}) {
-    NormQuantizeArgs args;
-    args.to = q->args;
-    args.to.x = device_x.as<uint16_t>() + (q == &alone ? 777 * many.k : 0);
-    args.weight = weight.as<>();
-    NIBBLE_CHECK_CUDA(launch_norm_quantize(args, nullptr));
-  }
+  NIBBLE_CHECK_CUDA(launch_norm_quantize(c.args, all.args, nullptr));
+  c.args.hidden += 777 * many.k;
+  c.args.m = 1;
+  NIBBLE_CHECK_CUDA(launch_norm_quantize(c.args, alone.args, nullptr));
   NIBBLE_CHECK_CUDA(cudaDeviceSynchronize());
   const std::vector<int8_t> codes = all.codes.download<int8_t>();
   const std::vector<int8_t> row(codes.begin() + 777 * many.k, codes.begin() + 778 * many.k);
@@ -265,15 +362,64 @@ TEST(CudaFusedQuantize, GateIsRoundedFromTheRightValue) {
               random);  // more than stays in registers
 }
 
+TEST(CudaFusedQuantize, GateIn16BitsIsRoundedFromTheRightValue) {
+  NIBBLE_NEEDS_GPU();
+  std::mt19937 random(8);
+  for (const Shape& s : {Shape{1, 14336}, Shape{70, 1096}, Shape{3, 8}}) {
+    for (const Element type : {Element::f16, Element::bf16}) {
+      for (const GateFunction function : {GateFunction::silu, GateFunction::gelu_tanh}) {
+        const auto dtype = static_cast<Dtype>(type);
+        const std::vector<uint16_t> x = rows_of(s.m, 2 * s.k, type, random);
+        const Buffer device_x(x);
+        Buffer out(static_cast<size_t>(s.m * s.k * 2));
+        GateQuantizeArgs args;
+        args.to.x = device_x.as<>();
+        args.to.x_stride = args.up_stride = 2 * s.k;
+        args.to.type = type;
+        args.to.m = s.m;
+        args.to.k = s.k;
+        args.up = device_x.as<uint16_t>() + s.k;
+        args.function = function;
+        NIBBLE_CHECK_CUDA(launch_gate(args, out.as<>(), s.k, nullptr));
+        NIBBLE_CHECK_CUDA(cudaDeviceSynchronize());
+        const std::vector<uint16_t> found = out.download<uint16_t>();
+        ASSERT_TRUE(out.guard_is_intact());
+        const double unit = type == Element::f16 ? 0x1p-11 : 0x1p-8;
+        for (int64_t i = 0; i < s.m * s.k; ++i) {
+          const int64_t at = i / s.k * 2 * s.k + i % s.k;
+          const double y = gate_function(function, load_as_float(x.data(), at, dtype)) *
+                           load_as_float(x.data(), at + s.k, dtype);
+          const float v = load_as_float(found.data(), i, dtype);
+          if (std::isnan(y)) {
+            ASSERT_TRUE(std::isnan(v));
+          } else {  // 2e-6 as for the codes above; f16 below 2^-14 has a fixed unit
+            ASSERT_NEAR(v, y, std::abs(y) * (unit + 2e-6) + 0x1p-25) << i;
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(CudaFusedQuantize, RefusesWhatItCannotDo) {
-  NormQuantizeArgs args;
-  args.to.scaling = Scaling::tensor;
-  args.to.m = 1;
-  args.to.k = args.to.padded_k = 512;
-  EXPECT_EQ(launch_norm_quantize(args, nullptr), cudaErrorInvalidValue);
-  args.to.scaling = Scaling::token;
-  args.to.type = Element::f32;
-  EXPECT_EQ(launch_norm_quantize(args, nullptr), cudaErrorInvalidValue);
+  NormArgs args;
+  QuantizeArgs to;
+  args.m = 1;
+  args.k = to.padded_k = 512;
+  args.hidden = reinterpret_cast<float*>(256);  // not looked at
+  args.norm = args.hidden;
+  to.scaling = Scaling::tensor;
+  EXPECT_EQ(launch_norm_quantize(args, to, nullptr), cudaErrorInvalidValue);
+  to.scaling = Scaling::token;
+  args.type = Element::f32;
+  EXPECT_EQ(launch_norm_quantize(args, to, nullptr), cudaErrorInvalidValue);
+  args.type = Element::bf16;
+  args.k = to.padded_k = 16384 + 512;
+  EXPECT_EQ(launch_norm_quantize(args, to, nullptr), cudaErrorInvalidValue);
+  args.k = to.padded_k = 512;
+  args.norm = nullptr;
+  EXPECT_EQ(launch_norm_quantize(args, to, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(launch_norm(args, reinterpret_cast<void*>(256), 512, nullptr), cudaErrorInvalidValue);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include "gemm/cuda/gemm_cuda.h"
 #include "gemm/cuda/kernels.h"
+#include "gemm/cuda/operand.h"
 #include "gemm/cuda/plan.h"
 #include "gemm/cuda/runtime.h"
 
@@ -108,6 +109,8 @@ Scaling scaling_of(Granularity granularity) {
   return Scaling::token;
 }
 
+}  // namespace
+
 QuantizeArgs quantize_args(const Plan& plan, const DeviceInput& input, const Operand& to) {
   const Problem& p = plan.problem;
   QuantizeArgs args;
@@ -135,6 +138,8 @@ QuantizeArgs quantize_args(const Plan& plan, const DeviceInput& input, const Ope
   args.tensor_range = to.range;
   return args;
 }
+
+namespace {
 
 GemmArgs gemm_args(const Plan& plan, const Operand& operand, const DeviceWeights& weights, void* y,
                    int64_t y_stride) {

@@ -1,30 +1,41 @@
-// Quantizers with what comes before them in a decoder layer: the row is made, quantized and never
-// written as floats. Same rules as kernels.h. What is normalized or gated is f16 or bf16, in rows
-// that are 16-byte aligned and of a length that 8 divides; Scaling::tensor is refused, because its
-// scale is known only after all rows have been made.
+// Rows that are made and quantized in one go, never written as floats: what stands before a product
+// in a decoder layer. The same rows in 16 bits, for products that take those. Same rules as
+// kernels.h. Rows are 16-byte aligned and of a length that 8 divides; Scaling::tensor is refused,
+// because its scale is known only after all rows have been made.
 #pragma once
 
 #include "gemm/cuda/kernels.h"
 
 namespace nibble::cuda {
 
-/// RMSNorm of x, or of h = x + residual: v = h / sqrt(mean(h^2) + eps) * weight, in float. Of
-/// k <= 32768; scales per token, static per tensor, or per group of 32, 64 or 128.
+/// A residual add and an RMSNorm, in float:
+///
+///   d = delta                                     or, with post_norm (Gemma),
+///   d = delta / sqrt(mean(delta^2) + eps) * post_norm
+///   h = hidden + d                                stored to hidden
+///   v = h / sqrt(mean(h^2) + eps) * norm          the row
 ///
 /// Squares are summed in an order that depends on k alone: the 8 of a chunk one after the other by
 /// fused multiply-adds; the 32 chunks of 256 elements pairwise (lanes 16 apart first, then 8, 4, 2,
 /// 1); blocks i, i + 32, ... of 256 one after the other; those 32 sums pairwise again.
-struct NormQuantizeArgs {
-  QuantizeArgs to;                 // x, type and everything about the codes
-  const void* residual = nullptr;  // (m, k) of to.type, rows residual_stride apart; or null
-  void* sum = nullptr;             // h rounded to to.type, which is what is normalized; may be
-                                   // residual itself
-  int64_t residual_stride = 0;     // of both, elements
-  const void* weight = nullptr;    // (k) of to.type
-  bool one_plus = false;           // the factor is 1 + weight (Gemma)
+struct NormArgs {
+  int64_t m = 0, k = 0;              // k <= 16384, a multiple of 8
+  float* hidden = nullptr;           // (rows, k), contiguous
+  const void* delta = nullptr;       // (rows, k) of `type`, contiguous, or null: d = 0
+  Element type = Element::bf16;      // 16 bits
+  const float* post_norm = nullptr;  // (k) or null
+  const float* norm = nullptr;       // (k); 1 + w where the file's weight is w
   float eps = 0;
+  /// (m) or null: row r is made from rows gather[r] of hidden and delta, which must not repeat, and
+  /// hidden is left as it is.
+  const int32_t* gather = nullptr;
+  bool programmatic = false;
 };
-cudaError_t launch_norm_quantize(const NormQuantizeArgs& args, cudaStream_t stream);
+/// Of `to`: everything about the codes; not x, m, k, type and programmatic. Scales per
+/// token, static per tensor, or per group of 32, 64 or 128.
+cudaError_t launch_norm_quantize(const NormArgs& args, const QuantizeArgs& to, cudaStream_t stream);
+/// out (m, k) of args.type, rows out_stride elements apart; null: only the residual add.
+cudaError_t launch_norm(const NormArgs& args, void* out, int64_t out_stride, cudaStream_t stream);
 
 /// silu: g / (1 + e^-g); gelu_tanh: g / (1 + e^-2u), u = sqrt(2 / pi) (g + 0.044715 g^3).
 enum class GateFunction : int { silu, gelu_tanh };
@@ -38,5 +49,9 @@ struct GateQuantizeArgs {
   GateFunction function = GateFunction::silu;
 };
 cudaError_t launch_gate_quantize(const GateQuantizeArgs& args, cudaStream_t stream);
+/// The same rounded to to.type: out (m, k), rows out_stride elements apart. Of args.to: x,
+/// x_stride, type, m, k and programmatic.
+cudaError_t launch_gate(const GateQuantizeArgs& args, void* out, int64_t out_stride,
+                        cudaStream_t stream);
 
 }  // namespace nibble::cuda

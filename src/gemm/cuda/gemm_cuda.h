@@ -18,6 +18,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -49,6 +50,13 @@ struct DeviceInfo {
 Result<int> device_count();
 Result<DeviceInfo> device_info(int ordinal);
 
+/// One of the weights that are to lie side by side (q, k, v; gate, up).
+struct WeightPart {
+  QuantMatrix matrix;          // host memory
+  const void* bias = nullptr;  // (n) of bias_dtype in host memory, or null: zeros
+  Dtype bias_dtype = Dtype::f32;
+};
+
 /// One weight in device memory, packed as packed.h draws it. Moves, is freed on destruction.
 class DeviceWeights {
  public:
@@ -57,6 +65,17 @@ class DeviceWeights {
   /// than 32, 64, multiples of 128 and K.
   static Result<DeviceWeights> create(const DeviceInfo& device, const QuantMatrix& matrix,
                                       const void* bias = nullptr, Dtype bias_dtype = Dtype::f32);
+  /// Several as one, of the sum of their n. Refuses those of different K, group size or type of
+  /// scales, and an n, but the last one's, that is not a multiple of 16.
+  static Result<DeviceWeights> create(const DeviceInfo& device, std::span<const WeightPart> parts);
+
+  /// The same into `memory` of `device`, 256-byte aligned, of weight_block(...).bytes, which the
+  /// caller owns. Waits until done.
+  static Status pack(const DeviceInfo& device, const QuantMatrix& matrix, const void* bias,
+                     Dtype bias_dtype, void* memory, size_t bytes);
+  /// Such memory as weights of a plan's problem: owns nothing, touches no device.
+  static Result<DeviceWeights> view(const Problem& problem, int device, const void* memory,
+                                    size_t bytes);
 
   DeviceWeights() = default;
   DeviceWeights(DeviceWeights&& other) noexcept { *this = static_cast<DeviceWeights&&>(other); }
@@ -73,8 +92,9 @@ class DeviceWeights {
 
  private:
   PackedLayout layout_;
-  uint8_t* slabs_ = nullptr;
-  float* bias_ = nullptr;
+  const uint8_t* slabs_ = nullptr;
+  const float* bias_ = nullptr;
+  void* owned_ = nullptr;  // freed on destruction
   bool bf16_scales_ = false;
   int device_ = 0;
 };
@@ -105,6 +125,11 @@ struct Plan {
   int64_t padded_k = 0;
   size_t workspace_bytes = 0;  // of run_gemm; begins with flags that are zeroed once
 
+  /// Whether the kernel reads these flags: those that split K over blocks.
+  bool reads_flags() const {
+    return family != KernelFamily::slab && family != KernelFamily::slab_fused &&
+           family != KernelFamily::mma;
+  }
   const char* kernel_name() const;  // "w4a8_slab_sm90", "w4a8_rs_sm90", ...
   std::string describe() const;     // one line
 };

@@ -252,9 +252,8 @@ RsTile best_tile(std::span<const RsTile> tiles, int64_t m) {
   const auto cost = [m](const RsTile& tile) {
     return (m + tile.tokens - 1) / tile.tokens * (tile.tokens + kExpansionRows);
   };
-  return *std::min_element(tiles.begin(), tiles.end(), [&](const RsTile& a, const RsTile& b) {
-    return cost(a) < cost(b);
-  });
+  return *std::min_element(tiles.begin(), tiles.end(),
+                           [&](const RsTile& a, const RsTile& b) { return cost(a) < cost(b); });
 }
 
 /// Splitting costs a sum over parts; an almost full last wave is not worth it.
@@ -376,8 +375,8 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
     plan.ss.e4m3 = kernel->row.mode != Mode::w4a8;
     plan.ss.e4m3_codes = kernel->row.mode == Mode::w4a8_fp8;
     plan.ss.multiprocessors = device.multiprocessors;
-    plan.ss.split_tail = worth_splitting(ss_schedule_of(layout, problem.m, plan.ss),
-                                         device.multiprocessors);
+    plan.ss.split_tail =
+        worth_splitting(ss_schedule_of(layout, problem.m, plan.ss), device.multiprocessors);
   }
   plan.workspace_bytes = workspace_layout(plan).total;
   return plan;

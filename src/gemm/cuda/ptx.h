@@ -235,6 +235,13 @@ __device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t 
   return d;
 }
 
+/// 2^x within 2^-22 of it; 0 for -infinity. The function exp2f would also scale subnormal results.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float d;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+  return d;
+}
+
 /// d += A * B, A (16 x 16), B (16 x 8), with float sums. With lane = 4 r + c: a[0] holds row r, k
 /// 2 c and 2 c + 1; a[1] row r + 8; a[2] row r, k 8 + 2 c ..; a[3] row r + 8; b0, b1 column r, the
 /// same k; d as in mma_u8s8.
@@ -251,6 +258,34 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], 
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/// Four 8 x 8 matrices of 16-bit elements, lane l giving the address of row l % 8 of matrix l / 8.
+/// Word i of lane 4 r + c: row r, columns 2 c and 2 c + 1 of matrix i; transposed: rows 2 c and
+/// 2 c + 1, column r.
+__device__ __forceinline__ uint4 load_matrices(uint32_t row_address) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(row_address)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ uint4 load_matrices_transposed(uint32_t row_address) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(row_address)
+               : "memory");
+  return v;
+}
+
+/// Transposes an 8 x 8 matrix of 16-bit elements: lane 4 r + c gives row r, columns 2 c and
+/// 2 c + 1, and gets column r, rows 2 c and 2 c + 1.
+__device__ __forceinline__ uint32_t transposed(uint32_t v) {
+  uint32_t d;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
+  return d;
 }
 
 /// d += A * B, A (16 x 32) u8, B (32 x 8) s8. With lane = 4 r + c: a.x holds rows r, k 4 c ..;
@@ -278,6 +313,11 @@ __device__ __forceinline__ void mma_s8s8(int (&d)[4], const uint32_t (&a)[4], ui
 /// Barrier `id` (1..15; 0 is __syncthreads) of `threads` threads of a block.
 __device__ __forceinline__ void barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+/// Arrives there without waiting.
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 /// Programmatic launch: until the kernels in front are complete and their writes visible. No-op if

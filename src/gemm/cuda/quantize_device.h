@@ -6,6 +6,7 @@
 // 128 elements are neighbouring lanes.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
@@ -99,7 +100,31 @@ __device__ __forceinline__ Chunk values_of(const Raw<type>& raw) {
   return c;
 }
 
-/// The same for rows of any alignment and length k: element by element.
+/// Two floats rounded to 16 bits, x in the lower half.
+template <Element type>
+__device__ __forceinline__ uint32_t rounded_pair(float x, float y) {
+  if constexpr (type == Element::f16) {
+    const __half2 pair = __floats2half2_rn(x, y);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+}
+
+__device__ __forceinline__ uint32_t rounded_pair(Element type, float x, float y) {
+  return type == Element::f16 ? rounded_pair<Element::f16>(x, y)
+                              : rounded_pair<Element::bf16>(x, y);
+}
+
+/// A chunk rounded to 16 bits.
+template <Element type>
+__device__ __forceinline__ uint4 rounded(const Chunk& c) {
+  return {rounded_pair<type>(c.v[0], c.v[1]), rounded_pair<type>(c.v[2], c.v[3]),
+          rounded_pair<type>(c.v[4], c.v[5]), rounded_pair<type>(c.v[6], c.v[7])};
+}
+
+/// load_raw and values_of for rows of any alignment and length k: element by element.
 template <Element type>
 __device__ __forceinline__ Chunk load_elements(const void* row, int chunk, int k, bool inside) {
   Chunk c;

@@ -21,6 +21,19 @@ Result<DeviceWeights> DeviceWeights::create(const DeviceInfo&, const QuantMatrix
   return no_cuda();
 }
 
+Result<DeviceWeights> DeviceWeights::create(const DeviceInfo&, std::span<const WeightPart>) {
+  return no_cuda();
+}
+
+Status DeviceWeights::pack(const DeviceInfo&, const QuantMatrix&, const void*, Dtype, void*,
+                           size_t) {
+  return no_cuda();
+}
+
+Result<DeviceWeights> DeviceWeights::view(const Problem&, int, const void*, size_t) {
+  return no_cuda();
+}
+
 DeviceWeights& DeviceWeights::operator=(DeviceWeights&&) noexcept { return *this; }
 
 DeviceWeights::~DeviceWeights() = default;

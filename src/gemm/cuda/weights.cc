@@ -1,59 +1,22 @@
 // DeviceWeights: uploads the tensors of a checkpoint and packs them on the device.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
+#include "gemm/cuda/device_buffer.h"
 #include "gemm/cuda/gemm_cuda.h"
 #include "gemm/cuda/kernels.h"
 #include "gemm/cuda/limits.h"
 #include "gemm/cuda/runtime.h"
+#include "gemm/cuda/weight_block.h"
 
 namespace nibble::cuda {
 namespace {
 
-/// Device memory that is freed with its owner, unless released.
-class DeviceBuffer {
- public:
-  DeviceBuffer() = default;
-  ~DeviceBuffer() {
-    if (data_ != nullptr) (void)cudaFree(data_);
-  }
-  DeviceBuffer(const DeviceBuffer&) = delete;
-  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
-
-  Status allocate(size_t bytes, const DeviceInfo& device) {
-    const cudaError_t error = cudaMalloc(&data_, bytes);
-    if (error != cudaErrorMemoryAllocation) return to_status(error, "cudaMalloc");
-    (void)cudaGetLastError();
-    size_t free = 0, total = 0;
-    (void)cudaMemGetInfo(&free, &total);
-    return Status(Code::out_of_memory,
-                  fmt::format("{}: {} bytes of device memory are wanted, {} of {} are free",
-                              device.name, bytes, free, total));
-  }
-
-  /// allocate() and a copy of host memory.
-  Status upload(const void* from, size_t bytes, const DeviceInfo& device) {
-    NIBBLE_TRY(allocate(bytes, device));
-    return to_status(cudaMemcpy(data_, from, bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
-  }
-
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(data_);
-  }
-  template <class T>
-  T* release() {
-    return static_cast<T*>(std::exchange(data_, nullptr));
-  }
-
- private:
-  void* data_ = nullptr;
-};
-
-Status pack(const QuantMatrix& matrix, const PackedLayout& layout, const DeviceInfo& device,
-            uint8_t* slabs) {
+Status pack_slabs(const QuantMatrix& matrix, const PackedLayout& layout, const DeviceInfo& device,
+                  uint8_t* slabs) {
   const auto words = static_cast<size_t>(matrix.n / 8) * sizeof(uint32_t);  // of a row
   const auto groups = static_cast<size_t>(matrix.groups());
   DeviceBuffer q, zeros, scales;
@@ -69,39 +32,153 @@ Status pack(const QuantMatrix& matrix, const PackedLayout& layout, const DeviceI
   return to_status(cudaStreamSynchronize(nullptr), "packing weights");
 }
 
-Status upload_bias(const void* bias, Dtype dtype, int64_t n, const DeviceInfo& device,
-                   DeviceBuffer& to) {
-  std::vector<float> values(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) values[i] = load_as_float(bias, i, dtype);
-  return to.upload(values.data(), values.size() * sizeof(float), device);
+/// The biases of all parts side by side, zeros where a part has none; empty if none has one.
+std::vector<float> join_biases(std::span<const WeightPart> parts, int64_t n) {
+  std::vector<float> values;
+  int64_t column = 0;
+  for (const WeightPart& part : parts) {
+    if (part.bias != nullptr) values.resize(static_cast<size_t>(n));
+    for (int64_t i = 0; part.bias != nullptr && i < part.matrix.n; ++i) {
+      values[static_cast<size_t>(column + i)] = load_as_float(part.bias, i, part.bias_dtype);
+    }
+    column += part.matrix.n;
+  }
+  return values;
+}
+
+/// What lies side by side in one weight must agree, and begin with a tile of columns.
+Status check_parts(std::span<const WeightPart> parts) {
+  if (parts.empty()) return Status(Code::invalid_argument, "a weight without parts");
+  const QuantMatrix& first = parts.front().matrix;
+  for (const WeightPart& part : parts) {
+    const QuantMatrix& m = part.matrix;
+    NIBBLE_TRY(check_quant_matrix(m, "weight"));
+    if (m.n % 8 != 0) {
+      return Status(Code::unsupported, fmt::format("N = {} is not a multiple of 8", m.n));
+    }
+    NIBBLE_TRY(check_group_size(m.group_size, m.k));
+    if (m.k != first.k || m.group_size != first.group_size || m.scale_dtype != first.scale_dtype) {
+      return Status(Code::invalid_argument,
+                    fmt::format("weights with K={} group size {} {} scales and K={} {} {} cannot "
+                                "be one",
+                                first.k, first.group_size, dtype_name(first.scale_dtype), m.k,
+                                m.group_size, dtype_name(m.scale_dtype)));
+    }
+    if (&part != &parts.back() && m.n % kSlabColumns != 0) {
+      return Status(Code::unsupported, fmt::format("N = {} of a weight that others follow is not "
+                                                   "a multiple of {}",
+                                                   m.n, kSlabColumns));
+    }
+  }
+  return {};
+}
+
+/// The parts as one matrix, but for its tensors.
+QuantMatrix joined(std::span<const WeightPart> parts) {
+  QuantMatrix matrix = parts.front().matrix;
+  matrix.n = 0;
+  for (const WeightPart& part : parts) matrix.n += part.matrix.n;
+  return matrix;
+}
+
+WeightBlock block_of(std::span<const WeightPart> parts) {
+  const QuantMatrix matrix = joined(parts);
+  const bool has_bias = std::any_of(parts.begin(), parts.end(),
+                                    [](const WeightPart& part) { return part.bias != nullptr; });
+  return weight_block(packed_layout(matrix.n, matrix.k, matrix.group_size),
+                      matrix.scale_dtype == Dtype::bf16, has_bias);
+}
+
+Status check_alignment(const void* memory) {
+  if (reinterpret_cast<uintptr_t>(memory) % kBlockLine == 0) return {};
+  return Status(Code::invalid_argument, fmt::format("packed is not {}-byte aligned", kBlockLine));
+}
+
+/// Parts that have been checked to memory of block_of(parts).bytes on the current device.
+Status pack_parts(const DeviceInfo& device, std::span<const WeightPart> parts, void* memory) {
+  // Tiles of columns follow each other, so weights side by side are one behind the other.
+  auto* to = static_cast<uint8_t*>(memory);
+  for (const WeightPart& part : parts) {
+    const QuantMatrix& matrix = part.matrix;
+    const PackedLayout layout = packed_layout(matrix.n, matrix.k, matrix.group_size);
+    if (matrix.layout == WeightLayout::awq_gemm) {
+      NIBBLE_TRY(pack_slabs(matrix, layout, device, to));
+    } else {
+      const AwqTensors tensors = to_awq_gemm(matrix);
+      NIBBLE_TRY(pack_slabs(tensors.view(), layout, device, to));
+    }
+    to += layout.bytes();
+  }
+  const std::vector<float> biases = join_biases(parts, joined(parts).n);
+  if (biases.empty()) return {};
+  return to_status(cudaMemcpy(static_cast<uint8_t*>(memory) + block_of(parts).bias_offset,
+                              biases.data(), biases.size() * sizeof(float),
+                              cudaMemcpyHostToDevice),
+                   "cudaMemcpy");
 }
 
 }  // namespace
 
-Result<DeviceWeights> DeviceWeights::create(const DeviceInfo& device, const QuantMatrix& matrix,
-                                            const void* bias, Dtype bias_dtype) {
-  NIBBLE_TRY(check_quant_matrix(matrix, "weight"));
-  if (matrix.n % 8 != 0) {
-    return Status(Code::unsupported, fmt::format("N = {} is not a multiple of 8", matrix.n));
+Status DeviceWeights::pack(const DeviceInfo& device, const QuantMatrix& matrix, const void* bias,
+                           Dtype bias_dtype, void* memory, size_t bytes) {
+  const WeightPart part{matrix, bias, bias_dtype};
+  NIBBLE_TRY(check_parts({&part, 1}));
+  NIBBLE_TRY(check_alignment(memory));
+  const WeightBlock block = block_of({&part, 1});
+  if (bytes != block.bytes) {
+    return Status(Code::invalid_argument,
+                  fmt::format("packed has {} bytes, expected {}", bytes, block.bytes));
   }
-  NIBBLE_TRY(check_group_size(matrix.group_size, matrix.k));
   const CurrentDevice current(device.ordinal);
   NIBBLE_TRY(current.status());
+  return pack_parts(device, {&part, 1}, memory);
+}
+
+Result<DeviceWeights> DeviceWeights::view(const Problem& problem, int device, const void* memory,
+                                          size_t bytes) {
+  NIBBLE_TRY(check_alignment(memory));
   DeviceWeights weights;
-  weights.layout_ = packed_layout(matrix.n, matrix.k, matrix.group_size);
-  weights.bf16_scales_ = matrix.scale_dtype == Dtype::bf16;
-  weights.device_ = device.ordinal;
-  DeviceBuffer slabs, bias_values;
-  NIBBLE_TRY(slabs.allocate(static_cast<size_t>(weights.layout_.bytes()), device));
-  if (matrix.layout == WeightLayout::awq_gemm) {
-    NIBBLE_TRY(pack(matrix, weights.layout_, device, slabs.as<uint8_t>()));
-  } else {
-    const AwqTensors tensors = to_awq_gemm(matrix);
-    NIBBLE_TRY(pack(tensors.view(), weights.layout_, device, slabs.as<uint8_t>()));
+  weights.layout_ = packed_layout(problem.n, problem.k, problem.group_size);
+  for (const bool bf16_scales : {false, true}) {
+    for (const bool has_bias : {false, true}) {
+      const WeightBlock block = weight_block(weights.layout_, bf16_scales, has_bias);
+      if (bytes != block.bytes) continue;
+      weights.slabs_ = static_cast<const uint8_t*>(memory);
+      if (has_bias) {
+        weights.bias_ = reinterpret_cast<const float*>(weights.slabs_ + block.bias_offset);
+      }
+      weights.bf16_scales_ = bf16_scales;
+      weights.device_ = device;
+      return weights;
+    }
   }
-  if (bias != nullptr) NIBBLE_TRY(upload_bias(bias, bias_dtype, matrix.n, device, bias_values));
-  weights.slabs_ = slabs.release<uint8_t>();
-  weights.bias_ = bias_values.release<float>();
+  return Status(Code::invalid_argument,
+                fmt::format("packed has {} bytes: no CUDA weight of N={} K={} and group size {}",
+                            bytes, problem.n, problem.k, problem.group_size));
+}
+
+Result<DeviceWeights> DeviceWeights::create(const DeviceInfo& device, const QuantMatrix& matrix,
+                                            const void* bias, Dtype bias_dtype) {
+  const WeightPart part{matrix, bias, bias_dtype};
+  return create(device, {&part, 1});
+}
+
+Result<DeviceWeights> DeviceWeights::create(const DeviceInfo& device,
+                                            std::span<const WeightPart> parts) {
+  NIBBLE_TRY(check_parts(parts));
+  const CurrentDevice current(device.ordinal);
+  NIBBLE_TRY(current.status());
+  const WeightBlock block = block_of(parts);
+  DeviceBuffer memory;
+  NIBBLE_TRY(memory.allocate(block.bytes, device));
+  NIBBLE_TRY(pack_parts(device, parts, memory.as<>()));
+  const QuantMatrix matrix = joined(parts);
+  Problem problem;
+  problem.n = matrix.n;
+  problem.k = matrix.k;
+  problem.group_size = matrix.group_size;
+  Result<DeviceWeights> weights = view(problem, device.ordinal, memory.as<>(), block.bytes);
+  if (weights.ok()) weights->owned_ = memory.release<void>();
   return weights;
 }
 
@@ -109,15 +186,14 @@ DeviceWeights& DeviceWeights::operator=(DeviceWeights&& other) noexcept {
   std::swap(layout_, other.layout_);
   std::swap(slabs_, other.slabs_);
   std::swap(bias_, other.bias_);
+  std::swap(owned_, other.owned_);
   std::swap(bf16_scales_, other.bf16_scales_);
   std::swap(device_, other.device_);
   return *this;
 }
 
 DeviceWeights::~DeviceWeights() {
-  // whichever device is current: addresses are unique
-  if (slabs_ != nullptr) (void)cudaFree(slabs_);
-  if (bias_ != nullptr) (void)cudaFree(bias_);
+  if (owned_ != nullptr) (void)cudaFree(owned_);  // whichever device is current
 }
 
 int64_t DeviceWeights::bytes() const {

@@ -1,0 +1,124 @@
+// Greedy sampling: the largest logit of every row, and the positions moved on. A row is shared out
+// to several blocks; the last one to finish takes the largest of their results. A maximum is the
+// same in any order.
+#include <algorithm>
+
+#include "gemm/cuda/launch.h"
+#include "gemm/cuda/quantize_rows.h"
+#include "model/cuda/kernels.h"
+
+namespace nibble::cuda {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kMostParts = 32;     // of a row
+constexpr int kPartFloats = 8192;  // the least that is worth a block
+constexpr uint64_t kFaulty = ~uint64_t{0};
+
+/// Larger keys are better: the float's bits in an order of unsigned integers, then the lower index.
+/// A NaN or an infinity is better than all.
+__device__ __forceinline__ uint64_t key_of(float v, uint32_t index) {
+  const uint32_t bits = __float_as_uint(v);
+  if ((bits & 0x7fffffffu) >= kInfinityBits) return kFaulty;
+  const uint32_t ordered = static_cast<int32_t>(bits) < 0 ? ~bits : bits | 0x80000000u;
+  return uint64_t{ordered} << 32 | (0xffffffffu - index);
+}
+
+/// Over the block, in thread 0.
+__device__ __forceinline__ uint64_t block_max(uint64_t key) {
+  __shared__ uint64_t of_warp[kThreads / 32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) key = max(key, __shfl_xor_sync(kAllLanes, key, d));
+  if (lane == 0) of_warp[warp] = key;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (const uint64_t other : of_warp) key = max(key, other);
+  }
+  return key;
+}
+
+/// Scratch of a row: (kMostParts) keys and a counter.
+constexpr int kRowWords = kMostParts + 2;
+
+__global__ void __launch_bounds__(kThreads) argmax_rows(const __grid_constant__ ArgmaxArgs a) {
+  ptx::grid_launch_dependents();
+  ptx::grid_wait();
+  const int64_t row = blockIdx.y;
+  const int parts = static_cast<int>(gridDim.x);
+  const int64_t quads = (a.vocab + 3) / 4, share = (quads + parts - 1) / parts;
+  const int64_t first = blockIdx.x * share, end = min(first + share, quads);
+  const float* logits = a.logits + row * a.stride;
+  const auto* from = reinterpret_cast<const float4*>(logits);
+  uint64_t key = 0;
+  const auto look = [&](float v, int64_t index) {
+    key = max(key, key_of(v, static_cast<uint32_t>(index)));
+  };
+  for (int64_t i = first + threadIdx.x; i < end; i += kThreads) {
+    if (4 * i + 4 <= a.vocab) {
+      const float4 v = from[i];
+      look(v.x, 4 * i);
+      look(v.y, 4 * i + 1);
+      look(v.z, 4 * i + 2);
+      look(v.w, 4 * i + 3);
+    } else {
+      for (int64_t j = 4 * i; j < a.vocab; ++j) look(logits[j], j);
+    }
+  }
+  key = block_max(key);
+  if (threadIdx.x != 0) return;
+  auto* words = static_cast<uint64_t*>(a.scratch) + row * kRowWords;
+  if (parts > 1) {
+    words[blockIdx.x] = key;
+    __threadfence();
+    auto* arrived = reinterpret_cast<uint32_t*>(words + kMostParts);
+    if (atomicAdd(arrived, 1) + 1 != static_cast<uint32_t>(parts)) return;
+    *arrived = 0;
+    __threadfence();
+    for (int i = 0; i < parts; ++i) key = max(key, __ldcg(words + i));
+  }
+  a.tokens[row] =
+      key == kFaulty ? -1 : static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key));
+  if (a.position != nullptr && key != kFaulty && a.position[row] >= 0) a.position[row] += 1;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    advance_rows(int32_t* position, int64_t rows, int32_t by) {
+  ptx::grid_launch_dependents();
+  ptx::grid_wait();
+  const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (row < rows && position[row] >= 0) position[row] += by;
+}
+
+}  // namespace
+
+int64_t argmax_scratch_bytes(int64_t rows) { return rows * kRowWords * 8; }
+
+cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream) {
+  if (args.rows < 1 || args.rows > 65535 || args.vocab < 1 || args.vocab > INT32_MAX ||
+      args.stride < args.vocab || args.tokens == nullptr || args.scratch == nullptr ||
+      args.logits == nullptr || !vector_rows(args.logits, args.stride, kChunk, Element::f32)) {
+    return cudaErrorInvalidValue;
+  }
+  Launch how;
+  how.grid =
+      dim3(static_cast<unsigned>(std::clamp<int64_t>(args.vocab / kPartFloats, 1, kMostParts)),
+           static_cast<unsigned>(args.rows));
+  how.threads = kThreads;
+  how.stream = stream;
+  how.programmatic = args.programmatic;
+  return launch_kernel(argmax_rows, how, args);
+}
+
+cudaError_t launch_advance(int32_t* position, int64_t rows, int32_t by, bool programmatic,
+                           cudaStream_t stream) {
+  if (position == nullptr || rows < 1) return cudaErrorInvalidValue;
+  Launch how;
+  how.grid = dim3(static_cast<unsigned>((rows + kThreads - 1) / kThreads));
+  how.threads = kThreads;
+  how.stream = stream;
+  how.programmatic = programmatic;
+  return launch_kernel(advance_rows, how, position, rows, by);
+}
+
+}  // namespace nibble::cuda

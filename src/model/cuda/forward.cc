@@ -1,0 +1,496 @@
+// See forward.h.
+#include "model/cuda/forward.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "gemm/cuda/fused_quantize.h"
+#include "gemm/cuda/operand.h"
+#include "gemm/cuda/runtime.h"
+
+namespace nibble::cuda {
+namespace {
+
+Dtype dtype_of(Element type) { return static_cast<Dtype>(type); }
+
+int64_t width16(const ModelConfig& c) {
+  return std::max({c.hidden, c.intermediate, c.heads * c.head_dim});
+}
+
+const char* product_name(Slot slot) {
+  switch (slot) {
+    case Slot::qkv: return "qkv product";
+    case Slot::o: return "o product";
+    case Slot::gate_up: return "gate_up product";
+    case Slot::down: return "down product";
+  }
+  return "product";
+}
+
+bool runs_16bit(const DeviceLinear& linear, const LinearSpec& spec) {
+  return !linear.quantized || spec.mode == Mode::w4a16;
+}
+
+}  // namespace
+
+/// Whether the kernel that makes the rows also quantizes them so.
+bool Forward::can_fuse(Source::Kind kind, const Problem& problem) {
+  if (problem.granularity == Granularity::tensor) return false;
+  const int64_t group = problem.group_size;
+  return kind != Source::Kind::norm || !scales_per_group(problem.granularity) || group == 32 ||
+         group == 64 || group == 128 || group == problem.k;
+}
+
+Forward::Forward(const DeviceModel& model, const KvPool& pool, int64_t rows)
+    : model_(model), pool_(pool), rows_(rows) {}
+Forward::~Forward() = default;
+
+const void* DeviceModel::head_rows() const {
+  if (tied()) return embedding.as<>();
+  return head.quantized ? nullptr : head.dense.as<>();
+}
+
+int64_t Forward::logits_stride() const { return (model_.config.vocab + 3) / 4 * 4; }
+
+uint64_t Forward::workspace_bytes(const ModelConfig& c, const KvShape& shape, int64_t rows) {
+  const int64_t q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
+  const int64_t row = 4 * c.hidden + 2 * (2 * q + 2 * kv + q + c.hidden + 2 * c.intermediate) +
+                      2 * width16(c) + 8 * c.hidden + 2 * width16(c);  // states, codes
+  const int64_t expanded = std::max({(q + 2 * kv) * c.hidden, 2 * c.intermediate * c.hidden});
+  return static_cast<uint64_t>(rows * row + (rows >= 1024 ? expanded : 0) +
+                               kHeadRows * (c.vocab + 4) * 4 + (int64_t{64} << 20)) +
+         static_cast<uint64_t>(
+             decode_scratch_bytes(shape.sequences, c.heads, c.head_dim, shape.context));
+}
+
+Result<std::unique_ptr<Forward>> Forward::create(const DeviceModel& model, const KvPool& pool,
+                                                 int64_t rows) {
+  std::unique_ptr<Forward> forward(new Forward(model, pool, rows));
+  NIBBLE_TRY(forward->allocate());
+  NIBBLE_TRY(forward->set_plan(uniform_plan(model.config.layers, Mode::w4a16)));
+  return forward;
+}
+
+Status Forward::allocate() {
+  const ModelConfig& c = model_.config;
+  const DeviceInfo& device = model_.device;
+  const int64_t q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
+  const auto bytes = [this](int64_t width, int64_t element) {
+    return static_cast<size_t>(rows_ * width * element);
+  };
+  NIBBLE_TRY(hidden_.allocate(bytes(c.hidden, 4), device));
+  NIBBLE_TRY(qkv_.allocate(bytes(q + 2 * kv, 2), device));
+  NIBBLE_TRY(q_.allocate(bytes(q, 2), device));
+  // Rows that are left out of attention keep what is there.
+  NIBBLE_TRY(attention_.allocate_zeroed(bytes(q, 2), device));
+  NIBBLE_TRY(delta_.allocate(bytes(c.hidden, 2), device));
+  NIBBLE_TRY(gate_up_.allocate(bytes(2 * c.intermediate, 2), device));
+  NIBBLE_TRY(rows16_.allocate(bytes(width16(c), 2), device));
+  NIBBLE_TRY(states_.allocate(bytes(c.hidden, 4), device));
+  NIBBLE_TRY(high_.allocate(bytes(c.hidden, 2), device));
+  NIBBLE_TRY(low_.allocate(bytes(c.hidden, 2), device));
+  NIBBLE_TRY(logits_.allocate(static_cast<size_t>(kHeadRows * logits_stride() * 4), device));
+  const KvShape& shape = pool_.shape();
+  NIBBLE_TRY(
+      decode_scratch_.allocate_zeroed(static_cast<size_t>(decode_scratch_bytes(
+                                          shape.sequences, c.heads, c.head_dim, shape.context)),
+                                      device));
+  NIBBLE_TRY(
+      faults_.allocate_zeroed(static_cast<size_t>(shape.sequences) * sizeof(int32_t), device));
+  const auto is_dense = [](const DeviceLinear& linear) { return !linear.quantized; };
+  for (const DeviceLayer& layer : model_.layers) {
+    for (const DeviceGroup& group : layer.groups) {
+      if (cublas_ != nullptr || std::none_of(group.parts.begin(), group.parts.end(), is_dense)) {
+        continue;
+      }
+      Result<std::unique_ptr<Cublas>> cublas = Cublas::open(device);
+      if (!cublas.ok()) return cublas.status();
+      cublas_ = std::move(*cublas);
+    }
+  }
+  return {};
+}
+
+Status Forward::set_plan(const ModelPlan& plan) {
+  const auto expected = static_cast<size_t>(model_.config.layers * kSlots);
+  if (plan.specs.size() != expected) {
+    return Status(
+        Code::invalid_argument,
+        fmt::format("a plan of {} linear groups for a model of {}", plan.specs.size(), expected));
+  }
+  std::vector<DeviceBuffer> scales;
+  for (size_t i = 0; i < expected; ++i) {
+    const LinearSpec& spec = plan.specs[i];
+    const bool mixed = std::any_of(spec.wide_groups.begin(), spec.wide_groups.end(),
+                                   [](uint8_t wide) { return wide != 0; });
+    if (mixed) {
+      return Status(Code::unsupported,
+                    fmt::format("layer {}, {}: K-groups of 8 and of 4 bits side by side run on "
+                                "the CPU only",
+                                i / kSlots, slot_name(static_cast<Slot>(i % kSlots))));
+    }
+    Result<DeviceBuffer> buffer = upload_floats(model_.device, spec.static_scales);
+    if (!buffer.ok()) return buffer.status();
+    scales.push_back(std::move(*buffer));
+  }
+  plan_ = plan;
+  prepared_.clear();
+  static_scales_ = std::move(scales);
+  return {};
+}
+
+void Forward::note(const std::string& kernel, const char* mode) { kernels_[kernel] = mode; }
+
+Result<const Plan*> Forward::plan_for(const DeviceLinear& linear, const LinearSpec& spec,
+                                      int64_t rows, Dtype y_type) {
+  Problem problem;
+  problem.m = rows;
+  problem.n = linear.n;
+  problem.k = linear.k;
+  problem.group_size = linear.weights.layout().group_size;
+  problem.mode = spec.mode;
+  problem.x_dtype = dtype_of(model_.type);
+  problem.y_dtype = y_type;
+  problem.granularity = spec.granularity;
+  problem.symmetric = spec.mode == Mode::w4a4 ? spec.symmetric : true;
+  const Key key{rows,
+                problem.n,
+                problem.k,
+                problem.group_size,
+                static_cast<int>(problem.mode),
+                static_cast<int>(problem.granularity),
+                problem.symmetric,
+                static_cast<int>(y_type)};
+  const auto found = plans_.find(key);
+  if (found != plans_.end()) return &found->second;
+  const Result<Plan> plan = plan_gemm(problem, model_.device);
+  if (!plan.ok()) {
+    return Status(plan.status().code(),
+                  fmt::format("{}: {}", linear.name, plan.status().message()));
+  }
+  note(plan->kernel_name(), mode_name(spec.mode));
+  return &plans_.emplace(key, *plan).first->second;
+}
+
+Status Forward::prepare(int64_t rows, bool* moved) {
+  *moved = false;
+  if (prepared_.contains(rows)) return {};  // every decoding step asks
+  size_t bytes = 0;
+  const auto want = [&](const DeviceLinear& linear, const LinearSpec& spec, int64_t m,
+                        Dtype y) -> Status {
+    if (!linear.quantized) return {};
+    const Result<const Plan*> plan = plan_for(linear, spec, m, y);
+    if (!plan.ok()) return plan.status();
+    bytes = std::max(bytes, (*plan)->workspace_bytes);
+    return {};
+  };
+  for (int64_t i = 0; i < model_.config.layers; ++i) {
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const LinearSpec& spec = plan_.at(i, static_cast<Slot>(slot));
+      for (const DeviceLinear& part : model_.layers[static_cast<size_t>(i)].groups[slot].parts) {
+        NIBBLE_TRY(want(part, spec, rows, dtype_of(model_.type)));
+      }
+    }
+  }
+  if (!model_.tied()) {
+    for (int64_t m = 1; m <= std::min(rows, int64_t{kHeadRows}); ++m) {
+      NIBBLE_TRY(want(model_.head, LinearSpec{}, m, Dtype::f32));
+    }
+  }
+  if (bytes > workspace_.bytes()) {
+    NIBBLE_TRY(to_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize"));
+    *moved = true;
+    prepared_.clear();  // an allocation that fails leaves nothing
+    NIBBLE_TRY(workspace_.allocate_zeroed(bytes, model_.device));
+  }
+  prepared_.insert(rows);
+  return {};
+}
+
+/// The operand of a quantized product, in the workspace. `first`: nobody has made this source's
+/// rows yet.
+Status Forward::make_operand(const Source& source, bool first, const Plan& plan,
+                             const LinearSpec& spec, const float* static_scales,
+                             cudaStream_t stream) {
+  const int64_t rows = plan.problem.m;
+  DeviceInput input;
+  input.clip = spec.clip;
+  input.static_scales = static_scales;
+  const Operand operand = workspace_operand(plan, workspace_.as<>());
+  if (source.kind == Source::Kind::rows || !can_fuse(source.kind, plan.problem)) {
+    int64_t stride = source.width;
+    input.x = source.x;
+    if (source.kind != Source::Kind::rows) {
+      NIBBLE_TRY(make_rows(source, rows, &input.x, &stride, stream));
+    }
+    input.x_stride = stride;
+    return quantize_activations(plan, input, operand, stream);
+  }
+  QuantizeArgs to = quantize_args(plan, input, operand);
+  if (source.kind == Source::Kind::gate) {
+    GateQuantizeArgs gate = gate_args(rows);
+    to.x = gate.to.x;
+    to.x_stride = gate.to.x_stride;
+    to.programmatic = true;
+    gate.to = to;
+    return to_status(launch_gate_quantize(gate, stream), "gate");
+  }
+  NormArgs norm = norm_args(source, rows);
+  if (!first) {
+    norm.delta = nullptr;
+    norm.post_norm = nullptr;
+  }
+  return to_status(launch_norm_quantize(norm, to, stream), "norm");
+}
+
+NormArgs Forward::norm_args(const Source& source, int64_t rows) const {
+  NormArgs norm;
+  norm.m = rows;
+  norm.k = model_.config.hidden;
+  norm.hidden = hidden_.as<float>();
+  norm.delta = source.delta;
+  norm.type = model_.type;
+  norm.post_norm = source.post_norm;
+  norm.norm = source.norm;
+  norm.eps = static_cast<float>(model_.config.norm_eps);
+  norm.programmatic = true;
+  return norm;
+}
+
+GateQuantizeArgs Forward::gate_args(int64_t rows) const {
+  const ModelConfig& c = model_.config;
+  GateQuantizeArgs gate;
+  gate.to.x = gate_up_.as<>();
+  gate.to.x_stride = 2 * c.intermediate;
+  gate.to.type = model_.type;
+  gate.to.m = rows;
+  gate.to.k = c.intermediate;
+  gate.to.programmatic = true;
+  gate.up = gate_up_.as<uint16_t>() + c.intermediate;
+  gate.up_stride = 2 * c.intermediate;
+  gate.function = c.activation == Activation::silu ? GateFunction::silu : GateFunction::gelu_tanh;
+  return gate;
+}
+
+/// The source's rows in 16 bits.
+Status Forward::make_rows(const Source& source, int64_t rows, const void** x, int64_t* stride,
+                          cudaStream_t stream) {
+  *x = source.x;
+  *stride = source.width;
+  if (source.kind == Source::Kind::rows) return {};
+  *x = rows16_.as<>();
+  if (source.kind == Source::Kind::gate) {
+    return to_status(launch_gate(gate_args(rows), rows16_.as<>(), *stride, stream), "gate");
+  }
+  return to_status(launch_norm(norm_args(source, rows), rows16_.as<>(), *stride, stream), "norm");
+}
+
+Status Forward::run_dense(const DeviceLinear& linear, const void* x, int64_t rows, void* y,
+                          int64_t y_stride, cudaStream_t stream) {
+  const auto type = linear.dense_type == Dtype::f16 ? Cublas::Type::f16 : Cublas::Type::bf16;
+  NIBBLE_TRY(cublas_->multiply(type, x, linear.dense.as<>(), y, y_stride, rows, linear.n, linear.k,
+                               stream));
+  note("cublas");
+  if (linear.bias.bytes() == 0) return {};
+  return to_status(
+      launch_add_bias(model_.type, y, y_stride, rows, linear.n, linear.bias.as<float>(), stream),
+      "bias");
+}
+
+Status Forward::run_slot(int64_t layer, Slot slot, const Source& source, int64_t rows, void* y,
+                         cudaStream_t stream) {
+  const DeviceGroup& group =
+      model_.layers[static_cast<size_t>(layer)].groups[static_cast<int>(slot)];
+  const LinearSpec& spec = plan_.at(layer, slot);
+  const auto* scales =
+      static_scales_[static_cast<size_t>(layer * kSlots + static_cast<int>(slot))].as<float>();
+  const int64_t stride = group.n();
+  auto* to = static_cast<uint16_t*>(y);
+  Source now = source;  // becomes the rows themselves once they are there
+  bool first = true;
+  for (const DeviceLinear& part : group.parts) {
+    if (runs_16bit(part, spec) && now.kind != Source::Kind::rows) {
+      if (!first) {
+        now.delta = nullptr;  // it has been added
+        now.post_norm = nullptr;
+      }
+      int64_t x_stride = 0;
+      NIBBLE_TRY(make_rows(now, rows, &now.x, &x_stride, stream));
+      now.kind = Source::Kind::rows;
+      NIBBLE_TRY(mark(source.operation(), stream));
+    }
+    if (part.quantized) {
+      const Result<const Plan*> found = plan_for(part, spec, rows, dtype_of(model_.type));
+      if (!found.ok()) return found.status();
+      const Plan& plan = **found;
+      if (spec.mode == Mode::w4a16) {
+        DeviceInput input;
+        input.x = now.x;
+        input.x_stride = now.width;
+        NIBBLE_TRY(run_gemm(plan, input, part.weights, to, stride, workspace_.as<>(), stream));
+      } else {
+        NIBBLE_TRY(make_operand(now, first, plan, spec, scales, stream));
+        NIBBLE_TRY(mark(source.quantizing(), stream));
+        NIBBLE_TRY(run_gemm_quantized(plan, workspace_operand(plan, workspace_.as<>()),
+                                      part.weights, to, stride, workspace_.as<>(), stream));
+      }
+    } else {
+      NIBBLE_TRY(run_dense(part, now.x, rows, to, stride, stream));
+    }
+    first = false;
+    to += part.n;
+    NIBBLE_TRY(mark(product_name(slot), stream));
+  }
+  return {};
+}
+
+Status Forward::attend(int64_t layer, const PassInputs& inputs, int64_t rows, cudaStream_t stream) {
+  const ModelConfig& c = model_.config;
+  const DeviceNorms& norms = model_.layers[static_cast<size_t>(layer)].norms;
+  const int64_t window = c.window[static_cast<size_t>(layer)];
+  const int kind = window > 0 ? 1 : 0;
+  const int64_t q_width = c.heads * c.head_dim;
+  RopeArgs rope;
+  rope.type = model_.type;
+  rope.qkv = qkv_.as<>();
+  rope.qkv_stride = q_width + 2 * c.kv_heads * c.head_dim;
+  rope.rows = rows;
+  rope.heads = c.heads;
+  rope.q = q_.as<>();
+  rope.q_stride = q_width;
+  rope.kv = pool_.layer(layer);
+  rope.sequence = inputs.sequence;
+  rope.position = inputs.position;
+  rope.cosine = model_.cosine[kind].as<float>();
+  rope.sine = model_.sine[kind].as<float>();
+  rope.q_norm = norms.q.as<float>();
+  rope.k_norm = norms.k.as<float>();
+  rope.eps = static_cast<float>(c.norm_eps);
+  rope.faults = faults();
+  rope.programmatic = true;
+  NIBBLE_TRY(to_status(launch_rope(rope, stream), "rope"));
+  NIBBLE_TRY(mark("rope, keys and values", stream));
+  AttentionArgs attention;
+  attention.q = q_.as<>();
+  attention.q_stride = q_width;
+  attention.heads = c.heads;
+  attention.kv = rope.kv;
+  attention.window = window;
+  attention.scale = static_cast<float>(c.attention_scale);
+  attention.type = model_.type;
+  attention.out = attention_.as<>();
+  attention.out_stride = q_width;
+  attention.programmatic = true;
+  if (inputs.num_tiles > 0) {
+    // num_tiles fits: see PassStaging.
+    const bool wgmma = model_.device.capability == 90;
+    const PrefillArgs args{attention, inputs.tiles, inputs.num_tiles, wgmma};
+    note(wgmma ? "attention_prefill_sm90" : "attention_prefill_sm80");
+    return to_status(launch_attention_prefill(args, stream), "attention_prefill");
+  }
+  DecodeArgs args;
+  args.attention = attention;
+  args.rows = rows;
+  args.sequence = inputs.sequence;
+  args.position = inputs.position;
+  args.max_context = pool_.shape().context;
+  args.scratch = decode_scratch_.as<>();
+  args.multiprocessors = model_.device.multiprocessors;
+  note("attention_decode");
+  return to_status(launch_attention_decode(args, stream), "attention_decode");
+}
+
+Status Forward::layers(const PassInputs& inputs, int64_t rows, cudaStream_t stream) {
+  const ModelConfig& c = model_.config;
+  EmbeddingArgs embedding;
+  embedding.type = static_cast<Element>(model_.embedding_type);
+  embedding.table = model_.embedding.as<>();
+  embedding.vocab = c.vocab;
+  embedding.width = c.hidden;
+  embedding.tokens = inputs.tokens;
+  embedding.rows = rows;
+  embedding.scale = model_.embedding_scale;
+  embedding.hidden = hidden_.as<float>();
+  embedding.programmatic = true;
+  NIBBLE_TRY(mark("start", stream));
+  NIBBLE_TRY(to_status(launch_embedding(embedding, stream), "embedding"));
+  NIBBLE_TRY(mark("embedding", stream));
+  Source norm;
+  norm.kind = Source::Kind::norm;
+  norm.width = c.hidden;
+  for (int64_t i = 0; i < c.layers; ++i) {
+    const DeviceNorms& norms = model_.layers[static_cast<size_t>(i)].norms;
+    norm.norm = norms.input.as<float>();
+    norm.delta = i == 0 ? nullptr : delta_.as<>();
+    norm.post_norm =
+        i == 0 ? nullptr : model_.layers[static_cast<size_t>(i - 1)].norms.post_mlp.as<float>();
+    NIBBLE_TRY(run_slot(i, Slot::qkv, norm, rows, qkv_.as<>(), stream));
+    NIBBLE_TRY(attend(i, inputs, rows, stream));
+    NIBBLE_TRY(mark("attention", stream));
+    Source attended;
+    attended.x = attention_.as<>();
+    attended.width = c.heads * c.head_dim;
+    NIBBLE_TRY(run_slot(i, Slot::o, attended, rows, delta_.as<>(), stream));
+    norm.norm = norms.mlp.as<float>();
+    norm.delta = delta_.as<>();
+    norm.post_norm = norms.post_attention.as<float>();
+    NIBBLE_TRY(run_slot(i, Slot::gate_up, norm, rows, gate_up_.as<>(), stream));
+    Source gated;
+    gated.kind = Source::Kind::gate;
+    gated.width = c.intermediate;
+    NIBBLE_TRY(run_slot(i, Slot::down, gated, rows, delta_.as<>(), stream));
+  }
+  return {};
+}
+
+Status Forward::finish(const int32_t* gather, int64_t count, cudaStream_t stream) {
+  const ModelConfig& c = model_.config;
+  HeadNormArgs args;
+  args.hidden = hidden_.as<float>();
+  args.delta = delta_.as<>();
+  args.delta_type = model_.type;
+  args.post_norm = model_.layers.back().norms.post_mlp.as<float>();
+  args.norm = model_.final_norm.as<float>();
+  args.eps = static_cast<float>(c.norm_eps);
+  args.rows = count;
+  args.k = c.hidden;
+  args.gather = gather;
+  args.out = states();
+  args.parts = {static_cast<Element>(model_.head_type()), high_.as<>(), low_.as<>()};
+  args.programmatic = true;
+  return to_status(launch_head_norm(args, stream), "norm before the head");
+}
+
+Status Forward::split_states(int64_t count, cudaStream_t stream) {
+  const SplitRows to{static_cast<Element>(model_.head_type()), high_.as<>(), low_.as<>()};
+  return to_status(launch_split(states(), count, model_.config.hidden, to, stream), "split");
+}
+
+Status Forward::head(int64_t first, int64_t count, cudaStream_t stream) {
+  const ModelConfig& c = model_.config;
+  const int64_t offset = first * c.hidden;
+  if (model_.head_rows() == nullptr) {
+    const Result<const Plan*> plan = plan_for(model_.head, LinearSpec{}, count, Dtype::f32);
+    if (!plan.ok()) return plan.status();
+    DeviceInput input;
+    input.x = high_.as<uint16_t>() + offset;
+    input.x_stride = c.hidden;
+    return run_gemm(**plan, input, model_.head.weights, logits(), logits_stride(),
+                    workspace_.as<>(), stream);
+  }
+  HeadArgs args;
+  args.x = {static_cast<Element>(model_.head_type()), high_.as<uint16_t>() + offset,
+            low_.as<uint16_t>() + offset};
+  args.w = model_.head_rows();
+  args.rows = count;
+  args.n = c.vocab;
+  args.k = c.hidden;
+  args.y = logits();
+  args.y_stride = logits_stride();
+  args.programmatic = true;
+  note("w16_head_mma_sm80");
+  return to_status(launch_w16_head_mma_sm80(args, stream), "w16_head_mma_sm80");
+}
+
+}  // namespace nibble::cuda
