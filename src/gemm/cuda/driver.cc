@@ -127,6 +127,7 @@ QuantizeArgs quantize_args(const Plan& plan, const DeviceInput& input, const Ope
   args.clip = input.clip;
   args.static_scales = input.static_scales;
   args.wgmma_order = plan.order == OperandOrder::wgmma;
+  args.programmatic = plan.programmatic;
   args.codes = to.codes;
   args.scales = to.scales;
   args.sums = to.sums;
