@@ -132,6 +132,7 @@ QuantizeArgs quantize_args(const Plan& plan, const DeviceInput& input, const Ope
   args.clip = input.clip;
   args.static_scales = input.static_scales;
   args.wgmma_order = plan.order == OperandOrder::wgmma;
+  args.programmatic = plan.programmatic;
   args.codes = to.codes;
   args.scales = to.scales;
   args.sums = p.mode == Mode::w4a8_fp8 ? nullptr : to.sums;

@@ -43,6 +43,9 @@ struct DeviceInfo {
   int64_t l2_bytes = 0;
   int64_t memory_bytes = 0;
   int64_t shared_bytes = 0;  // largest dynamic shared memory of a block
+
+  /// Whether a kernel may be launched while the one in front of it still runs.
+  bool programmatic() const { return capability >= 90; }
 };
 
 /// Number of CUDA devices; unsupported, with the driver's words, if there is no driver or this
@@ -122,6 +125,7 @@ struct Plan {
   SlabConfig fused;  // of family slab_fused
   RsConfig rs;       // of family rs
   SsConfig ss;       // of family ss
+  bool programmatic = false;  // how activations are quantized: see DeviceInfo
   int64_t padded_k = 0;
   size_t workspace_bytes = 0;  // of run_gemm; begins with flags that are zeroed once
 

@@ -352,6 +352,7 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
   Plan plan;
   plan.problem = problem;
   plan.device = device.ordinal;
+  plan.programmatic = device.programmatic();
   plan.family = kernel->family;
   plan.order = kernel->order;
   plan.padded_k = layout_of(problem).padded_k();

@@ -232,7 +232,6 @@ Status Forward::make_operand(const Source& source, bool first, const Plan& plan,
     GateQuantizeArgs gate = gate_args(rows);
     to.x = gate.to.x;
     to.x_stride = gate.to.x_stride;
-    to.programmatic = true;
     gate.to = to;
     return to_status(launch_gate_quantize(gate, stream), "gate");
   }
@@ -254,7 +253,7 @@ NormArgs Forward::norm_args(const Source& source, int64_t rows) const {
   norm.post_norm = source.post_norm;
   norm.norm = source.norm;
   norm.eps = static_cast<float>(model_.config.norm_eps);
-  norm.programmatic = true;
+  norm.programmatic = model_.device.programmatic();
   return norm;
 }
 
@@ -266,7 +265,7 @@ GateQuantizeArgs Forward::gate_args(int64_t rows) const {
   gate.to.type = model_.type;
   gate.to.m = rows;
   gate.to.k = c.intermediate;
-  gate.to.programmatic = true;
+  gate.to.programmatic = model_.device.programmatic();
   gate.up = gate_up_.as<uint16_t>() + c.intermediate;
   gate.up_stride = 2 * c.intermediate;
   gate.function = c.activation == Activation::silu ? GateFunction::silu : GateFunction::gelu_tanh;
@@ -368,7 +367,7 @@ Status Forward::attend(int64_t layer, const PassInputs& inputs, int64_t rows, cu
   rope.k_norm = norms.k.as<float>();
   rope.eps = static_cast<float>(c.norm_eps);
   rope.faults = faults();
-  rope.programmatic = true;
+  rope.programmatic = model_.device.programmatic();
   NIBBLE_TRY(to_status(launch_rope(rope, stream), "rope"));
   NIBBLE_TRY(mark("rope, keys and values", stream));
   AttentionArgs attention;
@@ -381,7 +380,7 @@ Status Forward::attend(int64_t layer, const PassInputs& inputs, int64_t rows, cu
   attention.type = model_.type;
   attention.out = attention_.as<>();
   attention.out_stride = q_width;
-  attention.programmatic = true;
+  attention.programmatic = model_.device.programmatic();
   if (inputs.num_tiles > 0) {
     // num_tiles fits: see PassStaging.
     const bool wgmma = model_.device.capability == 90;
@@ -412,7 +411,7 @@ Status Forward::layers(const PassInputs& inputs, int64_t rows, cudaStream_t stre
   embedding.rows = rows;
   embedding.scale = model_.embedding_scale;
   embedding.hidden = hidden_.as<float>();
-  embedding.programmatic = true;
+  embedding.programmatic = model_.device.programmatic();
   NIBBLE_TRY(mark("start", stream));
   NIBBLE_TRY(to_status(launch_embedding(embedding, stream), "embedding"));
   NIBBLE_TRY(mark("embedding", stream));
@@ -458,7 +457,7 @@ Status Forward::finish(const int32_t* gather, int64_t count, cudaStream_t stream
   args.gather = gather;
   args.out = states();
   args.parts = {static_cast<Element>(model_.head_type()), high_.as<>(), low_.as<>()};
-  args.programmatic = true;
+  args.programmatic = model_.device.programmatic();
   return to_status(launch_head_norm(args, stream), "norm before the head");
 }
 
@@ -488,7 +487,7 @@ Status Forward::head(int64_t first, int64_t count, cudaStream_t stream) {
   args.k = c.hidden;
   args.y = logits();
   args.y_stride = logits_stride();
-  args.programmatic = true;
+  args.programmatic = model_.device.programmatic();
   note("w16_head_mma_sm80");
   return to_status(launch_w16_head_mma_sm80(args, stream), "w16_head_mma_sm80");
 }

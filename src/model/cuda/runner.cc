@@ -346,7 +346,7 @@ Status CudaRunner::enqueue_choice(const int32_t* gather, int64_t count) {
     args.tokens = staging_->chosen() + first;
     args.position = gather == nullptr ? staging_->position() + first : nullptr;
     args.scratch = staging_->argmax_scratch();
-    args.programmatic = true;
+    args.programmatic = model_.device.programmatic();
     NIBBLE_TRY(to_status(launch_argmax(args, stream_), "argmax"));
     NIBBLE_TRY(forward_->mark("argmax", stream_));
   }
