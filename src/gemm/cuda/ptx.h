@@ -403,6 +403,17 @@ __device__ __forceinline__ uint32_t load1_shared(uint32_t address) {
 __device__ __forceinline__ void store_release(uint32_t* p, uint32_t v) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
+/// Adds to *p and returns what it was: after all writes of the block that a barrier has ordered
+/// before this, and before all reads that one orders after it. Much cheaper than __threadfence(),
+/// which is sequentially consistent.
+__device__ __forceinline__ uint32_t add_acquire_release(uint32_t* p, uint32_t v) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(p), "r"(v)
+               : "memory");
+  return before;
+}
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
   uint32_t v;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
