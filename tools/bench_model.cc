@@ -261,7 +261,7 @@ json to_json(const Run& run, const Row& row) {
           {"kernels", run.kernels_of_row(row)},
           {"peak_mem_bytes", run.peak_memory},
           {"threads", run.threads},
-          {"device", device_summary()},
+          {"device", run.loaded->device()},
           {"model_filename", run.loaded->directory()},
           {"model_type", architecture_name(run.loaded->config().architecture)},
           {"model_size", run.loaded->checkpoint().bytes()},
@@ -318,7 +318,7 @@ void print_operations(const Run& run, const std::vector<Row>& rows) {
 }
 
 void print_markdown(const Run& run, const std::vector<Row>& rows) {
-  fmt::print("{}\n", device_summary());
+  fmt::print("{}\n", run.loaded->device());
   if (run.read_gb_per_s > 0) {
     fmt::print(
         "read bandwidth {:.1f} GB/s in the same rounds; limit: weights, head, keys and "
@@ -456,6 +456,7 @@ int run_bench(const Options& options) {
 
   if (options.output == "json") {
     json document = report_header();
+    document["device"] = run.loaded->device();
     document["threads"] = run.threads;
     document["results"] = json::array();
     for (const Row& row : rows) document["results"].push_back(to_json(run, row));

@@ -143,17 +143,16 @@ Status LoadedModel::load_cuda(const ModelOptions& options) {
   if (!memory.ok()) return memory.status();
   memory_ = *memory;
   print_memory(directory(), options, memory_);
-  std::fputs(
-      "nibble: note: models on a GPU are new: their runner is tested on a stand-in of host memory "
-      "and its kernels one by one on an H200, not yet both together. --device cpu is the "
-      "reference.\n",
-      stderr);
   const double start = now_seconds();
   Result<std::unique_ptr<Runner>> runner = cuda::make_runner(checkpoint_, options);
   if (!runner.ok()) return runner.status();
   load_seconds_ = now_seconds() - start;
   runner_ = std::move(*runner);
   return {};
+}
+
+std::string LoadedModel::device() const {
+  return model_ ? device_summary() : runner_->device_name();
 }
 
 Status LoadedModel::load_dequantized(const ModelOptions& options) {

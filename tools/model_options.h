@@ -59,6 +59,8 @@ class LoadedModel {
   const Runner& runner() const { return *runner_; }
   const MemoryEstimate& memory() const { return memory_; }
   double load_seconds() const { return load_seconds_; }
+  /// What runs it, for reports: device_summary() or the name of the GPU.
+  std::string device() const;
 
   /// A second runner beside the first, of the same weights dequantized to 16 bits: what
   /// `bench model --device cuda --mode 16bit` compares with.
