@@ -14,6 +14,7 @@
 #include "cuda_bench.h"
 #include "cuda_oracle.h"
 #include "cuda_probe.h"
+#include "cuda_weights.h"
 #include "gemm/cuda/cublas.h"
 #include "gemm/cuda/gemm_cuda.h"
 
@@ -25,7 +26,6 @@ using cuda::DeviceInfo;
 using cuda::DeviceWeights;
 using nlohmann::json;
 
-constexpr int64_t kColdBytes = int64_t{260} << 20;  // L2 of an H200: 60 MB
 constexpr uint64_t kSeed = 1;
 
 struct CudaRow {
@@ -42,43 +42,6 @@ struct CudaRow {
   }
   double gb_per_s() const { return bytes / samples.median() * 1e-3; }
 };
-
-/// Copies of one random weight, as many as it takes to be cold.
-struct Weights {
-  AwqTensors tensors;
-  std::vector<DeviceWeights> copies;
-};
-
-std::vector<uint32_t> random_words(int64_t count, uint64_t seed) {
-  std::mt19937_64 random(seed);
-  std::vector<uint32_t> words(static_cast<size_t>(count));
-  for (uint32_t& word : words) word = static_cast<uint32_t>(random());
-  return words;
-}
-
-Result<Weights> make_weights(const DeviceInfo& device, int64_t n, int64_t k, int64_t group_size) {
-  Weights w;
-  const int64_t groups = k / group_size;
-  w.tensors = {k,
-               n,
-               group_size,
-               Dtype::f16,
-               random_words(k * n / 8, kSeed),
-               random_words(groups * n / 8, kSeed + 1),
-               {}};
-  std::mt19937 random(kSeed);
-  for (int64_t i = 0; i < groups * n; ++i) {
-    w.tensors.scales.push_back(
-        f16_from_float(0.002f + 0.004f * static_cast<float>(random() >> 8) * 0x1p-24f));
-  }
-  const int64_t bytes = cuda::packed_layout(n, k, group_size).bytes();
-  for (int64_t held = 0; held < kColdBytes; held += bytes) {
-    Result<DeviceWeights> copy = DeviceWeights::create(device, w.tensors.view());
-    if (!copy.ok()) return copy.status();
-    w.copies.push_back(std::move(*copy));
-  }
-  return w;
-}
 
 /// Some columns of a weight: 8 from each of up to 16 places.
 struct Sample {
@@ -167,7 +130,7 @@ std::string check_kernel(const KernelRun& run, const Sample& sample, const ref::
 /// What is timed at one point of the grid.
 class Point {
  public:
-  Point(const GemmBenchOptions& o, const DeviceInfo& device, const Weights& weights, int64_t m)
+  Point(const GemmBenchOptions& o, const DeviceInfo& device, const ColdWeights& weights, int64_t m)
       : o_(o), device_(device), weights_(weights), m_(m), sink_(16) {}
 
   Status add_kernels(const Sample& sample, const ref::Weights& reference, std::string& mismatch);
@@ -193,7 +156,7 @@ class Point {
 
   const GemmBenchOptions& o_;
   const DeviceInfo& device_;
-  const Weights& weights_;
+  const ColdWeights& weights_;
   int64_t m_;
   DeviceMemory sink_;
   std::vector<std::unique_ptr<KernelRun>> runs_;
@@ -422,7 +385,7 @@ Status measure_shape(const GemmBenchOptions& o, const DeviceInfo& device, Cublas
                      std::string& mismatch) {
   NIBBLE_TRY(check_bench_shape(n, k, o.group_size));
   const int64_t group_size = o.group_size == -1 ? k : o.group_size;
-  const Result<Weights> weights = make_weights(device, n, k, group_size);
+  const Result<ColdWeights> weights = make_cold_weights(device, n, k, group_size);
   if (!weights.ok()) return weights.status();
   const Sample sample = sample_columns(weights->tensors);
   const ref::Weights reference = ref::unpack(sample.tensors.view());

@@ -233,8 +233,8 @@ double share_of(const Candidate& candidate, int bits) {
 }
 
 void print_plan(const PlanReport& report) {
-  fmt::print("{}, mode {}, started as {}\n{}\n", printable(report.directory), report.mode,
-             report.started_as, speed_note(report));
+  fmt::print("{}, mode {}, started as {}\non {}\n{}\n", printable(report.directory), report.mode,
+             report.started_as, report.device, speed_note(report));
   if (report.basis == CostBasis::model) {
     fmt::print(
         "promotions are ranked by multiply-adds times bits (a4 1, a8 2, a16 4), not by time\n");
@@ -280,6 +280,7 @@ std::string refusal_text(const PlanReport& report) {
 
 json report_json(const PlanReport& report) {
   json document = report_header();
+  document["device"] = report.device;
   document["model"] = report.directory;
   document["mode"] = report.mode;
   document["started_as"] = report.started_as;

@@ -43,6 +43,10 @@ class Runner {
   /// unsupported what this device does not run.
   virtual Status set_plan(const ModelPlan& plan) = 0;
 
+  /// Whether a sequence gets the same bits alone and beside others (ModelOptions::batch_invariant
+  /// until this is called). A CPU gives them whatever is asked for.
+  virtual void set_batch_invariant(bool wanted) = 0;
+
   virtual std::unique_ptr<SequenceCache> make_cache() = 0;
 
   /// Appends each item's tokens to its sequence. hidden (rows, config().hidden) float in host

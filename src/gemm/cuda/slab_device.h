@@ -122,6 +122,11 @@ struct Walk {
 
 // ---- shared memory: header ---------------------------------------------------------------------
 //     0: step barrier   16: (warp, stage) ring   512: scales of tokens
+#ifdef NIBBLE_RACECHECK  // it knows of an arrival only what the arriving thread itself has done
+inline constexpr int kArrivals = 32;
+#else
+inline constexpr int kArrivals = 1;  // of a warp at the step's barrier
+#endif
 inline constexpr int kStepBarrier = 0, kRingBarriers = 16;
 inline constexpr int kWarpBarriers = 400, kTokenScales = 544;
 static_assert(kRingBarriers + 8 * kSlabWarps * kSlabStages <= kWarpBarriers);

@@ -89,7 +89,7 @@ __device__ __forceinline__ bool finish_step(const Params& p, const Place& at, co
   acc.store(partials + (step & 1) * p.shared.partials_bytes + at.warp * S::kPartialBytes);
   // One arrival carries the stores of the whole warp: lane -> __syncwarp -> arrive -> wait.
   __syncwarp();
-  if (at.leader) ptx::mbarrier_arrive(barrier);
+  if (at.leader || kArrivals > 1) ptx::mbarrier_arrive(barrier);
   return true;
 }
 

@@ -73,6 +73,10 @@ class CudaRunner : public Runner {
   bool quantized() const override { return quantized_; }
   std::unique_ptr<SequenceCache> make_cache() override { return pool_->open(); }
   Status set_plan(const ModelPlan& plan) override;
+  void set_batch_invariant(bool wanted) override {
+    invariant_rows_ = wanted ? pool_->shape().sequences : 0;
+    last_.clear();  // the next step may have other rows
+  }
   Status forward(std::span<const SequenceItem> items, HiddenRows rows, float* hidden) override;
   Status logits(const float* hidden, int64_t rows, float* logits) override;
   Status greedy(std::span<const SequenceItem> items, std::span<int32_t> next) override;
@@ -154,7 +158,7 @@ Status CudaRunner::load(const Checkpoint& checkpoint, const ModelOptions& option
   pool_ = std::make_unique<KvPool>(std::move(*pool));
   pass_rows_ = plan->pass_rows;
   free_at_first_ = plan->memory.available;
-  if (options.batch_invariant) invariant_rows_ = options.sequences;
+  set_batch_invariant(options.batch_invariant);
   Result<std::unique_ptr<Forward>> forward = Forward::create(model_, *pool_, pass_rows_);
   if (!forward.ok()) return forward.status();
   forward_ = std::move(*forward);
