@@ -218,6 +218,14 @@ TEST_F(CliModel, CudaWithoutAGpuExitsWith3) {
   EXPECT_EQ(outcome.out, "");
 }
 
+TEST_F(CliModel, SeveralGpusAreVllms) {
+  const Outcome outcome =
+      run_tool({"generate", assemble("llama_awq"), "-p", "the", "--device", "cuda:0,1"});
+  EXPECT_EQ(outcome.code, 2);
+  EXPECT_HAS(outcome.err, "vLLM");
+  EXPECT_EQ(outcome.out, "");
+}
+
 TEST_F(CliModel, GenerateReadsStandardInput) {
   const std::string model = assemble("llama_awq");
   write_text(dir_.file("prompt.txt"), "the inner man");

@@ -167,7 +167,7 @@ void add_bench_command(CLI::App& app, int& exit_code) {
   command->add_flag("--no-baseline", o->no_baseline, "Skip dequantize + matmul");
   command->add_flag("--explain", o->explain, "Print each plan to stderr");
   command->add_option("--device", o->device, "Where; cuda: GPU 0, beside cuBLAS and a pure read")
-      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->check(one_device())
       ->capture_default_str();
   command->add_option("--cublas", o->cublas, "Path of libcublas, for --device cuda");
   add_peer_options(*command, *o);

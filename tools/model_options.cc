@@ -92,7 +92,7 @@ void add_model_arguments(CLI::App& command, ModelArguments& arguments, bool many
       ->capture_default_str()
       ->group("Model");
   command.add_option("--device", arguments.device, "where the model runs; cuda: the first GPU")
-      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->check(one_device())
       ->capture_default_str()
       ->group("Model");
   command

@@ -416,7 +416,7 @@ void add_plan_command(CLI::App& app, int& exit_code) {
       ->add_option("--device", options->device,
                    "what the plan is for: its times, and what runs the plans that are tried; cuda: "
                    "the first GPU, without groups of 8 bits in w4a4")
-      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->check(one_device())
       ->capture_default_str();
   command->add_option("--threads", options->threads, "threads; 0: all CPUs")
       ->check(CLI::Range(0, kMaxThreads))

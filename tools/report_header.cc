@@ -14,6 +14,7 @@
 
 #include "base/cpu_features.h"
 #include "cli.h"
+#include "text.h"
 
 namespace nibble::cli {
 namespace {
@@ -98,6 +99,20 @@ void set_command_line(int argc, char** argv) {
   std::string& text = command_line();
   text = "nibble";  // not argv[0], which holds the path of one machine
   for (int i = 1; i < argc; ++i) text += ' ' + shell_word(argv[i]);
+}
+
+CLI::Validator one_device() {
+  const auto check = [](const std::string& device) -> std::string {
+    if (device == "cpu" || device == "cuda") return "";
+    if (device.starts_with("cuda")) {
+      return fmt::format(
+          "{}: expected cpu or cuda, the first GPU that CUDA_VISIBLE_DEVICES leaves; one model on "
+          "several GPUs is vLLM's tensor parallelism (docs/vllm.md)",
+          printable(device));
+    }
+    return fmt::format("{}: expected cpu or cuda", printable(device));
+  };
+  return {check, "{cpu,cuda}"};
 }
 
 std::string device_summary() {

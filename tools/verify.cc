@@ -274,7 +274,7 @@ void add_verify_command(CLI::App& app, int& exit_code) {
   command
       ->add_option("--device", options->device,
                    "Where; cuda: the kernels of GPU 0 against the oracle and fp64")
-      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->check(one_device())
       ->capture_default_str();
   command->add_option("--layer", options->layer_regex, "Only layers whose name matches this regex");
   command
