@@ -11,6 +11,7 @@
 #include <random>
 
 #include "cli.h"
+#include "cublas_fp8.h"
 #include "cuda_bench.h"
 #include "cuda_oracle.h"
 #include "cuda_probe.h"
@@ -135,6 +136,7 @@ class Point {
 
   Status add_kernels(const Sample& sample, const ref::Weights& reference, std::string& mismatch);
   void add_cublas(Cublas& cublas);
+  void add_fp8(CublasFp8& cublas);
   void measure(const DeviceMonitor& monitor, std::vector<CudaRow>& rows);
 
  private:
@@ -161,6 +163,7 @@ class Point {
   DeviceMemory sink_;
   std::vector<std::unique_ptr<KernelRun>> runs_;
   std::vector<DeviceMemory> dense_;
+  std::unique_ptr<CublasFp8::Product> fp8_;
   std::vector<CudaRow> rows_;
   std::vector<DeviceContender> contenders_;
 };
@@ -222,8 +225,7 @@ Status Point::add_kernels(const Sample& sample, const ref::Weights& reference,
           });
     }
     add(fmt::format("{}{}", quantizes ? "quantize + " : "", plan->kernel_name()), mode_name(mode),
-        &*plan, copies,
-        [&run, &weights, copies](int64_t i, cudaStream_t stream) {
+        &*plan, copies, [&run, &weights, copies](int64_t i, cudaStream_t stream) {
           check_status(run.whole(weights[i % copies], stream));
         });
   }
@@ -266,9 +268,33 @@ void Point::add_dense(Cublas& cublas, Cublas::Type type, const char* name) {
 }
 
 void Point::add_cublas(Cublas& cublas) {
-  dense_.reserve(6);
+  dense_.reserve(9);
   add_dense(cublas, Cublas::Type::f16, "cublas-f16");
   add_dense(cublas, Cublas::Type::int8, "cublas-int8");
+}
+
+void Point::add_fp8(CublasFp8& cublas) {
+  constexpr uint32_t kBelow2 = 0xbfbfbfbfu;  // e4m3 without the exponent's first bit: no NaN
+  const int64_t n = weights_.tensors.n, k = weights_.tensors.k, bytes = n * k;
+  const int64_t copies = (kColdBytes + bytes - 1) / bytes;
+  Result<std::unique_ptr<CublasFp8::Product>> product = cublas.plan(m_, n, k);
+  if (!product.ok()) {
+    fmt::print(stderr, "nibble: left out: {}\n", product.status().message());
+    return;
+  }
+  fp8_ = std::move(*product);
+  dense_.emplace_back(static_cast<size_t>(bytes * copies));
+  auto* w = dense_.back().as<std::byte>();
+  dense_.emplace_back(static_cast<size_t>(m_ * k));
+  void* x = dense_.back().as<>();
+  dense_.emplace_back(static_cast<size_t>(m_ * n * 2));
+  void* y = dense_.back().as<>();
+  check_cuda(launch_fill_words(w, bytes * copies, kSeed, nullptr, kBelow2), "cublas-fp8");
+  check_cuda(launch_fill_words(x, m_ * k, kSeed, nullptr, kBelow2), "cublas-fp8");
+  add("cublas-fp8", "matmul only", nullptr, copies,
+      [this, x, w, y, bytes, copies](int64_t i, cudaStream_t stream) {
+        check_status(fp8_->multiply(x, w + i % copies * bytes, y, stream));
+      });
 }
 
 void Point::measure(const DeviceMonitor& monitor, std::vector<CudaRow>& rows) {
@@ -379,10 +405,32 @@ Status print_all(const GemmBenchOptions& o, const DeviceInfo& device, const Devi
   return o.json_file.empty() ? Status{} : write_bench_json(o.json_file, document);
 }
 
+/// What of cuBLAS could be opened.
+struct Baselines {
+  std::unique_ptr<Cublas> cublas;
+  std::unique_ptr<CublasFp8> fp8;
+
+  Baselines(const GemmBenchOptions& o, const DeviceInfo& device) {
+    if (o.no_baseline) return;
+    keep(Cublas::open(device, o.cublas), cublas);
+    if (device.capability >= 89) keep(CublasFp8::open(o.cublas), fp8);  // which has e4m3
+  }
+
+ private:
+  template <class T>
+  static void keep(Result<std::unique_ptr<T>> opened, std::unique_ptr<T>& to) {
+    if (opened.ok()) {
+      to = std::move(*opened);
+    } else {
+      fmt::print(stderr, "nibble: without a baseline: {}\n", opened.status().message());
+    }
+  }
+};
+
 /// All M of one shape.
-Status measure_shape(const GemmBenchOptions& o, const DeviceInfo& device, Cublas* cublas,
-                     const DeviceMonitor& monitor, int64_t n, int64_t k, std::vector<CudaRow>& rows,
-                     std::string& mismatch) {
+Status measure_shape(const GemmBenchOptions& o, const DeviceInfo& device,
+                     const Baselines& baselines, const DeviceMonitor& monitor, int64_t n, int64_t k,
+                     std::vector<CudaRow>& rows, std::string& mismatch) {
   NIBBLE_TRY(check_bench_shape(n, k, o.group_size));
   const int64_t group_size = o.group_size == -1 ? k : o.group_size;
   const Result<ColdWeights> weights = make_cold_weights(device, n, k, group_size);
@@ -393,7 +441,8 @@ Status measure_shape(const GemmBenchOptions& o, const DeviceInfo& device, Cublas
     Point point(o, device, *weights, m);
     NIBBLE_TRY(point.add_kernels(sample, reference, mismatch));
     if (!mismatch.empty()) return {};
-    if (cublas != nullptr) point.add_cublas(*cublas);
+    if (baselines.cublas != nullptr) point.add_cublas(*baselines.cublas);
+    if (baselines.fp8 != nullptr) point.add_fp8(*baselines.fp8);
     point.measure(monitor, rows);
     if (interrupted()) return Status(Code::interrupted, "interrupted");
   }
@@ -406,21 +455,13 @@ int run_cuda_gemm_bench(const GemmBenchOptions& options) {
   const Result<DeviceInfo> device = cuda::device_info(0);
   if (!device.ok()) return fail(device.status());
   const DeviceMonitor monitor(device->ordinal);
-  std::unique_ptr<Cublas> cublas;
-  if (!options.no_baseline) {
-    Result<std::unique_ptr<Cublas>> opened = Cublas::open(*device, options.cublas);
-    if (opened.ok()) {
-      cublas = std::move(*opened);
-    } else {
-      fmt::print(stderr, "nibble: without baseline: {}\n", opened.status().message());
-    }
-  }
+  const Baselines baselines(options, *device);
   std::vector<CudaRow> rows;
   for (const int64_t n : options.n) {
     for (const int64_t k : options.k) {
       std::string mismatch;
       const Status status =
-          measure_shape(options, *device, cublas.get(), monitor, n, k, rows, mismatch);
+          measure_shape(options, *device, baselines, monitor, n, k, rows, mismatch);
       if (!status.ok()) return fail(status);
       if (!mismatch.empty()) {
         fmt::print(stderr, "nibble: check failed: {}\n", mismatch);
