@@ -35,7 +35,9 @@ static void multiply(const std::vector<nibble_target>& targets, const std::vecto
   nibble_plan plan;
   check(nibble_gemm_plan(&plan, &problem, nullptr));
   std::vector<Line> workspace((nibble_gemm_workspace_bytes(&plan) + 63) / 64);
-  const nibble_input input = {x.data(), K, 0, 0, nullptr};
+  nibble_input input = {};
+  input.x = x.data();
+  input.x_stride = K;
   const auto count = static_cast<int32_t>(targets.size());
   check(nibble_gemm(&plan, &input, targets.data(), count, workspace.data()));
   std::printf("%d weight(s) by %s\n", count, nibble_plan_kernel(&plan));

@@ -69,7 +69,10 @@ typedef enum nibble_dtype { NIBBLE_F32 = 0, NIBBLE_F16 = 1, NIBBLE_BF16 = 2 } ni
 typedef enum nibble_mode {
   NIBBLE_W4A16 = 0, /* float activations, fp32 accumulation */
   NIBBLE_W4A8 = 1,  /* int8 activations, exact int32 sums per group, fp32 epilogue */
-  NIBBLE_W4A4 = 2   /* int4 activations, likewise */
+  NIBBLE_W4A4 = 2,  /* int4 activations, likewise */
+  NIBBLE_W4A8_FP8 = 3, /* e4m3 activations, float sums; CUDA devices only */
+  NIBBLE_W4A4_WIDE = 4 /* NIBBLE_W4A4 but for the groups of nibble_input.wide_groups, whose
+                          activations are int8; NIBBLE_GROUP only; CPU only */
 } nibble_mode;
 
 /* How many elements of x share one activation scale t (x ~ a * t). Ignored by NIBBLE_W4A16. */
@@ -107,7 +110,8 @@ typedef struct nibble_weight_desc {
   int32_t reserved;    /* 0 */
 } nibble_weight_desc;
 
-/* One weight in the layout of the CPU kernels. Immutable; may be shared by threads. */
+/* One weight in the layout of the CPU kernels: one 64-byte aligned block of memory that begins with
+ * its sizes and holds no pointers. Immutable; may be shared by threads. */
 typedef struct nibble_weight nibble_weight;
 
 /* Repacks a weight: 4.1875 bits per weight at group size 128, n rounded up to 32. On success *out
@@ -120,6 +124,17 @@ NIBBLE_API int64_t nibble_weight_k(const nibble_weight* weight);
 NIBBLE_API int64_t nibble_weight_n(const nibble_weight* weight);
 NIBBLE_API int64_t nibble_weight_group_size(const nibble_weight* weight);
 NIBBLE_API size_t nibble_weight_bytes(const nibble_weight* weight);
+
+/* The same in memory of the caller: nibble_weight_pack writes the block that nibble_weight_create
+ * would, to `memory`, 64-byte aligned, of exactly nibble_weight_packed_bytes. The block may be
+ * copied as it is, to memory aligned like it; it is never passed to nibble_weight_destroy. */
+NIBBLE_API nibble_status nibble_weight_packed_bytes(size_t* out, const nibble_weight_desc* desc);
+NIBBLE_API nibble_status nibble_weight_pack(void* memory, size_t bytes,
+                                            const nibble_weight_desc* desc, int32_t threads);
+/* *out = memory, if it holds a weight of at most `bytes`; else *out is null. Allocates nothing, and
+ * what it returns is not to be destroyed. */
+NIBBLE_API nibble_status nibble_weight_open(const nibble_weight** out, const void* memory,
+                                            size_t bytes);
 
 /* out (k, n) f32: (q - z) * s, exactly (a bf16 scale above 2^124 may overflow to infinity). */
 NIBBLE_API nibble_status nibble_dequantize(const nibble_weight_desc* desc, float* out);
@@ -166,6 +181,7 @@ typedef struct nibble_input {
                                  0 means 1 */
   int32_t reserved;           /* 0 */
   const float* static_scales; /* NIBBLE_STATIC_TENSOR: (1); NIBBLE_STATIC_GROUP: (K/group_size) */
+  const uint8_t* wide_groups; /* read for NIBBLE_W4A4_WIDE only: (K/group_size), not 0: int8 */
 } nibble_input;
 
 typedef struct nibble_target {
@@ -180,6 +196,12 @@ typedef struct nibble_target {
 NIBBLE_API nibble_status nibble_gemm(const nibble_plan* plan, const nibble_input* input,
                                      const nibble_target* targets, int32_t num_targets,
                                      void* workspace);
+
+/* The same for one weight that lies in memory of the caller, as nibble_weight_pack wrote it: it is
+ * checked as nibble_weight_open does, and has the n of the plan. */
+NIBBLE_API nibble_status nibble_gemm_packed(const nibble_plan* plan, const nibble_input* input,
+                                            const void* packed, size_t packed_bytes, void* y,
+                                            int64_t y_stride, void* workspace);
 
 /* The same for activations that are quantized already: codes (M, K) in -128..127, for NIBBLE_W4A4
  * in -15..15 with any zero point taken off; scales (M), or (M, K/group_size) for NIBBLE_GROUP and
@@ -214,13 +236,15 @@ NIBBLE_API const char* nibble_kernel_missing(int32_t index);
  *   - stream is a cudaStream_t; null: the default stream. nibble_cuda_gemm allocates nothing and
  *     waits for nothing; it may be captured into a CUDA graph. Errors of a kernel while it runs are
  *     those of the stream.
- *   - A workspace is zeroed once before its first use, whatever plans share it. Products that run
- *     at the same time need workspaces of their own.
+ *   - The first NIBBLE_CUDA_FLAG_BYTES of a workspace are zeroed once before its first use,
+ *     whatever plans share it. Products that run at the same time need workspaces of their own.
  *   - What a product reads and writes, the weight too, lives until the stream is past it.
  *   - Integer sums are exact. The order of the float operations is the plan's: the same plan gives
  *     the same bits, but, unlike above, another plan (another m, another kernel) may round
  *     differently. NaN or infinity in a row of x makes that row of y NaN; nothing is reported.
  *   - No function leaves another device current than it found. */
+
+#define NIBBLE_CUDA_FLAG_BYTES 4096
 
 typedef struct nibble_cuda_info {
   char name[256];          /* zero-terminated */
@@ -245,6 +269,14 @@ NIBBLE_API nibble_status nibble_cuda_weight_create(nibble_cuda_weight** out,
 NIBBLE_API void nibble_cuda_weight_destroy(nibble_cuda_weight* weight);
 NIBBLE_API size_t nibble_cuda_weight_bytes(const nibble_cuda_weight* weight);
 
+/* The same in device memory of the caller, 256-byte aligned, of exactly nibble_cuda_packed_bytes;
+ * pack returns when it is done. Nothing in the memory tells its shape: nibble_cuda_gemm_packed
+ * takes that from its plan, and the dtype of the scales and whether there is a bias from the size.
+ */
+NIBBLE_API nibble_status nibble_cuda_packed_bytes(size_t* out, const nibble_weight_desc* desc);
+NIBBLE_API nibble_status nibble_cuda_pack(void* packed, size_t packed_bytes,
+                                          const nibble_weight_desc* desc, int32_t device);
+
 /* Like nibble_plan. */
 typedef struct nibble_cuda_plan {
   uint64_t opaque[64];
@@ -261,11 +293,40 @@ NIBBLE_API const char* nibble_cuda_plan_kernel(const nibble_cuda_plan* plan);
 /* As nibble_plan_describe. */
 NIBBLE_API size_t nibble_cuda_plan_describe(const nibble_cuda_plan* plan, char* text, size_t bytes);
 NIBBLE_API size_t nibble_cuda_workspace_bytes(const nibble_cuda_plan* plan);
+/* NIBBLE_CUDA_FLAG_BYTES if this plan's kernel needs the flags, 0 if the workspace may hold
+ * anything: for those who take a new workspace for each product. */
+NIBBLE_API size_t nibble_cuda_zeroed_bytes(const nibble_cuda_plan* plan);
 
 /* y = x * W + bias on `stream`. */
 NIBBLE_API nibble_status nibble_cuda_gemm(const nibble_cuda_plan* plan, const nibble_input* input,
                                           const nibble_cuda_weight* weight, void* y,
                                           int64_t y_stride, void* workspace, void* stream);
+/* The same with a weight that nibble_cuda_pack wrote. */
+NIBBLE_API nibble_status nibble_cuda_gemm_packed(const nibble_cuda_plan* plan,
+                                                 const nibble_input* input, const void* packed,
+                                                 size_t packed_bytes, void* y, int64_t y_stride,
+                                                 void* workspace, void* stream);
+
+/* Quantized activations in device memory, as the kernel of one plan reads them. */
+typedef struct nibble_cuda_operand {
+  int8_t* codes;  /* (M, K rounded up to 512), 16-byte aligned, in the kernel's order: natural for
+                     w4a8_mma_sm80 */
+  float* scales;  /* (M), or (M, K/group_size) for NIBBLE_GROUP and NIBBLE_STATIC_GROUP */
+  int32_t* sums;  /* (M, K rounded up to 512 / P): of the codes of each group of P = group_size if
+                     that is 32 or 64, else 128 */
+  uint32_t* range; /* scratch of 4 words for NIBBLE_TENSOR, else null */
+} nibble_cuda_operand;
+
+/* The two halves of nibble_cuda_gemm_packed; not for NIBBLE_W4A16. */
+NIBBLE_API nibble_status nibble_cuda_quantize_activations(const nibble_cuda_plan* plan,
+                                                          const nibble_input* input,
+                                                          const nibble_cuda_operand* to,
+                                                          void* stream);
+NIBBLE_API nibble_status nibble_cuda_gemm_quantized(const nibble_cuda_plan* plan,
+                                                    const nibble_cuda_operand* operand,
+                                                    const void* packed, size_t packed_bytes,
+                                                    void* y, int64_t y_stride, void* workspace,
+                                                    void* stream);
 
 #ifdef __cplusplus
 }

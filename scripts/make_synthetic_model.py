@@ -18,6 +18,7 @@ SHAPES = {
     # hidden, intermediate, layers, heads, KV heads, head_dim, vocabulary
     "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128, 128256),
     "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 128, 151936),
+    "tinyllama-1.1b": (2048, 5632, 22, 32, 4, 64, 32000),
     "tiny": (256, 512, 2, 4, 2, 64, 512),
 }
 GROUP_SIZE = 128

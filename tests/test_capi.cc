@@ -174,9 +174,10 @@ TEST(CApiLibrary, StructsKeepTheirLayout) {
   EXPECT_EQ(sizeof(nibble_problem), 56u);
   EXPECT_EQ(offsetof(nibble_problem, mode), 32u);
   EXPECT_EQ(offsetof(nibble_problem, threads), 52u);
-  EXPECT_EQ(sizeof(nibble_input), 32u);
+  EXPECT_EQ(sizeof(nibble_input), 40u);
   EXPECT_EQ(offsetof(nibble_input, clip), 16u);
   EXPECT_EQ(offsetof(nibble_input, static_scales), 24u);
+  EXPECT_EQ(offsetof(nibble_input, wide_groups), 32u);
   EXPECT_EQ(sizeof(nibble_target), 24u);
 }
 
@@ -194,7 +195,7 @@ TEST(CApiLibrary, ExportsTheCAbiAndNothingElse) {
     if (std::sscanf(line, "%*s %*s %1023s", name) == 1) names.push_back(name);
   }
   if (pclose(pipe) != 0) GTEST_SKIP() << "nm does not work here: " << line;
-  EXPECT_EQ(names.size(), 29u);
+  EXPECT_EQ(names.size(), 39u);
   for (const std::string& symbol : names) {
     EXPECT_EQ(symbol.rfind("nibble_", 0), 0u) << symbol << " is exported";
   }
@@ -233,6 +234,83 @@ TEST_F(CApi, AWeightKnowsItsSize) {
   EXPECT_EQ(nibble_weight_n(nullptr), 0);
   EXPECT_EQ(nibble_weight_group_size(nullptr), 0);
   EXPECT_EQ(nibble_weight_bytes(nullptr), 0u);
+}
+
+TEST_F(CApi, AWeightIsABlockThatMayLieAnywhere) {
+  desc_.bias = bias_.data();
+  desc_.bias_dtype = NIBBLE_F32;
+  const WeightPtr made = create(desc_);
+  const std::vector<float> expected = multiply(plan(), made.get());
+  size_t bytes = 0;
+  expect_ok(nibble_weight_packed_bytes(&bytes, &desc_));
+  ASSERT_EQ(bytes, nibble_weight_bytes(made.get()));
+  for (const int32_t threads : {1, 3}) {
+    std::vector<Line> memory(bytes / sizeof(Line) + 1);
+    std::memset(memory.data(), 0xa5, bytes + 1);  // what was there before is gone
+    expect_ok(nibble_weight_pack(memory.data(), bytes, &desc_, threads));
+    EXPECT_EQ(memory.back().bytes[0], std::byte{0xa5});
+    const std::vector<Line> copy = memory;
+    for (const Line* at : {static_cast<const Line*>(memory.data()), copy.data()}) {
+      const nibble_weight* weight = nullptr;
+      expect_ok(nibble_weight_open(&weight, at, bytes));
+      EXPECT_EQ(nibble_weight_k(weight), kK);
+      EXPECT_EQ(nibble_weight_bytes(weight), bytes);
+      EXPECT_EQ(multiply(plan(), weight), expected);
+      const nibble_plan made_plan = plan();
+      Workspace workspace = workspace_of(made_plan);
+      std::vector<float> y(kM * kN);
+      expect_ok(nibble_gemm_packed(&made_plan, &input_, at, bytes, y.data(), kN, workspace.data()));
+      EXPECT_EQ(y, expected);
+      expect_error(
+          nibble_gemm_packed(&made_plan, &input_, at, bytes - 1, y.data(), kN, workspace.data()),
+          NIBBLE_INVALID_ARGUMENT, {std::to_string(bytes).c_str()});
+    }
+  }
+  // A copy of what nibble_weight_create made is a weight too.
+  std::vector<Line> copy(bytes / sizeof(Line));
+  std::memcpy(copy.data(), made.get(), bytes);
+  const nibble_weight* weight = nullptr;
+  expect_ok(nibble_weight_open(&weight, copy.data(), bytes));
+  EXPECT_EQ(multiply(plan(), weight), expected);
+  std::vector<float> y(2 * kM * kN);
+  problem_.n = 2 * kN;
+  const nibble_plan wider = plan();
+  Workspace workspace = workspace_of(wider);
+  expect_error(
+      nibble_gemm_packed(&wider, &input_, copy.data(), bytes, y.data(), 2 * kN, workspace.data()),
+      NIBBLE_INVALID_ARGUMENT, {"N=40", "N=80"});
+}
+
+TEST_F(CApi, MemoryThatIsNotAWeightIsRefused) {
+  size_t bytes = 0;
+  expect_ok(nibble_weight_packed_bytes(&bytes, &desc_));
+  std::vector<Line> memory(bytes / sizeof(Line) + 1);
+  auto* at = reinterpret_cast<char*>(memory.data());
+  constexpr auto invalid = NIBBLE_INVALID_ARGUMENT;
+  const std::string have = std::to_string(bytes - 64), want = std::to_string(bytes);
+  expect_error(nibble_weight_pack(at, bytes - 64, &desc_, 1), invalid,
+               {have.c_str(), want.c_str()});
+  expect_error(nibble_weight_pack(at + 4, bytes, &desc_, 1), invalid, {"64-byte aligned"});
+  expect_error(nibble_weight_pack(nullptr, bytes, &desc_, 1), invalid, {"memory is null"});
+  expect_ok(nibble_weight_pack(at, bytes, &desc_, 1));
+  const nibble_weight* weight = nullptr;
+  expect_error(nibble_weight_open(&weight, at, bytes - 1), invalid, {want.c_str()});
+  expect_error(nibble_weight_open(&weight, at, 63), invalid, {"63 bytes"});
+  expect_error(nibble_weight_open(&weight, at + 8, bytes - 8), invalid, {"64-byte aligned"});
+  expect_error(nibble_weight_open(nullptr, at, bytes), invalid, {"out is null"});
+  std::vector<float> y(kM * kN);
+  const nibble_plan made = plan();
+  Workspace workspace = workspace_of(made);
+  for (int byte = 0; byte < 48; ++byte) {  // any change of the header
+    at[byte] ^= 1;
+    expect_error(nibble_weight_open(&weight, at, bytes), invalid, {"was not made by"});
+    EXPECT_EQ(weight, nullptr);
+    const nibble_target target = {reinterpret_cast<const nibble_weight*>(at), y.data(), kN};
+    expect_error(nibble_gemm(&made, &input_, &target, 1, workspace.data()), invalid,
+                 {"targets[0].weight was not made by"});
+    at[byte] ^= 1;
+  }
+  expect_ok(nibble_weight_open(&weight, at, bytes));
 }
 
 TEST_F(CApi, AWeightTakesAtMost4Point25BitsPerCode) {
@@ -415,7 +493,7 @@ TEST_F(CApi, TheEnvironmentForcesAKernel) {
 TEST_F(CApi, WrongProblemsAreRefusedByName) {
   const auto invalid = NIBBLE_INVALID_ARGUMENT;
   using P = nibble_problem;
-  expect_error(plan_with([](P& p) { p.mode = 3; }), invalid, {"problem->mode is 3", "0 to 2"});
+  expect_error(plan_with([](P& p) { p.mode = 4; }), invalid, {"problem->mode is 4", "0 to 3"});
   expect_error(plan_with([](P& p) { p.x_dtype = -1; }), invalid, {"problem->x_dtype is -1"});
   expect_error(plan_with([](P& p) { p.y_dtype = 3; }), invalid, {"problem->y_dtype is 3"});
   expect_error(plan_with([](P& p) { p.granularity = 5; }), invalid, {"granularity is 5"});
@@ -535,6 +613,47 @@ TEST_F(CApi, EveryModeAndGranularityEqualsTheOracle) {
       }
     }
   }
+}
+
+TEST_F(CApi, WideGroupsAreInt8TheOthersInt4) {
+  const WeightPtr weight = create(desc_);
+  problem_.granularity = NIBBLE_GROUP;
+  problem_.mode = NIBBLE_W4A4;
+  const std::vector<float> narrow = multiply(plan(), weight.get());
+  problem_.mode = NIBBLE_W4A8;
+  const std::vector<float> wide = multiply(plan(), weight.get());
+  ASSERT_NE(narrow, wide);
+  problem_.mode = NIBBLE_W4A4_WIDE;
+  std::vector<uint8_t> groups(kGroups, 1);
+  input_.wide_groups = groups.data();
+  EXPECT_EQ(multiply(plan(), weight.get()), wide);
+  groups.assign(kGroups, 0);
+  EXPECT_EQ(multiply(plan(), weight.get()), narrow);
+  groups[1] = 1;
+  // The oracle's codes and scales of the one mode or the other, group by group.
+  const ref::Weights w = ref::unpack(awq_.view());
+  const GemmInput input{x_.data(), kK};
+  Problem p = cpp_problem();
+  p.mode = Mode::w4a4;
+  ref::Activations a = ref::quantize(p, input);
+  p.mode = Mode::w4a8;
+  const ref::Activations a8 = ref::quantize(p, input);
+  for (int64_t m = 0; m < kM; ++m) {
+    std::copy_n(&a8.codes[m * kK + kGroup], kGroup, &a.codes[m * kK + kGroup]);
+    a.scales[m * kGroups + 1] = a8.scales[m * kGroups + 1];
+  }
+  EXPECT_EQ(
+      multiply(plan(), weight.get()),
+      ref::epilogue(p, w, ref::partial_sums(w, a.codes.data(), kM), a.scales.data(), nullptr));
+  const nibble_plan made = plan();
+  Workspace workspace = workspace_of(made);
+  std::vector<float> y(kM * kN);
+  input_.wide_groups = nullptr;
+  const nibble_target target = {weight.get(), y.data(), kN};
+  expect_error(nibble_gemm(&made, &input_, &target, 1, workspace.data()), NIBBLE_INVALID_ARGUMENT,
+               {"wide_groups"});
+  expect_error(plan_with([](nibble_problem& q) { q.granularity = NIBBLE_TOKEN; }),
+               NIBBLE_INVALID_ARGUMENT, {"group"});
 }
 
 TEST_F(CApi, QuantizingAloneThenMultiplyingIsTheSame) {

@@ -198,6 +198,34 @@ TEST_F(CliModel, PromptsTogetherGiveWhatEachGivesAlone) {
   EXPECT_EQ(text.out, expected + "\n");
 }
 
+TEST_F(CliModel, PromptsThatWaitGiveTheSame) {
+  const std::string model = assemble("llama_awq");
+  const auto run = [&](const char* batch) {
+    return run_tool({"generate", model, "-p", "the", "-p", "in", "-p", "her", "-p", "a", "-n", "6",
+                     "-b", batch});
+  };
+  const Outcome all = run("0");
+  EXPECT_EQ(all.code, 0) << all.err;
+  for (const char* batch : {"1", "2", "3"}) EXPECT_EQ(run(batch).out, all.out) << batch;
+}
+
+TEST_F(CliModel, CudaWithoutAGpuExitsWith3) {
+  if (fs::exists("/dev/nvidiactl")) GTEST_SKIP() << "there is a GPU";
+  const Outcome outcome =
+      run_tool({"generate", assemble("llama_awq"), "-p", "the", "--device", "cuda"});
+  EXPECT_EQ(outcome.code, 3);
+  EXPECT_HAS(outcome.err, "CUDA");
+  EXPECT_EQ(outcome.out, "");
+}
+
+TEST_F(CliModel, SeveralGpusAreVllms) {
+  const Outcome outcome =
+      run_tool({"generate", assemble("llama_awq"), "-p", "the", "--device", "cuda:0,1"});
+  EXPECT_EQ(outcome.code, 2);
+  EXPECT_HAS(outcome.err, "vLLM");
+  EXPECT_EQ(outcome.out, "");
+}
+
 TEST_F(CliModel, GenerateReadsStandardInput) {
   const std::string model = assemble("llama_awq");
   write_text(dir_.file("prompt.txt"), "the inner man");

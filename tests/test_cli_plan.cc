@@ -217,6 +217,30 @@ TEST_F(CliPlanning, CalibrateRefusesBeforeItWrites) {
 
 // ---- plan --------------------------------------------------------------------------------------
 
+TEST_F(CliPlanning, CudaWithoutAGpuExitsWith3AndChangesNothing) {
+  if (fs::exists("/dev/nvidiactl")) GTEST_SKIP() << "there is a GPU";
+  const std::string model = assemble("llama_awq");
+  const std::string before = read_text(model + "/config.json");
+  const Outcome outcome =
+      plan(model, text_file("a.txt", 60, 1), with({"--device", "cuda"}, kLooseGates));
+  EXPECT_EQ(outcome.code, 3);
+  EXPECT_HAS(outcome.err, "CUDA");
+  EXPECT_EQ(outcome.out, "");
+  EXPECT_EQ(read_text(model + "/config.json"), before);
+}
+
+TEST_F(CliPlanning, PlanIsForTheGpu) {
+  if (!fs::exists("/dev/nvidiactl")) GTEST_SKIP() << "there is no GPU";
+  const std::string model = assemble("llama_awq");
+  const Outcome outcome = plan(model, text_file("a.txt", 60, 1),
+                               with({"--device", "cuda", "--mode", "w4a4"}, kLooseGates));
+  if (outcome.code == 3) GTEST_SKIP() << outcome.err;  // a build without CUDA
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  EXPECT_HAS(outcome.out, "on NVIDIA");
+  const json config = json::parse(read_text(model + "/config.json"));
+  EXPECT_EQ(config["quantization_config"]["nibble"]["schema_version"], 1);
+}
+
 TEST_F(CliPlanning, PlanIsWrittenBesideEverythingElseAndRuns) {
   for (const char* golden : {"llama_awq", "qwen2_awq", "gemma3_awq"}) {
     const std::string model = assemble(golden), text = text_file("a.txt", 60, 1);

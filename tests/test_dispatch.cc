@@ -88,6 +88,13 @@ TEST(Dispatch, TheEnvironmentForcesEveryKernel) {
   }
 }
 
+TEST(Dispatch, E4m3ActivationsAreForCudaDevices) {
+  const Result<Plan> plan = plan_gemm(problem_of(Mode::w4a8_fp8));
+  ASSERT_FALSE(plan.ok());
+  EXPECT_EQ(plan.status().code(), Code::unsupported);
+  EXPECT_NE(plan.status().message().find("CUDA"), std::string::npos) << plan.status().message();
+}
+
 TEST(Dispatch, AnArgumentWinsOverTheEnvironment) {
   const ForcedByEnvironment forced("nonsense");
   for (const Mode mode : kModes) {

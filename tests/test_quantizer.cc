@@ -186,6 +186,28 @@ void for_each_kind(const std::function<void(Options)>& body) {
   }
 }
 
+TEST(Oracle, RoundsToE4m3) {
+  // every number of the format is itself; halfway between two, the even one wins
+  float before = 0;
+  int code = 0;
+  for (int exponent = 0; exponent < 16; ++exponent) {
+    for (int mantissa = 0; mantissa < (exponent == 15 ? 7 : 8); ++mantissa, ++code) {
+      const auto significand = static_cast<float>(exponent == 0 ? mantissa : 8 + mantissa);
+      const float value = std::ldexp(significand, std::max(exponent, 1) - 10);
+      EXPECT_EQ(ref::round_to_e4m3(value), value);
+      EXPECT_EQ(ref::round_to_e4m3(-value), -value);
+      if (code > 0) {
+        const float half = (before + value) / 2;
+        EXPECT_EQ(ref::round_to_e4m3(half), code % 2 == 0 ? value : before) << half;
+        EXPECT_EQ(ref::round_to_e4m3(std::nextafter(half, 1e9f)), value);
+        EXPECT_EQ(ref::round_to_e4m3(std::nextafter(half, 0.0f)), before);
+      }
+      before = value;
+    }
+  }
+  EXPECT_EQ(before, 448.0f);
+}
+
 TEST(Quantizer, EveryKindDtypeAndGroupEqualsTheReference) {
   std::mt19937 random(1);
   for_each_kind([&](Options options) {

@@ -1,5 +1,6 @@
 // Concurrency: the pool's threads inside a call, callers' threads around it. These tests also run
 // under ThreadSanitizer, so they are small and start few threads.
+#include <algorithm>
 #include <barrier>
 #include <cmath>
 #include <cstring>
@@ -188,7 +189,7 @@ TEST_F(Threads, PackingGivesTheSameBytesWhateverTheThreads) {
     ASSERT_EQ(packed->bytes(), weight_.packed.bytes());
     EXPECT_EQ(std::memcmp(packed->storage.data(), expected, static_cast<size_t>(packed->bytes())),
               0);
-    EXPECT_EQ(packed->bias, weight_.packed.bias);
+    EXPECT_TRUE(std::ranges::equal(packed->bias, weight_.packed.bias));
   }
 }
 

@@ -98,7 +98,7 @@ void add_peer_options(CLI::App& command, GemmBenchOptions& o) {
 void add_kernel_options(CLI::App& command, GemmBenchOptions& o) {
   command.add_option("--mode", o.modes, "Modes, each with its preferred kernel")
       ->delimiter(',')
-      ->check(CLI::IsMember({"w4a16", "w4a8", "w4a4"}))
+      ->check(CLI::IsMember({"w4a16", "w4a8", "w4a8-fp8", "w4a4"}))
       ->capture_default_str();
   CLI::Option* kernel =
       command
@@ -167,7 +167,7 @@ void add_bench_command(CLI::App& app, int& exit_code) {
   command->add_flag("--no-baseline", o->no_baseline, "Skip dequantize + matmul");
   command->add_flag("--explain", o->explain, "Print each plan to stderr");
   command->add_option("--device", o->device, "Where; cuda: GPU 0, beside cuBLAS and a pure read")
-      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->check(one_device())
       ->capture_default_str();
   command->add_option("--cublas", o->cublas, "Path of libcublas, for --device cuda");
   add_peer_options(*command, *o);

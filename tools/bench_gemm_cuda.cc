@@ -11,19 +11,22 @@
 #include <random>
 
 #include "cli.h"
+#include "cublas_fp8.h"
 #include "cuda_bench.h"
 #include "cuda_oracle.h"
 #include "cuda_probe.h"
+#include "cuda_weights.h"
+#include "gemm/cuda/cublas.h"
 #include "gemm/cuda/gemm_cuda.h"
 
 namespace nibble::cli {
 namespace {
 
+using cuda::Cublas;
 using cuda::DeviceInfo;
 using cuda::DeviceWeights;
 using nlohmann::json;
 
-constexpr int64_t kColdBytes = int64_t{260} << 20;  // L2 of an H200: 60 MB
 constexpr uint64_t kSeed = 1;
 
 struct CudaRow {
@@ -40,43 +43,6 @@ struct CudaRow {
   }
   double gb_per_s() const { return bytes / samples.median() * 1e-3; }
 };
-
-/// Copies of one random weight, as many as it takes to be cold.
-struct Weights {
-  AwqTensors tensors;
-  std::vector<DeviceWeights> copies;
-};
-
-std::vector<uint32_t> random_words(int64_t count, uint64_t seed) {
-  std::mt19937_64 random(seed);
-  std::vector<uint32_t> words(static_cast<size_t>(count));
-  for (uint32_t& word : words) word = static_cast<uint32_t>(random());
-  return words;
-}
-
-Result<Weights> make_weights(const DeviceInfo& device, int64_t n, int64_t k, int64_t group_size) {
-  Weights w;
-  const int64_t groups = k / group_size;
-  w.tensors = {k,
-               n,
-               group_size,
-               Dtype::f16,
-               random_words(k * n / 8, kSeed),
-               random_words(groups * n / 8, kSeed + 1),
-               {}};
-  std::mt19937 random(kSeed);
-  for (int64_t i = 0; i < groups * n; ++i) {
-    w.tensors.scales.push_back(
-        f16_from_float(0.002f + 0.004f * static_cast<float>(random() >> 8) * 0x1p-24f));
-  }
-  const int64_t bytes = cuda::packed_layout(n, k, group_size).bytes();
-  for (int64_t held = 0; held < kColdBytes; held += bytes) {
-    Result<DeviceWeights> copy = DeviceWeights::create(device, w.tensors.view());
-    if (!copy.ok()) return copy.status();
-    w.copies.push_back(std::move(*copy));
-  }
-  return w;
-}
 
 /// Some columns of a weight: 8 from each of up to 16 places.
 struct Sample {
@@ -165,11 +131,12 @@ std::string check_kernel(const KernelRun& run, const Sample& sample, const ref::
 /// What is timed at one point of the grid.
 class Point {
  public:
-  Point(const GemmBenchOptions& o, const DeviceInfo& device, const Weights& weights, int64_t m)
+  Point(const GemmBenchOptions& o, const DeviceInfo& device, const ColdWeights& weights, int64_t m)
       : o_(o), device_(device), weights_(weights), m_(m), sink_(16) {}
 
   Status add_kernels(const Sample& sample, const ref::Weights& reference, std::string& mismatch);
-  void add_cublas(const Cublas& cublas);
+  void add_cublas(Cublas& cublas);
+  void add_fp8(CublasFp8& cublas);
   void measure(const DeviceMonitor& monitor, std::vector<CudaRow>& rows);
 
  private:
@@ -187,15 +154,16 @@ class Point {
   }
   void add(const std::string& kernel, const std::string& mode, const cuda::Plan* plan,
            int64_t copies, std::function<void(int64_t, cudaStream_t)> launch);
-  void add_dense(const Cublas& cublas, Cublas::Type type, const char* name);
+  void add_dense(Cublas& cublas, Cublas::Type type, const char* name);
 
   const GemmBenchOptions& o_;
   const DeviceInfo& device_;
-  const Weights& weights_;
+  const ColdWeights& weights_;
   int64_t m_;
   DeviceMemory sink_;
   std::vector<std::unique_ptr<KernelRun>> runs_;
   std::vector<DeviceMemory> dense_;
+  std::unique_ptr<CublasFp8::Product> fp8_;
   std::vector<CudaRow> rows_;
   std::vector<DeviceContender> contenders_;
 };
@@ -257,8 +225,7 @@ Status Point::add_kernels(const Sample& sample, const ref::Weights& reference,
           });
     }
     add(fmt::format("{}{}", quantizes ? "quantize + " : "", plan->kernel_name()), mode_name(mode),
-        &*plan, copies,
-        [&run, &weights, copies](int64_t i, cudaStream_t stream) {
+        &*plan, copies, [&run, &weights, copies](int64_t i, cudaStream_t stream) {
           check_status(run.whole(weights[i % copies], stream));
         });
   }
@@ -271,7 +238,7 @@ Status Point::add_kernels(const Sample& sample, const ref::Weights& reference,
   return {};
 }
 
-void Point::add_dense(const Cublas& cublas, Cublas::Type type, const char* name) {
+void Point::add_dense(Cublas& cublas, Cublas::Type type, const char* name) {
   const int64_t n = weights_.tensors.n, k = weights_.tensors.k;
   const int64_t element = type == Cublas::Type::f16 ? 2 : 1, bytes = n * k * element;
   const int64_t copies = (kColdBytes + bytes - 1) / bytes;
@@ -289,22 +256,45 @@ void Point::add_dense(const Cublas& cublas, Cublas::Type type, const char* name)
     check_cuda(launch_fill_words(const_cast<std::byte*>(w), bytes * copies, kSeed, nullptr), name);
     check_cuda(launch_fill_words(x, m_ * k, kSeed, nullptr), name);
   }
-  const bool works = cublas.multiply(type, x, w, y, m_, n, k, nullptr);
+  const bool works = cublas.multiply(type, x, w, y, n, m_, n, k, nullptr).ok();
   check_cuda(cudaDeviceSynchronize(), name);
   if (!works) return;  // int8 wants M in multiples of 4
   add(name, "matmul only", nullptr, copies,
       [&cublas, type, x, w, y, n, k, bytes, copies, this](int64_t i, cudaStream_t stream) {
-        if (!cublas.multiply(type, x, w + i % copies * bytes, y, m_, n, k, stream)) {
-          throw std::runtime_error("cuBLAS failed");
-        }
+        const Status status =
+            cublas.multiply(type, x, w + i % copies * bytes, y, n, m_, n, k, stream);
+        if (!status.ok()) throw std::runtime_error(status.message());
       });
 }
 
-void Point::add_cublas(const Cublas& cublas) {
-  if (!cublas.ok()) return;
-  dense_.reserve(6);
+void Point::add_cublas(Cublas& cublas) {
+  dense_.reserve(9);
   add_dense(cublas, Cublas::Type::f16, "cublas-f16");
   add_dense(cublas, Cublas::Type::int8, "cublas-int8");
+}
+
+void Point::add_fp8(CublasFp8& cublas) {
+  constexpr uint32_t kBelow2 = 0xbfbfbfbfu;  // e4m3 without the exponent's first bit: no NaN
+  const int64_t n = weights_.tensors.n, k = weights_.tensors.k, bytes = n * k;
+  const int64_t copies = (kColdBytes + bytes - 1) / bytes;
+  Result<std::unique_ptr<CublasFp8::Product>> product = cublas.plan(m_, n, k);
+  if (!product.ok()) {
+    fmt::print(stderr, "nibble: left out: {}\n", product.status().message());
+    return;
+  }
+  fp8_ = std::move(*product);
+  dense_.emplace_back(static_cast<size_t>(bytes * copies));
+  auto* w = dense_.back().as<std::byte>();
+  dense_.emplace_back(static_cast<size_t>(m_ * k));
+  void* x = dense_.back().as<>();
+  dense_.emplace_back(static_cast<size_t>(m_ * n * 2));
+  void* y = dense_.back().as<>();
+  check_cuda(launch_fill_words(w, bytes * copies, kSeed, nullptr, kBelow2), "cublas-fp8");
+  check_cuda(launch_fill_words(x, m_ * k, kSeed, nullptr, kBelow2), "cublas-fp8");
+  add("cublas-fp8", "matmul only", nullptr, copies,
+      [this, x, w, y, bytes, copies](int64_t i, cudaStream_t stream) {
+        check_status(fp8_->multiply(x, w + i % copies * bytes, y, stream));
+      });
 }
 
 void Point::measure(const DeviceMonitor& monitor, std::vector<CudaRow>& rows) {
@@ -415,13 +405,35 @@ Status print_all(const GemmBenchOptions& o, const DeviceInfo& device, const Devi
   return o.json_file.empty() ? Status{} : write_bench_json(o.json_file, document);
 }
 
+/// What of cuBLAS could be opened.
+struct Baselines {
+  std::unique_ptr<Cublas> cublas;
+  std::unique_ptr<CublasFp8> fp8;
+
+  Baselines(const GemmBenchOptions& o, const DeviceInfo& device) {
+    if (o.no_baseline) return;
+    keep(Cublas::open(device, o.cublas), cublas);
+    if (device.capability >= 89) keep(CublasFp8::open(o.cublas), fp8);  // which has e4m3
+  }
+
+ private:
+  template <class T>
+  static void keep(Result<std::unique_ptr<T>> opened, std::unique_ptr<T>& to) {
+    if (opened.ok()) {
+      to = std::move(*opened);
+    } else {
+      fmt::print(stderr, "nibble: without a baseline: {}\n", opened.status().message());
+    }
+  }
+};
+
 /// All M of one shape.
-Status measure_shape(const GemmBenchOptions& o, const DeviceInfo& device, const Cublas* cublas,
-                     const DeviceMonitor& monitor, int64_t n, int64_t k, std::vector<CudaRow>& rows,
-                     std::string& mismatch) {
+Status measure_shape(const GemmBenchOptions& o, const DeviceInfo& device,
+                     const Baselines& baselines, const DeviceMonitor& monitor, int64_t n, int64_t k,
+                     std::vector<CudaRow>& rows, std::string& mismatch) {
   NIBBLE_TRY(check_bench_shape(n, k, o.group_size));
   const int64_t group_size = o.group_size == -1 ? k : o.group_size;
-  const Result<Weights> weights = make_weights(device, n, k, group_size);
+  const Result<ColdWeights> weights = make_cold_weights(device, n, k, group_size);
   if (!weights.ok()) return weights.status();
   const Sample sample = sample_columns(weights->tensors);
   const ref::Weights reference = ref::unpack(sample.tensors.view());
@@ -429,7 +441,8 @@ Status measure_shape(const GemmBenchOptions& o, const DeviceInfo& device, const 
     Point point(o, device, *weights, m);
     NIBBLE_TRY(point.add_kernels(sample, reference, mismatch));
     if (!mismatch.empty()) return {};
-    if (cublas != nullptr) point.add_cublas(*cublas);
+    if (baselines.cublas != nullptr) point.add_cublas(*baselines.cublas);
+    if (baselines.fp8 != nullptr) point.add_fp8(*baselines.fp8);
     point.measure(monitor, rows);
     if (interrupted()) return Status(Code::interrupted, "interrupted");
   }
@@ -442,17 +455,13 @@ int run_cuda_gemm_bench(const GemmBenchOptions& options) {
   const Result<DeviceInfo> device = cuda::device_info(0);
   if (!device.ok()) return fail(device.status());
   const DeviceMonitor monitor(device->ordinal);
-  std::unique_ptr<Cublas> cublas;
-  if (!options.no_baseline) {
-    cublas = std::make_unique<Cublas>(options.cublas);
-    if (!cublas->ok()) fmt::print(stderr, "nibble: without baseline: {}\n", cublas->problem());
-  }
+  const Baselines baselines(options, *device);
   std::vector<CudaRow> rows;
   for (const int64_t n : options.n) {
     for (const int64_t k : options.k) {
       std::string mismatch;
       const Status status =
-          measure_shape(options, *device, cublas.get(), monitor, n, k, rows, mismatch);
+          measure_shape(options, *device, baselines, monitor, n, k, rows, mismatch);
       if (!status.ok()) return fail(status);
       if (!mismatch.empty()) {
         fmt::print(stderr, "nibble: check failed: {}\n", mismatch);

@@ -48,7 +48,8 @@ struct Test {
 struct Row {
   Test test;
   const NamedPlan* plan = nullptr;
-  Samples samples;
+  bool batch_invariant = false;
+  Samples samples = {};
   std::vector<OperationTime> operations = {};  // of one pass; on a GPU
 
   double avg(double (*value)(const Row&, double us)) const {
@@ -111,8 +112,10 @@ class Bench {
   Bench(LoadedModel& loaded, int64_t pass_tokens) : loaded_(loaded), pass_tokens_(pass_tokens) {}
 
   /// Runs the test once, greedily: random prompts, as llama-bench; what is decoded follows itself.
-  Status run(const NamedPlan& plan, const Test& test, double* microseconds) {
+  Status run(const NamedPlan& plan, const Test& test, bool batch_invariant,
+             double* microseconds) {
     Runner& model = loaded_.runner_of(plan.mode);
+    model.set_batch_invariant(batch_invariant);
     if (model.quantized() && set_ != &plan) NIBBLE_TRY(model.set_plan(plan.plan));
     if (model.quantized()) set_ = &plan;
     caches_.clear();
@@ -124,7 +127,7 @@ class Bench {
     }
     if (test.n_gen > 0) {  // what a device makes for the first step of a batch is not timed
       Test step = test;
-      step.n_gen = 1;
+      step.n_gen = std::min<int64_t>(2, test.n_gen);
       NIBBLE_TRY(decode(model, step, tokens));
       for (auto& cache : caches_) cache->set_length(0);
     }
@@ -136,12 +139,13 @@ class Bench {
 
   /// Where the time of one pass of the test goes: its first one of a prompt, its last one of
   /// decoding.
-  Result<std::vector<OperationTime>> profile(const NamedPlan& plan, const Test& test) {
+  Result<std::vector<OperationTime>> profile(const NamedPlan& plan, const Test& test,
+                                             bool batch_invariant) {
     double ignored = 0;
     Test before = test;
     before.n_gen = std::max<int64_t>(0, test.n_gen - 1);
     before.n_prompt = test.n_gen > 0 ? 0 : std::min(pass_tokens_, test.n_prompt);
-    NIBBLE_TRY(run(plan, before, &ignored));
+    NIBBLE_TRY(run(plan, before, batch_invariant, &ignored));
     std::vector<int32_t> tokens(static_cast<size_t>(std::max(before.n_prompt, test.batch)), 1);
     std::vector<SequenceItem> items;
     if (test.n_gen == 0) {
@@ -247,6 +251,7 @@ json to_json(const Run& run, const Row& row) {
           {"n_prompt", row.test.n_prompt},
           {"n_gen", row.test.n_gen},
           {"batch", row.test.batch},
+          {"batch_invariant", row.batch_invariant || !run.on_gpu()},
           {"avg_ns", std::llround(row.avg(Row::nanoseconds))},
           {"stddev_ns", std::llround(row.stddev(Row::nanoseconds))},
           {"avg_ts", row.avg(Row::tokens_per_second)},
@@ -261,7 +266,7 @@ json to_json(const Run& run, const Row& row) {
           {"kernels", run.kernels_of_row(row)},
           {"peak_mem_bytes", run.peak_memory},
           {"threads", run.threads},
-          {"device", device_summary()},
+          {"device", run.loaded->device()},
           {"model_filename", run.loaded->directory()},
           {"model_type", architecture_name(run.loaded->config().architecture)},
           {"model_size", run.loaded->checkpoint().bytes()},
@@ -280,18 +285,19 @@ std::string dump(const json& document, int indent) {
 void print_csv(const Run& run, const std::vector<Row>& rows) {
   fmt::print(
       "model,model_size,model_n_params,backend,threads,mode,test,n_prompt,n_gen,batch,avg_ns,"
-      "stddev_ns,avg_ts,stddev_ts,median_ts,byte_limit_share,peak_mem_bytes,kernels\n");
+      "stddev_ns,avg_ts,stddev_ts,median_ts,byte_limit_share,peak_mem_bytes,kernels,"
+      "batch_invariant\n");
   for (const Row& row : rows) {
     const json j = to_json(run, row);
     const double share = run.byte_limit_share(row);
-    fmt::print("\"{}\",{},{},{},{},{},{},{},{},{},{},{},{:.3f},{:.3f},{:.3f},{},{},{}\n",
+    fmt::print("\"{}\",{},{},{},{},{},{},{},{},{},{},{},{:.3f},{:.3f},{:.3f},{},{},{},{}\n",
                run.model_name(), j["model_size"].get<uint64_t>(),
-               j["model_n_params"].get<uint64_t>(), run.backend(), run.threads, row.plan->mode, row.test.name(),
-               row.test.n_prompt, row.test.n_gen, row.test.batch, j["avg_ns"].get<int64_t>(),
-               j["stddev_ns"].get<int64_t>(), j["avg_ts"].get<double>(),
+               j["model_n_params"].get<uint64_t>(), run.backend(), run.threads, row.plan->mode,
+               row.test.name(), row.test.n_prompt, row.test.n_gen, row.test.batch,
+               j["avg_ns"].get<int64_t>(), j["stddev_ns"].get<int64_t>(), j["avg_ts"].get<double>(),
                j["stddev_ts"].get<double>(), j["median_ts"].get<double>(),
                share > 0 ? fmt::format("{:.4f}", share) : "", run.peak_memory,
-               fmt::join(run.kernels_of_row(row), " "));
+               fmt::join(run.kernels_of_row(row), " "), j["batch_invariant"].get<bool>());
   }
 }
 
@@ -302,7 +308,8 @@ void print_operations(const Run& run, const std::vector<Row>& rows) {
     double sum = 0;
     for (const OperationTime& time : row.operations) sum += time.microseconds;
     const double share = run.tensor_share(row);
-    fmt::print("{} {}: one pass by operations, {:.1f} us in all{}\n", row.plan->mode,
+    fmt::print("{}{} {}: one pass by operations, {:.1f} us in all{}\n", row.plan->mode,
+               row.batch_invariant ? ", batch-invariant," : "",
                row.test.name(), sum,
                share > 0 ? fmt::format("; {:.0f} % of the tensor cores' peak", 100 * share) : "");
     Table table("<>>>");
@@ -317,8 +324,18 @@ void print_operations(const Run& run, const std::vector<Row>& rows) {
   }
 }
 
+/// What the same bits alone and beside others cost: rows of a test and mode come in pairs.
+void print_invariance_cost(const std::vector<Row>& rows) {
+  for (size_t i = 1; i < rows.size(); ++i) {
+    if (!rows[i].batch_invariant || rows[i - 1].plan != rows[i].plan) continue;
+    const double ratio = rows[i].samples.median() / rows[i - 1].samples.median();
+    fmt::print("batch invariance of {} costs {} {:+.1f} % of its time\n", rows[i].plan->mode,
+               rows[i].test.name(), 100 * (ratio - 1));
+  }
+}
+
 void print_markdown(const Run& run, const std::vector<Row>& rows) {
-  fmt::print("{}\n", device_summary());
+  fmt::print("{}\n", run.loaded->device());
   if (run.read_gb_per_s > 0) {
     fmt::print(
         "read bandwidth {:.1f} GB/s in the same rounds; limit: weights, head, keys and "
@@ -333,12 +350,15 @@ void print_markdown(const Run& run, const std::vector<Row>& rows) {
     fmt::print("| {} | {} | {} | {} | {} | {} | {} | {:.2f} ± {:.2f} | {:.2f} | {} |\n",
                run.model_name(), bytes_text(run.loaded->checkpoint().bytes()),
                count_text(parameters(run.loaded->config())), run.backend(), run.threads,
-               mode_text(row.plan->mode, run.options->model), row.test.name(),
+               mode_text(row.plan->mode, run.options->model) +
+                   (row.batch_invariant ? ", batch-invariant" : ""),
+               row.test.name(),
                row.avg(Row::tokens_per_second), row.stddev(Row::tokens_per_second),
                Row::tokens_per_second(row, row.samples.median()),
                share > 0 ? fmt::format("{:.0f} %", 100 * share) : "-");
   }
   fmt::print("\n");
+  print_invariance_cost(rows);
   print_operations(run, rows);
   std::vector<const NamedPlan*> seen;
   for (const Row& row : rows) {
@@ -372,9 +392,7 @@ class ReadBandwidth {
       samples_.microseconds.push_back(us / (static_cast<double>(host_->slice_bytes()) * 1e-3));
     }
   }
-  double gb_per_s() const {
-    return samples_.microseconds.empty() ? 0 : 1 / samples_.median();
-  }
+  double gb_per_s() const { return samples_.microseconds.empty() ? 0 : 1 / samples_.median(); }
 
  private:
   std::unique_ptr<ReadBandwidthProbe> host_;
@@ -389,13 +407,13 @@ Status measure(const Options& options, std::vector<Row>& rows, Run& run) {
                     static_cast<int64_t>(rows.size()) * (options.repetitions + 1));
   const auto run_row = [&](Row& row, double* us) -> Status {
     if (interrupted()) return Status(Code::interrupted, "interrupted");
-    NIBBLE_TRY(bench.run(*row.plan, row.test, us));
+    NIBBLE_TRY(bench.run(*row.plan, row.test, row.batch_invariant, us));
     progress.advance(fmt::format("{} {} {:.1f} tok/s", row.plan->mode, row.test.name(),
                                  Row::tokens_per_second(row, *us)));
     return {};
   };
   double us = 0;
-  for (Row& row : rows) NIBBLE_TRY(run_row(row, &us));  // warm-up
+  for (Row& row : rows) NIBBLE_TRY(run_row(row, &us));   // warm-up
   run.peak_memory = run.loaded->runner().peak_memory();  // of the second runner too
 
   // Only decoding is compared with the memory; on a CPU the probe takes a second and 1 GiB.
@@ -413,7 +431,8 @@ Status measure(const Options& options, std::vector<Row>& rows, Run& run) {
   if (!run.on_gpu()) return {};
   run.peak = device_tensor_peak();
   for (Row& row : rows) {
-    Result<std::vector<OperationTime>> times = bench.profile(*row.plan, row.test);
+    Result<std::vector<OperationTime>> times =
+        bench.profile(*row.plan, row.test, row.batch_invariant);
     if (!times.ok()) return times.status();
     row.operations = std::move(*times);
   }
@@ -448,7 +467,12 @@ int run_bench(const Options& options) {
 
   std::vector<Row> rows;
   for (const Test& test : tests) {
-    for (const NamedPlan& plan : *plans) rows.push_back({test, &plan, {}, {}});
+    for (const NamedPlan& plan : *plans) {
+      rows.push_back({test, &plan});
+      if (on_gpu && options.model.batch_invariant && test.n_gen > 0) {
+        rows.push_back({test, &plan, true});
+      }
+    }
   }
   Run run;
   run.options = &options;
@@ -458,6 +482,7 @@ int run_bench(const Options& options) {
 
   if (options.output == "json") {
     json document = report_header();
+    document["device"] = run.loaded->device();
     document["threads"] = run.threads;
     document["results"] = json::array();
     for (const Row& row : rows) document["results"].push_back(to_json(run, row));

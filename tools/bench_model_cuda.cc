@@ -30,9 +30,9 @@ class ReadProbe : public DeviceReadProbe {
   double gb_per_s() override {
     const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
     check_cuda(cudaEventRecord(begin_), "cudaEventRecord");
-    check_cuda(launch_read(memory_.as<>(), kProbeBytes, sink_.as<uint32_t>(), multiprocessors,
-                           nullptr),
-               "reading");
+    check_cuda(
+        launch_read(memory_.as<>(), kProbeBytes, sink_.as<uint32_t>(), multiprocessors, nullptr),
+        "reading");
     check_cuda(cudaEventRecord(end_), "cudaEventRecord");
     check_cuda(cudaEventSynchronize(end_), "reading");
     float ms = 0;

@@ -49,6 +49,9 @@ void set_command_line(int argc, char** argv);
 const std::map<std::string, Mode>& modes_by_name();
 const std::map<std::string, Granularity>& granularities_by_name();
 
+/// Of --device: cpu or cuda; what asks for several GPUs is told where to find them.
+CLI::Validator one_device();
+
 /// One line for people: CPU, features, threads.
 std::string device_summary();
 

@@ -62,23 +62,4 @@ class DeviceMonitor {
   std::unique_ptr<Library> library_;
 };
 
-/// cuBLAS, opened at run time: y (m, n) = x (m, k) * w (n, k) transposed, row-major.
-class Cublas {
- public:
-  /// path: of libcublas, or empty for the usual names.
-  explicit Cublas(const std::string& path);
-  ~Cublas();
-  bool ok() const { return library_ != nullptr; }
-  const std::string& problem() const { return problem_; }
-  enum class Type { f16, int8 };  // f16 -> f16 with float sums; int8 -> int32
-  /// False if cuBLAS refuses the shape.
-  bool multiply(Type type, const void* x, const void* w, void* y, int64_t m, int64_t n, int64_t k,
-                cudaStream_t stream) const;
-
- private:
-  struct Library;
-  std::unique_ptr<Library> library_;
-  std::string problem_;
-};
-
 }  // namespace nibble::cli

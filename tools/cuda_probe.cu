@@ -31,10 +31,10 @@ __global__ void fill_normal(uint16_t* to, int64_t count, uint64_t seed, bool bf1
   }
 }
 
-__global__ void fill_words(uint32_t* to, int64_t count, uint64_t seed) {
+__global__ void fill_words(uint32_t* to, int64_t count, uint64_t seed, uint32_t mask) {
   const int64_t step = int64_t{gridDim.x} * blockDim.x;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += step) {
-    to[i] = hashed(static_cast<uint64_t>(i), seed);
+    to[i] = hashed(static_cast<uint64_t>(i), seed) & mask;
   }
 }
 
@@ -63,8 +63,9 @@ cudaError_t launch_fill_normal(void* to, int64_t count, uint64_t seed, bool bf16
   return cudaGetLastError();
 }
 
-cudaError_t launch_fill_words(void* to, int64_t bytes, uint64_t seed, cudaStream_t stream) {
-  fill_words<<<1024, 256, 0, stream>>>(static_cast<uint32_t*>(to), bytes / 4, seed);
+cudaError_t launch_fill_words(void* to, int64_t bytes, uint64_t seed, cudaStream_t stream,
+                              uint32_t mask) {
+  fill_words<<<1024, 256, 0, stream>>>(static_cast<uint32_t*>(to), bytes / 4, seed, mask);
   return cudaGetLastError();
 }
 

@@ -269,6 +269,7 @@ void print_json(const Options& options, const Setup& setup,
                 const std::vector<std::string>& kernels) {
   const GenerateTimes& t = setup.times;
   json document = report_header();
+  document["device"] = setup.model->device();
   document["directory"] = options.model.directory;
   document["mode"] = setup.plan.mode;
   document["act"] = options.model.activations;

@@ -52,8 +52,7 @@ class Generator {
   Status admit(GenerateTimes& times) {
     const size_t most = options_.batch > 0 ? static_cast<size_t>(options_.batch) : SIZE_MAX;
     const size_t first = next_sequence_;
-    const size_t count =
-        std::min(sequences_.size() - first, most - std::min(most, active_.size()));
+    const size_t count = std::min(sequences_.size() - first, most - std::min(most, active_.size()));
     if (count == 0) return {};
     next_sequence_ += count;
     for (size_t i = first; i < next_sequence_; ++i) caches_[i] = model_.make_cache();
@@ -119,8 +118,7 @@ class Generator {
     hidden_.resize(active_.size() * static_cast<size_t>(width()));
     NIBBLE_TRY(model_.forward(items, HiddenRows::last, hidden_.data()));
     logits_.resize(active_.size() * vocab());
-    NIBBLE_TRY(
-        model_.logits(hidden_.data(), static_cast<int64_t>(active_.size()), logits_.data()));
+    NIBBLE_TRY(model_.logits(hidden_.data(), static_cast<int64_t>(active_.size()), logits_.data()));
     sample(active_);
     active_ = take(active_, next_);
     return {};

@@ -92,13 +92,14 @@ void add_model_arguments(CLI::App& command, ModelArguments& arguments, bool many
       ->capture_default_str()
       ->group("Model");
   command.add_option("--device", arguments.device, "where the model runs; cuda: the first GPU")
-      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->check(one_device())
       ->capture_default_str()
       ->group("Model");
   command
-      .add_flag("--batch-invariant", arguments.batch_invariant,
-                "on a GPU: the same bits for a sequence alone and beside others (--batch of them at "
-                "most), at the cost of a full batch's steps; a CPU always gives them")
+      .add_flag(
+          "--batch-invariant", arguments.batch_invariant,
+          "on a GPU: the same bits for a sequence alone and beside others (--batch of them at "
+          "most), at the cost of a full batch's steps; a CPU always gives them")
       ->group("Model");
   command.add_option("--threads", arguments.threads, "threads; 0: all CPUs")
       ->check(CLI::Range(0, kMaxThreads))
@@ -150,6 +151,10 @@ Status LoadedModel::load_cuda(const ModelOptions& options) {
   return {};
 }
 
+std::string LoadedModel::device() const {
+  return model_ ? device_summary() : runner_->device_name();
+}
+
 Status LoadedModel::load_dequantized(const ModelOptions& options) {
   const double start = now_seconds();
   Result<std::unique_ptr<Runner>> runner =
@@ -167,8 +172,7 @@ std::string LoadedModel::default_mode() const {
   return has_plan() ? "auto" : "w4a8";
 }
 
-Result<ModelPlan> LoadedModel::plan(const std::string& mode,
-                                    std::optional<Granularity> granularity,
+Result<ModelPlan> LoadedModel::plan(const std::string& mode, std::optional<Granularity> granularity,
                                     bool dequantizes) const {
   if (!quantized_) {
     if (mode == kMode16Bit || mode == "auto") return uniform_plan(config_.layers, Mode::w4a16);
@@ -194,8 +198,8 @@ Result<ModelPlan> LoadedModel::plan(const std::string& mode,
   return plan_from_config(checkpoint_.config(), config_);
 }
 
-Result<std::vector<NamedPlan>> plans_of(const LoadedModel& loaded,
-                                        const ModelArguments& arguments, bool dequantizes) {
+Result<std::vector<NamedPlan>> plans_of(const LoadedModel& loaded, const ModelArguments& arguments,
+                                        bool dequantizes) {
   std::vector<std::string> modes = arguments.modes;
   if (modes.empty()) modes.push_back(loaded.default_mode());
   std::vector<NamedPlan> plans;

@@ -35,8 +35,8 @@ struct ModelArguments {
   int64_t pass_tokens() const { return device == "cuda" ? 2048 : 512; }
 };
 
-/// DIR, --mode (several of them if `many_modes`), --act, --kv, --head, --device, --threads. What --context
-/// means differs: each command adds its own.
+/// DIR, --mode (several of them if `many_modes`), --act, --kv, --head, --device, --threads, ...
+/// What --context means differs: each command adds its own.
 void add_model_arguments(CLI::App& command, ModelArguments& arguments, bool many_modes);
 
 /// A checkpoint, its configuration, and from load() on the model.
@@ -59,6 +59,8 @@ class LoadedModel {
   const Runner& runner() const { return *runner_; }
   const MemoryEstimate& memory() const { return memory_; }
   double load_seconds() const { return load_seconds_; }
+  /// What runs it, for reports: device_summary() or the name of the GPU.
+  std::string device() const;
 
   /// A second runner beside the first, of the same weights dequantized to 16 bits: what
   /// `bench model --device cuda --mode 16bit` compares with.

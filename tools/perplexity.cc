@@ -291,6 +291,7 @@ std::string json_text(const Options& options, const Setup& setup, const std::vec
     document.update(to_json(options, setup, row));
     break;
   }
+  document["device"] = setup.model->device();
   document["directory"] = options.model.directory;
   document["context"] = options.eval.context;
   document["kv"] = options.model.kv;

@@ -20,9 +20,11 @@
 #include "cli.h"
 #include "format/output_file.h"
 #include "model/cpu_runner.h"
+#include "model/cuda/runner.h"
 #include "model/plan_config.h"
 #include "model_options.h"
 #include "plan_measure.h"
+#include "plan_measure_cuda.h"
 #include "plan_report.h"
 #include "text.h"
 #include "text_eval.h"
@@ -35,6 +37,7 @@ using nlohmann::json;
 
 struct Options {
   std::string directory, mode = "auto", file, calibration, rank = "kld", cost = "auto";
+  std::string device = "cpu";
   std::optional<double> max_ppl_ratio, max_kld, min_same_top, min_share;
   int64_t context = 512, chunks = 32, search_chunks = 4, rank_tokens = 256;
   int max_evaluations = 40, threads = 0;
@@ -169,13 +172,29 @@ void decide_basis(const Options& options, PlanReport& report) {
 
 // ---- the run -----------------------------------------------------------------------------------
 
-Status measure(const Options& options, const Texts& texts, Model& model,
+/// What the plan is for: it runs the model and its products.
+struct Device {
+  std::unique_ptr<Runner> runner;
+  SlotTimer timer;
+};
+
+Result<Device> open_gpu(const Checkpoint& checkpoint, const ModelOptions& options) {
+  Result<SlotTimer> timer = cuda_slot_timer(options.kv_dtype);  // the type of the model's rows
+  if (!timer.ok()) return timer.status();
+  Result<std::unique_ptr<Runner>> runner = cuda::make_runner(checkpoint, options);
+  if (!runner.ok()) return runner.status();
+  return Device{std::move(*runner), std::move(*timer)};
+}
+
+/// The noise of activations is measured on the CPU, whatever the plan is for: it is the same.
+Status measure(const Options& options, const Texts& texts, Model& model, const Device& device,
                const std::optional<Calibration>& calibration, PlanReport& report) {
   {
     Progress progress(options.progress, "slot", model.config().layers * kSlots);
     MeasureOptions how;
     how.threads = options.threads;
     if (calibration) how.statistics = &*calibration;
+    how.wide_groups = options.device == "cpu";
     auto slots =
         measure_noise(model, texts.rank.chunks.front(), how, [&] { progress.advance("noise"); });
     if (!slots.ok()) return slots.status();
@@ -184,8 +203,7 @@ Status measure(const Options& options, const Texts& texts, Model& model,
   {
     Progress progress(options.progress, "shape",
                       static_cast<int64_t>(distinct_shapes(report.slots)));
-    NIBBLE_TRY(
-        measure_costs(model, options.threads, report.slots, [&] { progress.advance("timing"); }));
+    NIBBLE_TRY(measure_costs(device.timer, report.slots, [&] { progress.advance("timing"); }));
   }
   decide_basis(options, report);
   const bool narrow = report.started_as == "w4a4";
@@ -195,7 +213,7 @@ Status measure(const Options& options, const Texts& texts, Model& model,
     EvalText text = texts.rank;
     const auto tokens = static_cast<size_t>(options.rank_tokens);
     if (text.chunks.front().size() > tokens) text.chunks.front().resize(tokens);
-    NIBBLE_TRY(measure_sensitivity(model, text, first, options.threads, report.slots,
+    NIBBLE_TRY(measure_sensitivity(*device.runner, text, first, options.threads, report.slots,
                                    [&] { progress.advance("sensitivity"); }));
   }
   for (const SlotMeasure& slot : report.slots) {
@@ -205,9 +223,8 @@ Status measure(const Options& options, const Texts& texts, Model& model,
   return {};
 }
 
-Status search(const Options& options, const Texts& texts, Model& model, PlanReport& report) {
-  const ModelPlan plain = uniform_plan(model.config().layers, Mode::w4a16);
-  CpuRunner runner(model);
+Status search(const Options& options, const Texts& texts, Runner& runner, PlanReport& report) {
+  const ModelPlan plain = uniform_plan(runner.config().layers, Mode::w4a16);
   const EvalSubject reference{&runner, plain, "w4a16"};
   EvalOptions eval;
   eval.context = options.context;
@@ -273,15 +290,26 @@ Result<PlanReport> make_plan(const Options& options) {
   report.model_digest = model_digest(loaded.checkpoint());
   const Result<std::optional<Calibration>> calibration = load_calibration(options, report);
   if (!calibration.ok()) return calibration.status();
-  NIBBLE_TRY(loaded.load({.threads = options.threads, .context = options.context}));
+  const ModelOptions model_options{.threads = options.threads, .context = options.context};
+  Device device;
+  if (options.device == "cuda") {
+    Result<Device> gpu = open_gpu(loaded.checkpoint(), model_options);
+    if (!gpu.ok()) return gpu.status();
+    device = std::move(*gpu);
+  }
+  NIBBLE_TRY(loaded.load(model_options));
   Model& model = loaded.model();
+  if (options.device == "cpu") {
+    device = {std::make_unique<CpuRunner>(model), cpu_slot_timer(model, options.threads)};
+  }
+  report.device = options.device == "cpu" ? device_summary() : device.runner->device_name();
   report.layers = model.config().layers;
   if (calibration->has_value()) {  // of these shapes?
     Calibration shapes = empty_calibration(model, report.model_digest);
     NIBBLE_TRY(shapes.merge(**calibration));
   }
-  NIBBLE_TRY(measure(options, *texts, model, *calibration, report));
-  NIBBLE_TRY(search(options, *texts, model, report));
+  NIBBLE_TRY(measure(options, *texts, model, device, *calibration, report));
+  NIBBLE_TRY(search(options, *texts, *device.runner, report));
   report.seconds = now_seconds() - start;
   return report;
 }
@@ -384,6 +412,12 @@ void add_plan_command(CLI::App& app, int& exit_code) {
       ->group("Output");
   command->add_flag("--json", options->as_json, "JSON on stdout instead of the table")
       ->group("Output");
+  command
+      ->add_option("--device", options->device,
+                   "what the plan is for: its times, and what runs the plans that are tried; cuda: "
+                   "the first GPU, without groups of 8 bits in w4a4")
+      ->check(one_device())
+      ->capture_default_str();
   command->add_option("--threads", options->threads, "threads; 0: all CPUs")
       ->check(CLI::Range(0, kMaxThreads))
       ->capture_default_str();

@@ -6,11 +6,11 @@
 #include <cmath>
 #include <map>
 #include <numeric>
+#include <set>
 
 #include "base/cpu_features.h"
 #include "calibration_run.h"
 #include "gemm/cpu/packed_weights.h"
-#include "model/cpu_runner.h"
 #include "timing.h"
 
 namespace nibble::cli {
@@ -142,7 +142,7 @@ Result<std::vector<int64_t>> groups_by_noise(std::span<const PackedWeights* cons
 /// Every candidate of a slot, the last a16. Wide groups need linears of one group size, and rungs
 /// that would be equal are left out.
 Result<std::vector<Candidate>> make_candidates(std::span<const PackedWeights* const> linears,
-                                               bool same_groups, float clip,
+                                               bool wide_groups, float clip,
                                                const std::vector<float>& x, int threads) {
   std::vector<Candidate> candidates;
   const auto add = [&](Choice choice, LinearSpec spec) {
@@ -154,7 +154,7 @@ Result<std::vector<Candidate>> make_candidates(std::span<const PackedWeights* co
   const LinearSpec narrow = spec_of(Choice::a4, clip);
   add(Choice::a4, narrow);
   const int64_t groups = linears.front()->groups;
-  if (same_groups && groups > 1) {
+  if (wide_groups && groups > 1) {
     const auto order = groups_by_noise(linears, narrow, x, threads);
     if (!order.ok()) return order.status();
     int64_t before = 0;
@@ -220,13 +220,12 @@ Status fill_noise(std::span<const PackedWeights* const> linears, const std::vect
 /// What decides how long a slot's product takes.
 using ShapeKey = std::vector<int64_t>;
 
-ShapeKey shape_of(const Model& model, const SlotMeasure& slot) {
+ShapeKey shape_of(const SlotMeasure& slot) {
   ShapeKey key = {slot.k, slot.group_size};
-  for (const PackedWeights* linear : quantized_linears(model, slot.layer, slot.slot)) {
-    key.push_back(linear->n);
-  }
-  for (const Candidate& candidate : slot.candidates)
+  key.insert(key.end(), slot.columns.begin(), slot.columns.end());
+  for (const Candidate& candidate : slot.candidates) {
     key.push_back(static_cast<int>(candidate.choice));
+  }
   return key;
 }
 
@@ -268,7 +267,7 @@ Result<std::unique_ptr<TimedProduct>> make_product(const LinearSpec& spec,
   return product;
 }
 
-/// Median microseconds of every candidate of one slot.
+/// See cpu_slot_timer().
 Result<std::vector<double>> time_slot(const Model& model, const SlotMeasure& slot, int64_t rows,
                                       int threads) {
   // Linears of another group size than the first would be a call of their own: few models have
@@ -341,10 +340,11 @@ Result<std::vector<SlotMeasure>> measure_noise(Model& model, std::span<const int
     measure.group_size = linears.front()->group_size;
     for (const PackedWeights* linear : linears) {
       measure.n += linear->n;
+      measure.columns.push_back(linear->n);
       if (linear->group_size != linears.front()->group_size) measure.group_size = 0;
     }
     const std::vector<float> sample = sample_rows(x, rows, k, options.rows);
-    auto candidates = make_candidates(linears, measure.group_size != 0,
+    auto candidates = make_candidates(linears, options.wide_groups && measure.group_size != 0,
                                       best_clip(statistics.at(layer, slot)), sample, threads);
     if (!candidates.ok()) return candidates.status();
     measure.candidates = std::move(*candidates);
@@ -358,20 +358,24 @@ Result<std::vector<SlotMeasure>> measure_noise(Model& model, std::span<const int
 }
 
 size_t distinct_shapes(const std::vector<SlotMeasure>& slots) {
-  std::map<std::vector<int64_t>, int> shapes;
-  for (const SlotMeasure& slot : slots) {
-    shapes[{slot.k, slot.n, slot.group_size, static_cast<int64_t>(slot.candidates.size())}] = 1;
-  }
+  std::set<ShapeKey> shapes;
+  for (const SlotMeasure& slot : slots) shapes.insert(shape_of(slot));
   return shapes.size();
 }
 
-Status measure_costs(const Model& model, int threads, std::vector<SlotMeasure>& slots,
-                     const std::function<void()>& progress) {
+SlotTimer cpu_slot_timer(const Model& model, int threads) {
   const int used = threads > 0 ? threads : available_cpus();
+  return [&model, used](const SlotMeasure& slot, int64_t rows) {
+    return time_slot(model, slot, rows, used);
+  };
+}
+
+Status measure_costs(const SlotTimer& timer, std::vector<SlotMeasure>& slots,
+                     const std::function<void()>& progress) {
   std::map<ShapeKey, const SlotMeasure*> timed;
   for (SlotMeasure& slot : slots) {
     if (interrupted()) return Status(Code::interrupted, "interrupted; nothing was written");
-    const auto [at, is_new] = timed.try_emplace(shape_of(model, slot), &slot);
+    const auto [at, is_new] = timed.try_emplace(shape_of(slot), &slot);
     if (!is_new) {
       for (size_t i = 0; i < slot.candidates.size(); ++i) {
         slot.candidates[i].us_decode = at->second->candidates[i].us_decode;
@@ -379,9 +383,9 @@ Status measure_costs(const Model& model, int threads, std::vector<SlotMeasure>& 
       }
       continue;
     }
-    const auto decode = time_slot(model, slot, 1, used);
+    const auto decode = timer(slot, 1);
     if (!decode.ok()) return decode.status();
-    const auto prefill = time_slot(model, slot, kPrefillRows, used);
+    const auto prefill = timer(slot, kPrefillRows);
     if (!prefill.ok()) return prefill.status();
     for (size_t i = 0; i < slot.candidates.size(); ++i) {
       slot.candidates[i].us_decode = (*decode)[i];
@@ -392,10 +396,9 @@ Status measure_costs(const Model& model, int threads, std::vector<SlotMeasure>& 
   return {};
 }
 
-Status measure_sensitivity(Model& model, const EvalText& text, Choice first, int threads,
+Status measure_sensitivity(Runner& runner, const EvalText& text, Choice first, int threads,
                            std::vector<SlotMeasure>& slots, const std::function<void()>& progress) {
-  const ModelPlan plain = uniform_plan(model.config().layers, Mode::w4a16);
-  CpuRunner runner(model);
+  const ModelPlan plain = uniform_plan(runner.config().layers, Mode::w4a16);
   const EvalSubject reference{&runner, plain, "w4a16"};
   EvalOptions options;
   options.context = static_cast<int64_t>(text.chunks.front().size());

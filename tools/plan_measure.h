@@ -13,6 +13,7 @@
 #include "model/calibration.h"
 #include "model/model.h"
 #include "model/planner.h"
+#include "model/runner.h"
 #include "text_eval.h"
 
 namespace nibble::cli {
@@ -43,6 +44,7 @@ struct SlotMeasure {
   Slot slot = Slot::qkv;
   int64_t k = 0, n = 0;               // n: of the 4-bit linears together
   int64_t group_size = 0;             // 0: the linears differ
+  std::vector<int64_t> columns;       // of each 4-bit linear
   double signal = 0;                  // energy of the W4A16 output on the sampled rows
   std::vector<Candidate> candidates;  // in the order of Choice; the last is a16
   double kld = 0;  // mean KLD of the model with only this slot in its first choice
@@ -58,6 +60,7 @@ struct MeasureOptions {
   int threads = 0;
   int64_t rows = 64;                        // of each slot, spread over the chunk
   const Calibration* statistics = nullptr;  // clip ratios; null: from the chunk itself
+  bool wide_groups = true;                  // the device runs w4a4 with some groups in 8 bits
 };
 
 /// Candidates and their noise on one chunk, for every slot that has 4-bit weights.
@@ -65,13 +68,19 @@ Result<std::vector<SlotMeasure>> measure_noise(Model& model, std::span<const int
                                                const MeasureOptions& options,
                                                const std::function<void()>& progress);
 
-/// Times every candidate of every distinct shape, interleaved, weights cold, and fills in us_*.
-Status measure_costs(const Model& model, int threads, std::vector<SlotMeasure>& slots,
+/// Median microseconds of the product of every candidate of a slot with `rows` rows: interleaved,
+/// weights cold.
+using SlotTimer =
+    std::function<Result<std::vector<double>>(const SlotMeasure& slot, int64_t rows)>;
+SlotTimer cpu_slot_timer(const Model& model, int threads);  // model outlives it
+
+/// Times the candidates of every distinct shape and fills in us_*.
+Status measure_costs(const SlotTimer& timer, std::vector<SlotMeasure>& slots,
                      const std::function<void()>& progress);
 size_t distinct_shapes(const std::vector<SlotMeasure>& slots);
 
 /// Fills in kld: one run of the chunk per slot, all others in W4A16.
-Status measure_sensitivity(Model& model, const EvalText& text, Choice first, int threads,
+Status measure_sensitivity(Runner& runner, const EvalText& text, Choice first, int threads,
                            std::vector<SlotMeasure>& slots, const std::function<void()>& progress);
 
 }  // namespace nibble::cli

@@ -225,15 +225,16 @@ double share_of(const Candidate& candidate, int bits) {
                                 static_cast<double>(groups.size());
   switch (candidate.spec.mode) {
     case Mode::w4a16: return bits == 16 ? 1 : 0;
-    case Mode::w4a8: return bits == 8 ? 1 : 0;
+    case Mode::w4a8:
+    case Mode::w4a8_fp8: return bits == 8 ? 1 : 0;
     case Mode::w4a4: return bits == 4 ? 1 - wide : bits == 8 ? wide : 0;
   }
   return 0;
 }
 
 void print_plan(const PlanReport& report) {
-  fmt::print("{}, mode {}, started as {}\n{}\n", printable(report.directory), report.mode,
-             report.started_as, speed_note(report));
+  fmt::print("{}, mode {}, started as {}\non {}\n{}\n", printable(report.directory), report.mode,
+             report.started_as, report.device, speed_note(report));
   if (report.basis == CostBasis::model) {
     fmt::print(
         "promotions are ranked by multiply-adds times bits (a4 1, a8 2, a16 4), not by time\n");
@@ -279,6 +280,7 @@ std::string refusal_text(const PlanReport& report) {
 
 json report_json(const PlanReport& report) {
   json document = report_header();
+  document["device"] = report.device;
   document["model"] = report.directory;
   document["mode"] = report.mode;
   document["started_as"] = report.started_as;

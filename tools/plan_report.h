@@ -18,6 +18,7 @@ enum class CostBasis : int { measured, model };
 
 struct PlanReport {
   std::string directory, mode;  // as asked for
+  std::string device;           // what its times are of, and what ran the plans
   std::string started_as;       // "w4a8" or "w4a4": the first rung
   Gates gates;
   bool a4_is_faster = false;

@@ -14,6 +14,7 @@
 
 #include "base/cpu_features.h"
 #include "cli.h"
+#include "text.h"
 
 namespace nibble::cli {
 namespace {
@@ -100,6 +101,20 @@ void set_command_line(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) text += ' ' + shell_word(argv[i]);
 }
 
+CLI::Validator one_device() {
+  const auto check = [](const std::string& device) -> std::string {
+    if (device == "cpu" || device == "cuda") return "";
+    if (device.starts_with("cuda")) {
+      return fmt::format(
+          "{}: expected cpu or cuda, the first GPU that CUDA_VISIBLE_DEVICES leaves; one model on "
+          "several GPUs is vLLM's tensor parallelism (docs/vllm.md)",
+          printable(device));
+    }
+    return fmt::format("{}: expected cpu or cuda", printable(device));
+  };
+  return {check, "{cpu,cuda}"};
+}
+
 std::string device_summary() {
   const CpuFeatures& f = cpu_features();
   std::string text = f.brand.empty() ? "unknown CPU" : f.brand;
@@ -171,7 +186,9 @@ void install_signal_handlers() {
 const std::map<std::string, Mode>& modes_by_name() {
   static const std::map<std::string, Mode> modes = [] {
     std::map<std::string, Mode> map;
-    for (const Mode mode : {Mode::w4a16, Mode::w4a8, Mode::w4a4}) map[mode_name(mode)] = mode;
+    for (const Mode mode : {Mode::w4a16, Mode::w4a8, Mode::w4a8_fp8, Mode::w4a4}) {
+      map[mode_name(mode)] = mode;
+    }
     return map;
   }();
   return modes;

@@ -269,12 +269,12 @@ void add_verify_command(CLI::App& app, int& exit_code) {
                       "Directory of the original 16-bit model: FP16 results come from it");
   command->add_option("--mode", options->modes, "Modes, e.g. w4a8,w4a4")
       ->delimiter(',')
-      ->check(CLI::IsMember({"w4a16", "w4a8", "w4a4"}))
+      ->check(CLI::IsMember({"w4a16", "w4a8", "w4a8-fp8", "w4a4"}))
       ->capture_default_str();
   command
       ->add_option("--device", options->device,
                    "Where; cuda: the kernels of GPU 0 against the oracle and fp64")
-      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->check(one_device())
       ->capture_default_str();
   command->add_option("--layer", options->layer_regex, "Only layers whose name matches this regex");
   command

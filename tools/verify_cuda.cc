@@ -40,6 +40,7 @@ Problem problem_of(const LayerToCheck& layer, Mode mode, const CheckOptions& opt
   p.x_dtype = Dtype::f16;
   p.y_dtype = Dtype::f32;
   if (mode != Mode::w4a16) p.granularity = granularity_of(layer.name, mode, options.activations);
+  if (mode == Mode::w4a8_fp8 && options.activations.mix) p.granularity = Granularity::token;
   p.symmetric = mode != Mode::w4a4;
   return p;
 }

@@ -60,6 +60,13 @@ class AlignedBuffer {
     return buffer;
   }
 
+  /// Gives the memory up; `mapped` says how FreeBuffer is to release it.
+  std::byte* release(size_t* mapped) {
+    *mapped = data_.get_deleter().mapped;
+    bytes_ = 0;
+    return data_.release();
+  }
+
   std::byte* data() { return data_.get(); }
   const std::byte* data() const { return data_.get(); }
   size_t bytes() const { return bytes_; }

@@ -16,6 +16,7 @@
 // every kernel gives the same bits for the same input, whatever M, the threads and the blocking:
 //   w4a8, w4a4, token:  acc = fma(float(S), s, acc) for each group in order;  y = acc * t
 //   w4a8, w4a4, group:  acc = fma(float(S) * t, s, acc) for each group;        y = acc
+//   w4a8-fp8 (CUDA devices only): a is an e4m3 number, t = max |x| / 448; sums are floats
 //   w4a16:              p = fma(x, float(q - z), p) along the group from 0,
 //                       acc = fma(p, s, acc) for each group;                   y = acc
 // with bias fma(acc, t, bias) or acc + bias; then rounded once, half to even, to y's type.
@@ -38,7 +39,7 @@ struct PackedWeights;  // gemm/cpu/packed_weights.h
 inline constexpr int kMaxThreads = 1024;
 
 /// Values equal nibble_mode in include/nibble.h.
-enum class Mode : int { w4a16 = 0, w4a8 = 1, w4a4 = 2 };
+enum class Mode : int { w4a16 = 0, w4a8 = 1, w4a4 = 2, w4a8_fp8 = 3 };
 
 /// How many elements of x share one activation scale, and whether it is known beforehand.
 /// Values equal nibble_granularity in include/nibble.h.

@@ -42,12 +42,13 @@ struct Quantizer {
   float scale = 0, inverse = 0;
   float low = 0, high = 0;
 
-  int8_t operator()(float x) const {
-    return static_cast<int8_t>(std::nearbyint(std::clamp(x * inverse, low, high)));
-  }
+  float scaled(float x) const { return std::clamp(x * inverse, low, high); }
+  int8_t operator()(float x) const { return static_cast<int8_t>(std::nearbyint(scaled(x))); }
 };
 
-float limit_of(Mode mode) { return mode == Mode::w4a4 ? 7.0f : 127.0f; }
+float limit_of(Mode mode) {
+  return mode == Mode::w4a8_fp8 ? 448.0f : mode == Mode::w4a4 ? 7.0f : 127.0f;
+}
 
 Quantizer from_values(const Problem& p, float clip, const std::vector<float>& values) {
   float amax = 0, low = 0, high = 0;
@@ -86,6 +87,13 @@ std::vector<float> read(const Problem& p, const GemmInput& input, int64_t row, i
 
 }  // namespace
 
+float round_to_e4m3(float x) {
+  int exponent = 0;
+  std::frexp(x, &exponent);  // |x| in [2^(exponent - 1), 2^exponent)
+  const float step = std::ldexp(1.0f, std::max(exponent - 1, -6) - 3);
+  return std::nearbyint(x / step) * step;
+}
+
 Activations quantize(const Problem& p, const GemmInput& input) {
   const int64_t groups = p.k / p.group_size;
   Activations a;
@@ -114,6 +122,10 @@ Activations quantize(const Problem& p, const GemmInput& input) {
         case Granularity::static_group: quantizer = from_scale(p, input.static_scales[g]); break;
       }
       for (int64_t i = 0; i < p.group_size; ++i) {
+        if (p.mode == Mode::w4a8_fp8) {
+          a.values.push_back(round_to_e4m3(quantizer.scaled(values[i])));
+          continue;
+        }
         const int8_t code = quantizer(values[i]);
         a.codes[row * p.k + g * p.group_size + i] = code;
         a.sums[row * groups + g] += code;

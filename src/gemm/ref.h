@@ -20,10 +20,14 @@ struct Weights {
 };
 Weights unpack(const QuantMatrix& matrix);
 
+/// The nearest e4m3 number, half to even; |x| <= 448.
+float round_to_e4m3(float x);
+
 struct Activations {
-  std::vector<int8_t> codes;  // (m, k), zero points taken off
+  std::vector<int8_t> codes;  // (m, k), zero points taken off; not of w4a8-fp8
   std::vector<float> scales;  // (m) or (m, groups)
   std::vector<int32_t> sums;  // (m, groups)
+  std::vector<float> values = {};  // w4a8-fp8, instead of codes: (m, k), e4m3 numbers
 };
 /// The quantizer of gemm/cpu/quantize.h by definition. x has no NaN or infinity.
 Activations quantize(const Problem& problem, const GemmInput& input);

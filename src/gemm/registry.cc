@@ -15,6 +15,7 @@ const char* mode_name(Mode mode) {
     case Mode::w4a16: return "w4a16";
     case Mode::w4a8: return "w4a8";
     case Mode::w4a4: return "w4a4";
+    case Mode::w4a8_fp8: return "w4a8-fp8";
   }
   return "?";
 }
@@ -173,6 +174,11 @@ Result<Plan> plan_gemm(const Problem& problem, const char* force, int threads) {
   if (threads > kMaxThreads) {
     return Status(Code::invalid_argument,
                   fmt::format("{} threads are above {}", threads, kMaxThreads));
+  }
+  if (problem.mode == Mode::w4a8_fp8) {
+    return Status(Code::unsupported,
+                  "w4a8-fp8 runs on CUDA devices only: CPUs have no products of "
+                  "8-bit floats, and w4a8 is as fast and finer");
   }
   Result<const CpuKernel*> kernel = choose_kernel(problem, force);
   if (!kernel.ok()) return kernel.status();

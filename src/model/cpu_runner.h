@@ -13,6 +13,7 @@ class CpuRunner : public Runner {
   const ModelConfig& config() const override { return model_->config(); }
   bool quantized() const override { return model_->quantized(); }
   Status set_plan(const ModelPlan& plan) override { return model_->set_plan(plan); }
+  void set_batch_invariant(bool) override {}
   std::unique_ptr<SequenceCache> make_cache() override;
   Status forward(std::span<const SequenceItem> items, HiddenRows rows, float* hidden) override;
   Status logits(const float* hidden, int64_t rows, float* logits) override;

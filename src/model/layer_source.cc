@@ -72,8 +72,7 @@ Result<Bias> find_bias(const Checkpoint& checkpoint, const std::string& linear, 
 }
 
 Result<LinearSource> find_quantized(const Checkpoint& checkpoint, const std::string& name,
-                                    SuffixFamily family, int64_t k, int64_t n,
-                                    bool bias_required) {
+                                    SuffixFamily family, int64_t k, int64_t n, bool bias_required) {
   const QuantizedLinear found =
       recognise_linear(checkpoint.tensors(), name, family, checkpoint.quant_config());
   if (!found.status.ok()) return found.status;

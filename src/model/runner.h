@@ -1,6 +1,6 @@
 // A model on some device, as the commands see it: tokens in, hidden states, logits or chosen tokens
-// out. CpuRunner (model/cpu_runner.h) is model/model.h; make_cuda_runner() (model/cuda/cuda_runner.h)
-// is a GPU.
+// out. CpuRunner (model/cpu_runner.h) is model/model.h; make_cuda_runner()
+// (model/cuda/cuda_runner.h) is a GPU.
 #pragma once
 
 #include <cstdint>
@@ -42,6 +42,10 @@ class Runner {
   /// Takes effect with the next forward. invalid_argument if it is for another number of layers,
   /// unsupported what this device does not run.
   virtual Status set_plan(const ModelPlan& plan) = 0;
+
+  /// Whether a sequence gets the same bits alone and beside others (ModelOptions::batch_invariant
+  /// until this is called). A CPU gives them whatever is asked for.
+  virtual void set_batch_invariant(bool wanted) = 0;
 
   virtual std::unique_ptr<SequenceCache> make_cache() = 0;
 

@@ -2,6 +2,7 @@
 // that of gemm/cuda/gemm_cuda.h, tested there.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -67,6 +68,45 @@ TEST(CapiCuda, NullsAreNamed) {
   const nibble_input input = {};
   expect_names(nibble_cuda_gemm(nullptr, &input, nullptr, nullptr, 0, nullptr, nullptr), "plan");
   expect_names(nibble_cuda_gemm(&plan, &input, nullptr, nullptr, 0, nullptr, nullptr), "weight");
+  size_t bytes = 0;
+  expect_names(nibble_cuda_packed_bytes(nullptr, nullptr), "out");
+  expect_names(nibble_cuda_packed_bytes(&bytes, nullptr), "desc");
+  expect_names(nibble_cuda_pack(nullptr, 0, nullptr, 0), "packed");
+  expect_names(nibble_cuda_gemm_packed(nullptr, &input, &bytes, 8, nullptr, 0, nullptr, nullptr),
+               "plan");
+  const nibble_cuda_operand operand = {};
+  expect_names(nibble_cuda_quantize_activations(nullptr, &input, &operand, nullptr), "plan");
+  expect_names(
+      nibble_cuda_gemm_quantized(nullptr, &operand, &bytes, 8, nullptr, 0, nullptr, nullptr),
+      "plan");
+}
+
+// The size of a packed weight tells what is in it: no two kinds share one, and none is a size of a
+// weight of the CPU, a multiple of 64.
+TEST(CapiCuda, PackedSizesTellTheKindsApart) {
+  const std::vector<uint32_t> words(256 * 64 / 8);
+  nibble_weight_desc desc = {};
+  desc.k = 256;
+  desc.n = 64;
+  desc.group_size = 128;
+  desc.qweight = desc.qzeros = desc.scales = words.data();
+  std::vector<size_t> sizes;
+  for (const int32_t scale_dtype : {NIBBLE_F16, NIBBLE_BF16}) {
+    for (const void* bias : {static_cast<const void*>(nullptr), desc.qweight}) {
+      desc.scale_dtype = scale_dtype;
+      desc.bias = bias;
+      size_t bytes = 0;
+      const nibble_status status = nibble_cuda_packed_bytes(&bytes, &desc);
+      ASSERT_EQ(status.code, NIBBLE_OK) << status.message;
+      EXPECT_NE(bytes % 64, 0u);
+      EXPECT_EQ(std::count(sizes.begin(), sizes.end(), bytes), 0);
+      sizes.push_back(bytes);
+    }
+  }
+  desc.group_size = 16;
+  size_t bytes = 0;
+  const nibble_status status = nibble_cuda_packed_bytes(&bytes, &desc);
+  EXPECT_EQ(status.code, NIBBLE_UNSUPPORTED) << status.message;
 }
 
 TEST(CapiCuda, MemoryThatIsNoPlanIsRefused) {
@@ -74,6 +114,7 @@ TEST(CapiCuda, MemoryThatIsNoPlanIsRefused) {
   EXPECT_EQ(nibble_cuda_plan_kernel(&plan), nullptr);
   EXPECT_EQ(nibble_cuda_plan_kernel(nullptr), nullptr);
   EXPECT_EQ(nibble_cuda_workspace_bytes(&plan), 0u);
+  EXPECT_EQ(nibble_cuda_zeroed_bytes(&plan), 0u);
   char text[8] = "x";
   EXPECT_EQ(nibble_cuda_plan_describe(&plan, text, sizeof text), 0u);
   EXPECT_STREQ(text, "");

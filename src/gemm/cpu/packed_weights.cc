@@ -4,6 +4,7 @@
 #include <atomic>
 #include <limits>
 #include <new>
+#include <vector>
 
 #include "base/cpu_features.h"
 #include "base/thread_pool.h"
@@ -86,8 +87,7 @@ void pack_blocks(const QuantMatrix& matrix, int64_t block0, int64_t block1, Pack
 
 }  // namespace
 
-Result<PackedWeights> pack_weights(const QuantMatrix& matrix, const void* bias, Dtype bias_dtype,
-                                   int threads) try {
+Result<PackedWeights> packed_shape(const QuantMatrix& matrix) {
   NIBBLE_TRY(check_quant_matrix(matrix, "weight"));
   PackedWeights w;
   w.k = matrix.k;
@@ -97,15 +97,32 @@ Result<PackedWeights> pack_weights(const QuantMatrix& matrix, const void* bias, 
   w.quads = quads_of(matrix.group_size);
   w.blocks = (matrix.n + kBlockColumns - 1) / kBlockColumns;
   w.scale_dtype = matrix.scale_dtype;
-  if (w.blocks > std::numeric_limits<int64_t>::max() / w.block_bytes()) {
+  // half of it is left for the bias and whatever holds it
+  if (w.blocks > std::numeric_limits<int64_t>::max() / 2 / w.block_bytes()) {
     return Status(Code::out_of_memory, "the packed size of a weight overflows");
   }
-  Result<AlignedBuffer> storage = AlignedBuffer::zeroed(static_cast<size_t>(w.bytes()));
-  if (!storage.ok()) return storage.status();
-  w.storage = std::move(*storage);
-  if (bias != nullptr) {
-    w.bias.assign(static_cast<size_t>(w.blocks * kBlockColumns), 0.0f);
-    for (int64_t i = 0; i < w.n; ++i) w.bias[i] = load_as_float(bias, i, bias_dtype);
+  return w;
+}
+
+int64_t packed_bytes(const PackedWeights& shape, bool has_bias) {
+  return shape.bytes() +
+         (has_bias ? shape.blocks * kBlockColumns * static_cast<int64_t>(sizeof(float)) : 0);
+}
+
+void attach(PackedWeights& shape, const std::byte* memory, bool has_bias) {
+  shape.data = memory;
+  if (!has_bias) return;
+  shape.bias = {reinterpret_cast<const float*>(memory + shape.bytes()),
+                static_cast<size_t>(shape.blocks * kBlockColumns)};
+}
+
+Status pack_weights_into(const PackSource& source, int threads, std::byte* memory) {
+  Result<PackedWeights> shape = packed_shape(source.matrix);
+  if (!shape.ok()) return shape.status();
+  PackedWeights& w = *shape;
+  attach(w, memory, source.bias != nullptr);
+  for (int64_t i = 0; i < w.n && source.bias != nullptr; ++i) {
+    const_cast<float*>(w.bias.data())[i] = load_as_float(source.bias, i, source.bias_dtype);
   }
   const int team = std::clamp(threads > 0 ? threads : available_cpus(), 1, kMaxThreads);
   std::atomic<bool> out_of_memory = false;
@@ -113,13 +130,26 @@ Result<PackedWeights> pack_weights(const QuantMatrix& matrix, const void* bias, 
   parallel_for(team, tasks, [&](int64_t task) {
     try {
       const int64_t block0 = task * kTaskBlocks;
-      pack_blocks(matrix, block0, std::min(block0 + kTaskBlocks, w.blocks), w);
+      pack_blocks(source.matrix, block0, std::min(block0 + kTaskBlocks, w.blocks), w);
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
     }
   });
   if (out_of_memory) return Status(Code::out_of_memory, "cannot allocate scratch to pack a weight");
-  return w;
+  return {};
+}
+
+Result<PackedWeights> pack_weights(const QuantMatrix& matrix, const void* bias, Dtype bias_dtype,
+                                   int threads) try {
+  Result<PackedWeights> shape = packed_shape(matrix);
+  if (!shape.ok()) return shape.status();
+  const int64_t bytes = packed_bytes(*shape, bias != nullptr);
+  Result<AlignedBuffer> storage = AlignedBuffer::zeroed(static_cast<size_t>(bytes));
+  if (!storage.ok()) return storage.status();
+  NIBBLE_TRY(pack_weights_into({matrix, bias, bias_dtype}, threads, storage->data()));
+  shape->storage = std::move(*storage);
+  attach(*shape, shape->storage.data(), bias != nullptr);
+  return shape;
 } catch (const std::bad_alloc&) {
   return Status(Code::out_of_memory, "cannot allocate memory to pack a weight");
 }

@@ -14,10 +14,10 @@ namespace {
 
 // The few numbers of cublas_api.h and library_types.h that are used.
 constexpr int kPlain = 0, kTransposed = 1;
-constexpr int kTypeF32 = 0, kTypeF16 = 2, kTypeBf16 = 14;
-constexpr int kCompute32F = 68;
+constexpr int kTypeF16 = 2, kTypeInt8 = 3, kTypeInt32 = 10, kTypeBf16 = 14;
+constexpr int kComputeF32 = 68, kComputeI32 = 72;
 constexpr int kDefaultAlgorithm = -1;
-constexpr size_t kWorkspaceBytes = size_t{32} << 20;
+constexpr size_t kWorkspaceBytes = size_t{64} << 20;
 
 using Handle = void*;
 
@@ -63,7 +63,7 @@ Result<std::unique_ptr<Cublas>> Cublas::open(const DeviceInfo& device, const std
   }
   if (s.library == nullptr) {
     return Status(Code::unsupported,
-                  fmt::format("16-bit weights are multiplied by cuBLAS, which was not found ({}): "
+                  fmt::format("cuBLAS, which multiplies 16-bit weights, was not found ({}): "
                               "LD_LIBRARY_PATH can name its folder",
                               problem));
   }
@@ -79,21 +79,29 @@ Result<std::unique_ptr<Cublas>> Cublas::open(const DeviceInfo& device, const std
   return std::unique_ptr<Cublas>(new Cublas(std::move(state)));
 }
 
-Status Cublas::multiply(Dtype type, const void* x, const void* w, void* y, int64_t y_stride,
+Status Cublas::multiply(Type type, const void* x, const void* w, void* y, int64_t y_stride,
                         int64_t m, int64_t n, int64_t k, Stream stream) {
   State& s = *state_;
-  const float one = 1, zero = 0;
-  const int element = type == Dtype::f16 ? kTypeF16 : kTypeBf16;
+  const float one_f = 1, zero_f = 0;
+  const int one_i = 1, zero_i = 0;
+  const bool integers = type == Type::int8;
+  const void* one = integers ? static_cast<const void*>(&one_i) : &one_f;
+  const void* zero = integers ? static_cast<const void*>(&zero_i) : &zero_f;
+  const int from = integers ? kTypeInt8 : type == Type::f16 ? kTypeF16 : kTypeBf16;
+  const int to = integers ? kTypeInt32 : from;
   const auto i = [](int64_t v) { return static_cast<int>(v); };
   int error = s.set_stream(s.handle, static_cast<cudaStream_t>(stream));
+  // Setting the stream takes the workspace away; without one, capturing would allocate.
   if (error == 0) error = s.set_workspace(s.handle, s.workspace.as<>(), s.workspace.bytes());
   // Row-major y is column-major y transposed: its columns are rows of x.
   if (error == 0) {
-    error = s.gemm(s.handle, kTransposed, kPlain, i(n), i(m), i(k), &one, w, element, i(k), x,
-                   element, i(k), &zero, y, element, i(y_stride), kCompute32F, kDefaultAlgorithm);
+    error =
+        s.gemm(s.handle, kTransposed, kPlain, i(n), i(m), i(k), one, w, from, i(k), x, from, i(k),
+               zero, y, to, i(y_stride), integers ? kComputeI32 : kComputeF32, kDefaultAlgorithm);
   }
   if (error == 0) return {};
-  return Status(Code::io_error, fmt::format("cublasGemmEx of {} x {} x {}: error {}", m, n, k, error));
+  return Status(Code::io_error,
+                fmt::format("cublasGemmEx of {} x {} x {}: error {}", m, n, k, error));
 }
 
 }  // namespace nibble::cuda

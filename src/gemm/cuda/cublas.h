@@ -5,7 +5,6 @@
 #include <memory>
 #include <string>
 
-#include "base/dtype.h"
 #include "base/status.h"
 #include "gemm/cuda/gemm_cuda.h"
 
@@ -21,9 +20,12 @@ class Cublas {
   Cublas(const Cublas&) = delete;
   Cublas& operator=(const Cublas&) = delete;
 
-  /// y (m, n) = x (m, k) * w (n, k) transposed, all of `type`, f16 or bf16, row-major, with float
-  /// sums; rows of y y_stride elements apart. May be captured into a graph.
-  Status multiply(Dtype type, const void* x, const void* w, void* y, int64_t y_stride, int64_t m,
+  /// f16, bf16: y of the same type, with float sums; int8: y of int32.
+  enum class Type { f16, bf16, int8 };
+
+  /// y (m, n) = x (m, k) * w (n, k) transposed, row-major; rows of y y_stride elements apart.
+  /// io_error, with the numbers, if cuBLAS refuses the shape. May be captured into a graph.
+  Status multiply(Type type, const void* x, const void* w, void* y, int64_t y_stride, int64_t m,
                   int64_t n, int64_t k, Stream stream);
 
  private:

@@ -85,7 +85,8 @@ Status check_quantizes(const Plan& plan) {
 }
 
 Status check_operand(const Plan& plan, const Operand& operand) {
-  if (operand.codes == nullptr || operand.scales == nullptr || operand.sums == nullptr) {
+  const bool has_sums = operand.sums != nullptr || plan.problem.mode == Mode::w4a8_fp8;
+  if (operand.codes == nullptr || operand.scales == nullptr || !has_sums) {
     return invalid("codes, scales or sums of the activations are null");
   }
   if (reinterpret_cast<uintptr_t>(operand.codes) % kVectorBytes != 0) {
@@ -123,13 +124,18 @@ QuantizeArgs quantize_args(const Plan& plan, const DeviceInput& input, const Ope
   args.promoted = static_cast<int>(promoted_depth(p.group_size));
   args.scaling = scaling_of(p.granularity);
   args.limit = !p.symmetric ? 15 : p.mode == Mode::w4a4 ? 7 : 127;
+  if (p.mode == Mode::w4a8_fp8) {
+    args.limit = 448;  // the largest e4m3 number
+    args.kind = multiplies_halves(plan) ? Codes::halves : Codes::e4m3;
+  }
   args.symmetric = p.symmetric;
   args.clip = input.clip;
   args.static_scales = input.static_scales;
   args.wgmma_order = plan.order == OperandOrder::wgmma;
+  args.programmatic = plan.programmatic;
   args.codes = to.codes;
   args.scales = to.scales;
-  args.sums = to.sums;
+  args.sums = p.mode == Mode::w4a8_fp8 ? nullptr : to.sums;
   args.tensor_range = to.range;
   return args;
 }
@@ -145,6 +151,11 @@ GemmArgs gemm_args(const Plan& plan, const Operand& operand, const DeviceWeights
   args.bf16_scales = weights.bf16_scales();
   args.codes = operand.codes;
   args.scales = operand.scales;
+  if (p.mode == Mode::w4a8_fp8) {
+    args.x = operand.codes;
+    args.x_stride = args.x_columns = plan.padded_k;
+    args.x_is_reordered = plan.order == OperandOrder::wgmma;
+  }
   args.group_scales = has_group_scales(p);
   args.m = p.m;
   args.out = {y, y_stride, element_of(p.y_dtype), weights.bias()};
@@ -152,14 +163,14 @@ GemmArgs gemm_args(const Plan& plan, const Operand& operand, const DeviceWeights
 }
 
 cudaError_t launch(const Plan& plan, const GemmArgs& args, void* workspace, cudaStream_t stream) {
-  const bool floats = plan.problem.mode == Mode::w4a16;
+  const bool halves = multiplies_halves(plan);
   switch (plan.family) {
     case KernelFamily::slab:
     case KernelFamily::slab_fused:
-      return floats ? launch_w4a16_slab_sm90(args, plan.slab, stream)
+      return halves ? launch_w4a16_slab_sm90(args, plan.slab, stream)
                     : launch_w4a8_slab_sm90(args, plan.slab, stream);
     case KernelFamily::rs:
-      if (floats) {
+      if (halves) {
         return launch_w4a16_rs_sm90(args, plan.rs, workspace_scratch(plan, workspace),
                                     workspace_operand(plan, workspace).codes, stream);
       }
@@ -167,7 +178,7 @@ cudaError_t launch(const Plan& plan, const GemmArgs& args, void* workspace, cuda
     case KernelFamily::ss:
       return launch_w4a8_ss_sm90(args, plan.ss, workspace_scratch(plan, workspace), stream);
     case KernelFamily::mma:
-      return floats ? launch_w4a16_mma_sm80(args, stream) : launch_w4a8_mma_sm80(args, stream);
+      return halves ? launch_w4a16_mma_sm80(args, stream) : launch_w4a8_mma_sm80(args, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -227,6 +238,7 @@ Status run_gemm(const Plan& plan, const DeviceInput& input, const DeviceWeights&
     GemmArgs args = gemm_args(plan, {}, weights, y, y_stride);
     args.x = input.x;
     args.x_stride = input.x_stride;
+    args.x_columns = plan.problem.k;
     args.x_type = element_of(plan.problem.x_dtype);
     return launch_product(plan, args, workspace, stream);
   }

@@ -11,8 +11,8 @@
 //     plan gives the same bits; a kernel that does not split K gives those of the CPU.
 //   - x and y begin at multiples of 16 bytes, and so do all their rows.
 //   - A row of x with a NaN or infinity becomes a row of NaN in y: nothing is reported, because
-//     that would need a wait. w4a16 quantizes nothing: there they go the way of IEEE arithmetic, and
-//     x has 16 bits. Its products q - z times x are exact, their sums are floats of tensor cores.
+//     that would need a wait. w4a16 quantizes nothing: there they go the way of IEEE arithmetic,
+//     and x has 16 bits. Its products q - z times x are exact, their sums floats of tensor cores.
 #pragma once
 
 #include <cstddef>
@@ -43,6 +43,9 @@ struct DeviceInfo {
   int64_t l2_bytes = 0;
   int64_t memory_bytes = 0;
   int64_t shared_bytes = 0;  // largest dynamic shared memory of a block
+
+  /// Whether a kernel may be launched while the one in front of it still runs.
+  bool programmatic() const { return capability >= 90; }
 };
 
 /// Number of CUDA devices; unsupported, with the driver's words, if there is no driver or this
@@ -69,6 +72,14 @@ class DeviceWeights {
   /// scales, and an n, but the last one's, that is not a multiple of 16.
   static Result<DeviceWeights> create(const DeviceInfo& device, std::span<const WeightPart> parts);
 
+  /// The same into `memory` of `device`, 256-byte aligned, of weight_block(...).bytes, which the
+  /// caller owns. Waits until done.
+  static Status pack(const DeviceInfo& device, const QuantMatrix& matrix, const void* bias,
+                     Dtype bias_dtype, void* memory, size_t bytes);
+  /// Such memory as weights of a plan's problem: owns nothing, touches no device.
+  static Result<DeviceWeights> view(const Problem& problem, int device, const void* memory,
+                                    size_t bytes);
+
   DeviceWeights() = default;
   DeviceWeights(DeviceWeights&& other) noexcept { *this = static_cast<DeviceWeights&&>(other); }
   DeviceWeights& operator=(DeviceWeights&& other) noexcept;
@@ -84,8 +95,9 @@ class DeviceWeights {
 
  private:
   PackedLayout layout_;
-  uint8_t* slabs_ = nullptr;
-  float* bias_ = nullptr;
+  const uint8_t* slabs_ = nullptr;
+  const float* bias_ = nullptr;
+  void* owned_ = nullptr;  // freed on destruction
   bool bf16_scales_ = false;
   int device_ = 0;
 };
@@ -113,9 +125,15 @@ struct Plan {
   SlabConfig fused;  // of family slab_fused
   RsConfig rs;       // of family rs
   SsConfig ss;       // of family ss
+  bool programmatic = false;  // how activations are quantized: see DeviceInfo
   int64_t padded_k = 0;
   size_t workspace_bytes = 0;  // of run_gemm; begins with flags that are zeroed once
 
+  /// Whether the kernel reads these flags: those that split K over blocks.
+  bool reads_flags() const {
+    return family != KernelFamily::slab && family != KernelFamily::slab_fused &&
+           family != KernelFamily::mma;
+  }
   const char* kernel_name() const;  // "w4a8_slab_sm90", "w4a8_rs_sm90", ...
   std::string describe() const;     // one line
 };
@@ -134,7 +152,8 @@ struct KernelRow {
 std::vector<KernelRow> kernel_table();
 
 /// Quantized activations in device memory, as a kernel reads them: codes 16-byte aligned; of w4a4
-/// in -8..7 if symmetric, else in -15..15.
+/// in -8..7 if symmetric, else in -15..15. Of w4a8-fp8: e4m3 bytes for a kernel of family ss, else
+/// the same numbers as f16, twice the bytes; no sums.
 struct Operand {
   int8_t* codes = nullptr;    // (m, padded_k) in the plan's order; k beyond K is 0
   float* scales = nullptr;    // (m) or (m, groups)
@@ -150,8 +169,8 @@ struct DeviceInput {
   const float* static_scales = nullptr;  // device memory; static_tensor: (1), static_group: (G)
 };
 
-/// Quantize + GEMM + dequantize; w4a16: GEMM of x where it is. workspace: plan.workspace_bytes, 256-byte aligned, zeroed once
-/// before its first use (the kernels leave its counters at zero).
+/// Quantize + GEMM + dequantize; w4a16: GEMM of x where it is. workspace: plan.workspace_bytes,
+/// 256-byte aligned, zeroed once before its first use (the kernels leave its counters at zero).
 Status run_gemm(const Plan& plan, const DeviceInput& input, const DeviceWeights& weights, void* y,
                 int64_t y_stride, void* workspace, Stream stream);
 

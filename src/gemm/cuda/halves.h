@@ -74,6 +74,18 @@ __device__ __forceinline__ uint4 pair_activations(uint4 x) {
           __byte_perm(x.z, x.w, 0x5410), __byte_perm(x.z, x.w, 0x7632)};
 }
 
+/// Lane c of four has the pairs of its eight k for each place of (i, h), in a word each; afterwards
+/// it has all four lanes' pairs of place c. For all lanes of a warp.
+__device__ __forceinline__ uint4 transpose_quad(uint4 w, int lane) {
+  const bool odd = lane & 1, upper = lane & 2;
+  const uint32_t p = __shfl_xor_sync(~0u, odd ? w.x : w.y, 1);
+  const uint32_t q = __shfl_xor_sync(~0u, odd ? w.z : w.w, 1);
+  const uint4 v = odd ? make_uint4(p, w.y, q, w.w) : make_uint4(w.x, p, w.z, q);
+  const uint32_t r = __shfl_xor_sync(~0u, upper ? v.x : v.z, 2);
+  const uint32_t s = __shfl_xor_sync(~0u, upper ? v.y : v.w, 2);
+  return upper ? make_uint4(r, s, v.z, v.w) : make_uint4(v.x, v.y, r, s);
+}
+
 template <Element type>
 __device__ __forceinline__ void mma_halves(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                            uint32_t b1) {

@@ -22,7 +22,8 @@ struct Output {
 
 struct QuantizeArgs;
 
-/// int8 activations times packed weights; or, of w4a16, x itself times them.
+/// int8 activations times packed weights; or, of w4a16, x itself times them. Then scales may be
+/// null, and are not if x is made of codes (Codes::halves).
 struct GemmArgs {
   const uint8_t* slabs = nullptr;
   PackedLayout layout;
@@ -33,7 +34,9 @@ struct GemmArgs {
   // w4a16, instead of codes and scales: (m, k) of f16 or bf16, rows 16-byte aligned, k % 8 == 0
   const void* x = nullptr;
   int64_t x_stride = 0;  // elements
+  int64_t x_columns = 0;  // k, or of codes padded_k; a multiple of 8
   Element x_type = Element::f16;
+  bool x_is_reordered = false;  // (m, padded_k), by launch_reorder or by the quantizer
   int64_t m = 0;
   Output out;
 };
@@ -55,16 +58,17 @@ cudaError_t launch_w4a8_slab_fused_sm90(const QuantizeArgs& x, const GemmArgs& a
 cudaError_t launch_w4a8_rs_sm90(const GemmArgs& args, const RsConfig& config, void* scratch,
                                 cudaStream_t stream);
 
-/// w4a16_rs_sm90.cu: any M. Two launches: x goes to `reordered` first, (m, padded_k) of 16 bits,
-/// 16-byte aligned. scratch: rs_scratch_bytes().
+/// w4a16_rs_sm90.cu: any M. Unless x is reordered, it goes to `reordered` first, (m, padded_k) of
+/// 16 bits, 16-byte aligned, by a launch of its own. scratch: rs_scratch_bytes().
 cudaError_t launch_w4a16_rs_sm90(const GemmArgs& args, const RsConfig& config, void* scratch,
                                  void* reordered, cudaStream_t stream);
 
 /// reorder_sm90.cu: args.x to `to`, (m, padded_k), in the order of the products of w4a16_rs_sm90.
 cudaError_t launch_reorder(const GemmArgs& args, void* to, cudaStream_t stream);
 
-/// w4a8_ss_sm90.cu: any M, groups of at least 128, one scale a token. codes in natural order, of
-/// magnitude up to 8 with config.e4m3. scratch: ss_scratch(). Two launches, or three with e4m3.
+/// w4a8_ss_sm90.cu: any M, groups of at least 128, one scale a token. codes in natural order; with
+/// config.e4m3 of magnitude up to 8, or e4m3 bytes if config.e4m3_codes. scratch: ss_scratch(). Two
+/// launches; three with e4m3 and int8 codes.
 cudaError_t launch_w4a8_ss_sm90(const GemmArgs& args, const SsConfig& config, void* scratch,
                                 cudaStream_t stream);
 
@@ -93,6 +97,8 @@ cudaError_t launch_pack(const PackArgs& args, cudaStream_t stream);
 
 /// quantize.cu: the activation quantizers of gemm/cpu/quantize.h, bit for bit.
 enum class Scaling : int { tensor, token, group, static_tensor, static_group };
+/// What codes are stored as: bytes, e4m3 bytes, or e4m3 numbers as f16.
+enum class Codes : int { int8, e4m3, halves };
 struct QuantizeArgs {
   const void* x = nullptr;
   int64_t x_stride = 0;
@@ -101,11 +107,12 @@ struct QuantizeArgs {
   int64_t group_size = 0;   // of scales
   int promoted = 128;       // of sums
   Scaling scaling = Scaling::token;
-  int limit = 127;          // 127 or 7
+  int limit = 127;          // 127 or 7; e4m3: 448
+  Codes kind = Codes::int8;
   bool symmetric = true;    // false: limit 15, zero point taken off
   float clip = 1.0f;
   const float* static_scales = nullptr;
-  bool wgmma_order = false;
+  bool wgmma_order = false;  // of int8; of halves that of reorder_sm90.cu
   int8_t* codes = nullptr;
   float* scales = nullptr;
   int32_t* sums = nullptr;  // or null

@@ -3,7 +3,7 @@
 // columns r and r + 8 of a tile and rows 2 c and 2 c + 1 of eight. Device code only.
 //
 // A Shape has kTokenTiles, of eight rows, of a warp; and kGroupScales: y is the sum itself, not
-// times the scale of its row.
+// times the scale of its row, if there are such scales.
 #pragma once
 
 #include "gemm/cuda/mma_sm80.h"
@@ -77,7 +77,7 @@ __device__ __forceinline__ void store_outputs(const GemmArgs& a, const Position&
   for (int n = 0; n < S::kTokenTiles; ++n) {
     const int row = p.token + p.warp_token + n * 8 + 2 * p.c + (odd ? 1 : 0);
     const bool inside = row < a.m;
-    const float t = S::kGroupScales || !inside ? 1.0f : a.scales[row];
+    const float t = S::kGroupScales || a.scales == nullptr || !inside ? 1.0f : a.scales[row];
 #pragma unroll
     for (int tile = 0; tile < kWarpTiles; ++tile) {
 #pragma unroll

@@ -26,7 +26,7 @@ struct Candidate {
 /// From here on, expanding the weights beforehand costs less than it gains (docs/notes.md).
 constexpr int64_t kManyRows = 1536;
 
-constexpr std::array<Candidate, 9> kCandidates = {{
+constexpr std::array<Candidate, 13> kCandidates = {{
     {{"w4a8_slab_sm90", Mode::w4a8, kHopper},
      KernelFamily::slab,
      OperandOrder::natural,
@@ -66,11 +66,36 @@ constexpr std::array<Candidate, 9> kCandidates = {{
      false,
      0,
      0},
+    {{"w4a8_fp8_slab_sm90", Mode::w4a8_fp8, kHopper},
+     KernelFamily::slab,
+     OperandOrder::natural,
+     true,
+     kSlabTokens,
+     0},
+    {{"w4a8_fp8_ss_sm90", Mode::w4a8_fp8, kHopper},
+     KernelFamily::ss,
+     OperandOrder::natural,
+     true,
+     0,
+     kManyRows},
+    {{"w4a8_fp8_rs_sm90", Mode::w4a8_fp8, kHopper},
+     KernelFamily::rs,
+     OperandOrder::wgmma,
+     true,
+     0,
+     0},
+    {{"w4a8_fp8_mma_sm80", Mode::w4a8_fp8, kAmpere},
+     KernelFamily::mma,
+     OperandOrder::natural,
+     false,
+     0,
+     0},
 }};
 
 /// int8 kernels run w4a4 as well; floats are another matter.
 bool is_of_mode(const Candidate& kernel, const Problem& p) {
-  return (kernel.row.mode == Mode::w4a16) == (p.mode == Mode::w4a16);
+  const auto kind = [](Mode mode) { return mode == Mode::w4a4 ? Mode::w4a8 : mode; };
+  return kind(kernel.row.mode) == kind(p.mode);
 }
 
 /// Empty if the kernel runs the problem on the device, else why not.
@@ -113,6 +138,15 @@ std::string refusal(const Candidate& kernel, const Problem& p, const DeviceInfo&
   return "";
 }
 
+/// Nine rows and more of 16 bits, deep K: eight warps, which read x again for every four tiles.
+/// Past some tiles a multiprocessor, rs is faster (docs/notes.md).
+bool rereads_too_much(const Candidate& kernel, const Problem& p, const DeviceInfo& device) {
+  constexpr int64_t kSlices = 8, kTiles = 16;
+  const PackedLayout layout = packed_layout(p.n, p.k, p.group_size);
+  return kernel.family == KernelFamily::slab && kernel.row.mode != Mode::w4a8 && p.m > 8 &&
+         layout.slices > kSlices && layout.tiles > kTiles * device.multiprocessors;
+}
+
 Result<Candidate> choose(const Problem& problem, const DeviceInfo& device, const char* force) {
   std::string reasons;
   bool known = force == nullptr;
@@ -125,6 +159,9 @@ Result<Candidate> choose(const Problem& problem, const DeviceInfo& device, const
     std::string reason = refusal(kernel, problem, device);
     if (reason.empty() && force == nullptr && problem.m < kernel.worth_rows) {
       reason = fmt::format("it is slower than others below {} rows", kernel.worth_rows);
+    }
+    if (reason.empty() && force == nullptr && rereads_too_much(kernel, problem, device)) {
+      reason = "it is slower than others for so many rows, columns and so deep a K";
     }
     if (reason.empty()) return kernel;
     reasons += fmt::format("{}{}: {}", reasons.empty() ? "" : "; ", kernel.row.name, reason);
@@ -143,6 +180,12 @@ Status check(const Problem& p) {
                   fmt::format("w4a16 with x of {} and K = {}: the CUDA kernels take f16 and bf16, "
                               "and K a multiple of 8",
                               dtype_name(p.x_dtype), p.k));
+  }
+  if (p.mode == Mode::w4a8_fp8 && scales_per_group(p.granularity)) {
+    return Status(Code::unsupported,
+                  fmt::format("w4a8-fp8 with granularity {}: the CUDA kernels take one scale a "
+                              "token",
+                              granularity_name(p.granularity)));
   }
   if (p.mixed_groups) {
     return Status(Code::unsupported, "w4a4 with some groups at 8 bits has no CUDA quantizer yet");
@@ -172,7 +215,7 @@ size_t scratch_bytes(const Plan& plan) {
 }
 
 const Candidate& candidate_of(const Plan& plan) {
-  const bool fp8 = plan.family == KernelFamily::ss && plan.ss.e4m3;
+  const bool fp8 = plan.family == KernelFamily::ss && plan.ss.e4m3 && !plan.ss.e4m3_codes;
   return *std::find_if(kCandidates.begin(), kCandidates.end(), [&](const Candidate& kernel) {
     return kernel.family == plan.family && is_of_mode(kernel, plan.problem) &&
            (kernel.row.mode == Mode::w4a4) == fp8;
@@ -209,9 +252,8 @@ RsTile best_tile(std::span<const RsTile> tiles, int64_t m) {
   const auto cost = [m](const RsTile& tile) {
     return (m + tile.tokens - 1) / tile.tokens * (tile.tokens + kExpansionRows);
   };
-  return *std::min_element(tiles.begin(), tiles.end(), [&](const RsTile& a, const RsTile& b) {
-    return cost(a) < cost(b);
-  });
+  return *std::min_element(tiles.begin(), tiles.end(),
+                           [&](const RsTile& a, const RsTile& b) { return cost(a) < cost(b); });
 }
 
 /// Splitting costs a sum over parts; an almost full last wave is not worth it.
@@ -225,12 +267,17 @@ bool worth_splitting(const RsSchedule& schedule, int multiprocessors) {
 
 }  // namespace
 
+bool multiplies_halves(const Plan& plan) {
+  return plan.problem.mode == Mode::w4a16 ||
+         (plan.problem.mode == Mode::w4a8_fp8 && plan.family != KernelFamily::ss);
+}
+
 bool has_group_scales(const Problem& problem) {
   return problem.mode != Mode::w4a16 && scales_per_group(problem.granularity);
 }
 
 RsActivations rs_activations(const Problem& problem) {
-  if (problem.mode == Mode::w4a16) return RsActivations::halves;
+  if (problem.mode == Mode::w4a16 || problem.mode == Mode::w4a8_fp8) return RsActivations::halves;
   return has_group_scales(problem) ? RsActivations::codes_with_group_scales : RsActivations::codes;
 }
 
@@ -267,7 +314,8 @@ std::string Plan::describe() const {
                          : "",
                      dtype_name(p.x_dtype), dtype_name(p.y_dtype),
                      floats ? dtype_name(p.x_dtype) : granularity_name(p.granularity),
-                     floats || p.symmetric ? "" : " asymmetric", device, family_text(*this), workspace_bytes);
+                     floats || p.symmetric ? "" : " asymmetric", device, family_text(*this),
+                     workspace_bytes);
 }
 
 std::vector<KernelRow> kernel_table() {
@@ -290,7 +338,7 @@ WorkspaceLayout workspace_layout(const Plan& plan) {
   }
   // First, and in every plan, so that flags stay zero whatever plans share a workspace.
   w.codes = w.scratch + aligned(scratch_bytes(plan));
-  w.scales = w.codes + aligned(m * depth);
+  w.scales = w.codes + aligned(m * depth * (multiplies_halves(plan) ? 2 : 1));
   w.sums = w.scales + aligned(m * groups * sizeof(float));
   w.range = w.sums + aligned(m * (depth / promoted) * sizeof(int32_t));
   w.total = w.range + aligned(4 * sizeof(uint32_t));
@@ -304,13 +352,14 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
   Plan plan;
   plan.problem = problem;
   plan.device = device.ordinal;
+  plan.programmatic = device.programmatic();
   plan.family = kernel->family;
   plan.order = kernel->order;
   plan.padded_k = layout_of(problem).padded_k();
   const PackedLayout layout = layout_of(problem);
   const bool slab = plan.family == KernelFamily::slab || plan.family == KernelFamily::slab_fused;
   if (slab && problem.m > 0) {
-    plan.slab = problem.mode == Mode::w4a16
+    plan.slab = multiplies_halves(plan)
                     ? slab_halves_config(layout, problem.m, device.multiprocessors,
                                          device.shared_bytes)
                     : slab_config(layout, problem.m, has_group_scales(problem),
@@ -324,10 +373,11 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
   } else if (plan.family == KernelFamily::rs && problem.m > 0) {
     plan.rs = rs_config(layout, problem.m, rs_activations(problem), device.multiprocessors);
   } else if (plan.family == KernelFamily::ss && problem.m > 0) {
-    plan.ss.e4m3 = kernel->row.mode == Mode::w4a4;
+    plan.ss.e4m3 = kernel->row.mode != Mode::w4a8;
+    plan.ss.e4m3_codes = kernel->row.mode == Mode::w4a8_fp8;
     plan.ss.multiprocessors = device.multiprocessors;
-    plan.ss.split_tail = worth_splitting(ss_schedule_of(layout, problem.m, plan.ss),
-                                         device.multiprocessors);
+    plan.ss.split_tail =
+        worth_splitting(ss_schedule_of(layout, problem.m, plan.ss), device.multiprocessors);
   }
   plan.workspace_bytes = workspace_layout(plan).total;
   return plan;

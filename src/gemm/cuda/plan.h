@@ -14,6 +14,9 @@ inline constexpr size_t kWorkspaceAlignment = 256;
 /// magnitudes, in units of 2^-24. Derived in docs/cuda.md.
 inline constexpr int kHalfSumRoundings = 288;
 
+/// Whether the product's activations have 16 bits: x itself, or e4m3 numbers as f16.
+bool multiplies_halves(const Plan& plan);
+
 /// Whether activations have a scale per (token, group); w4a16 has none at all.
 bool has_group_scales(const Problem& problem);
 

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "gemm/cuda/halves.h"
 #include "gemm/cuda/kernels.h"
 #include "gemm/cuda/ptx.h"
 
@@ -266,6 +267,63 @@ __device__ __forceinline__ uint2 encode(const Chunk& c, const Encoding& e) {
   return {pack(b[0], b[1], b[2], b[3]), pack(b[4], b[5], b[6], b[7])};
 }
 
+/// Two e4m3 numbers, |x|, |y| <= 448, rounded half to even; x in the low byte. Software below
+/// sm_89: adding 1.5 * 2^23 ulps rounds to an ulp (at least that of 2^-6), and f16 has e4m3's
+/// fields in other widths, 2^8 apart.
+__device__ __forceinline__ uint32_t e4m3_pair(float x, float y) {
+#if __CUDA_ARCH__ >= 890
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(y), "f"(x));
+  return pair;
+#else
+  const auto byte_of = [](float v) {
+    const uint32_t exponent = max(__float_as_uint(v) & 0x7f800000u, 0x3c800000u);
+    const float large = __uint_as_float((exponent + (20u << 23)) | 0x400000u);
+    const float rounded = __fsub_rn(__fadd_rn(v, large), large);
+    const uint32_t sign = __float_as_uint(v) >> 24 & 0x80u;
+    const uint32_t half = __half_as_ushort(__float2half_rn(__fmul_rn(rounded, 0x1p-8f)));
+    return sign | (half & 0x7fffu) >> 7;
+  };
+  return byte_of(x) | byte_of(y) << 8;
+#endif
+}
+/// The same numbers as f16.
+__device__ __forceinline__ uint32_t halves_of(uint32_t e4m3_pair) {
+  const auto half_of = [](uint32_t byte) {
+    return __hmul(__ushort_as_half(static_cast<unsigned short>((byte & 0x80u) << 8 |
+                                                               (byte & 0x7fu) << 7)),
+                  __ushort_as_half(0x5c00));  // 2^8
+  };
+  return static_cast<uint32_t>(__half_as_ushort(half_of(e4m3_pair & 0xffu))) |
+         static_cast<uint32_t>(__half_as_ushort(half_of(e4m3_pair >> 8))) << 16;
+}
+
+/// Stores a chunk as e4m3 numbers. For all lanes of a warp.
+__device__ __forceinline__ void store_e4m3(const Chunk& c, const Encoding& e, const QuantizeArgs& a,
+                                           int64_t row, int chunk, bool inside) {
+  uint32_t pairs[kChunk / 2];
+#pragma unroll
+  for (int i = 0; i < kChunk / 2; ++i) {
+    float v[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      v[j] = fminf(fmaxf(__fmul_rn(c.v[2 * i + j], e.inverse), e.low), e.high);
+    }
+    pairs[i] = e4m3_pair(v[0], v[1]);
+  }
+  const int64_t at = row * a.padded_k + int64_t{chunk} * kChunk;
+  if (a.kind == Codes::e4m3) {
+    if (!inside) return;
+    *reinterpret_cast<uint2*>(a.codes + at) =
+        make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
+    return;
+  }
+  uint4 halves = {halves_of(pairs[0]), halves_of(pairs[1]), halves_of(pairs[2]),
+                  halves_of(pairs[3])};
+  if (a.wgmma_order) halves = transpose_quad(pair_activations(halves), chunk);
+  if (inside) *reinterpret_cast<uint4*>(a.codes + 2 * at) = halves;
+}
+
 /// Stores the codes of a chunk and, by one lane of each promoted run, their sum. For all lanes of a
 /// warp; `inside` is false for lanes that have no chunk.
 ///
@@ -322,7 +380,11 @@ __device__ __forceinline__ void quantize_part(const Chunk (&x)[kChunks], const Q
         a.scales[row * d.groups + group] = e.scale;
       }
     }
-    store_codes(encode(x[i], e), a, d, row, chunk, inside);
+    if (a.kind == Codes::int8) {
+      store_codes(encode(x[i], e), a, d, row, chunk, inside);
+    } else {
+      store_e4m3(x[i], e, a, row, chunk, inside);
+    }
   }
 }
 

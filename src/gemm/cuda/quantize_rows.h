@@ -138,7 +138,11 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     const int chunk = first + static_cast<int>(threadIdx.x);  // whole warps come along
     const bool inside = chunk < part.end;
     const Chunk x = source.values(source.fetch(row, chunk, inside));
-    store_codes(encode(x, e), a, dealing, row, chunk, inside);
+    if (a.kind == Codes::int8) {
+      store_codes(encode(x, e), a, dealing, row, chunk, inside);
+    } else {
+      store_e4m3(x, e, a, row, chunk, inside);
+    }
   }
 }
 

@@ -136,7 +136,8 @@ inline size_t rs_scratch_bytes(const PackedLayout& layout, int64_t m, const RsCo
 
 /// How w4a8_ss_sm90 is launched.
 struct SsConfig {
-  bool e4m3 = false;  // w4a4: codes of magnitude up to 8, products in fp8, as exact
+  bool e4m3 = false;  // products in fp8; w4a4: codes of magnitude up to 8, as exact
+  bool e4m3_codes = false;  // w4a8-fp8: activations are e4m3 bytes already
   bool split_tail = true;
   int multiprocessors = 132;
 };
@@ -160,7 +161,8 @@ inline SsScratch ss_scratch(const PackedLayout& layout, int64_t m, const SsConfi
   at.parts = kFlagBytes;
   at.image = at.parts + (split ? static_cast<size_t>(schedule.workers) * 2 * part : 0);
   at.codes = (at.image + image_bytes(layout) + 255) / 256 * 256;
-  at.bytes = at.codes + (config.e4m3 ? static_cast<size_t>(m * layout.padded_k()) : 0);
+  const bool converts = config.e4m3 && !config.e4m3_codes;
+  at.bytes = at.codes + (converts ? static_cast<size_t>(m * layout.padded_k()) : 0);
   return at;
 }
 

@@ -27,7 +27,7 @@ struct Params {
   Output out;
   SlabShared shared;
   int64_t tile_bytes = 0;  // of a column tile
-  int m = 0, n = 0, k = 0;
+  int m = 0, n = 0, x_columns = 0;
   int padded_k = 0, slices = 0, slab_bytes = 0;
   int groups = 0, group_size = 0;  // of the scales of the activations
   int tiles = 0, more_tiles = 0;   // of a block; blocks that have one more
@@ -55,9 +55,9 @@ struct Shape {
   static constexpr int kStreamedWarps = slab_streamed_warps(columns);
 };
 
-/// Of w4a16. y is the sum itself, as with scales per group.
+/// Of activations of 16 bits.
 template <int columns, int promoted_depth, Element type>
-struct HalvesShape : Shape<columns, promoted_depth, true> {
+struct HalvesShape : Shape<columns, promoted_depth, false> {
   static constexpr Element kType = type;
   static constexpr int kRegistersWarps = slab_halves_warps(columns, SlabForm::registers);
   static constexpr int kStreamedWarps = slab_halves_warps(columns, SlabForm::streamed);
@@ -122,6 +122,11 @@ struct Walk {
 
 // ---- shared memory: header ---------------------------------------------------------------------
 //     0: step barrier   16: (warp, stage) ring   512: scales of tokens
+#ifdef NIBBLE_RACECHECK  // it knows of an arrival only what the arriving thread itself has done
+inline constexpr int kArrivals = 32;
+#else
+inline constexpr int kArrivals = 1;  // of a warp at the step's barrier
+#endif
 inline constexpr int kStepBarrier = 0, kRingBarriers = 16;
 inline constexpr int kWarpBarriers = 400, kTokenScales = 544;
 static_assert(kRingBarriers + 8 * kSlabWarps * kSlabStages <= kWarpBarriers);

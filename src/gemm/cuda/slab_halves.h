@@ -10,6 +10,7 @@ namespace nibble::cuda::slab {
 template <class S>
 struct HalfSlice {
   uint4 held[S::kHalves][4][4];  // block, step: eight k of token r (and r + 8), in pairs
+  TokenScale<S> token_scale;     // of the form `registers`
 
   /// load(address) of 16 bytes: row 0 of the slice is at `rows`. k past K is 0, absent tokens are
   /// the last one: nobody reads their sums.
@@ -22,7 +23,7 @@ struct HalfSlice {
       const Address from = rows + token * row_bytes + at.c * 16;
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
-        const bool inside = slice * kSlabDepth + i * 32 + at.c * 8 < p.k;
+        const bool inside = slice * kSlabDepth + i * 32 + at.c * 8 < p.x_columns;
         const uint4 x = inside ? load(from + i * 64) : make_uint4(0, 0, 0, 0);
         held[h][i / 4][i % 4] = pair_activations(x);
       }
@@ -32,13 +33,16 @@ struct HalfSlice {
   __device__ __forceinline__ void load(const Params& p, const Place& at) {
     hold(p, at, p.x + int64_t{at.k_warp} * kSlabDepth * 2, p.x_row_bytes, at.k_warp,
          [](const uint8_t* from) { return ptx::load16(from); });
+    token_scale.load(p);
   }
-  __device__ __forceinline__ void store(const Place&, uint32_t, uint32_t) const {}
+  __device__ __forceinline__ void store(const Place&, uint32_t shared, uint32_t) const {
+    token_scale.store(shared);
+  }
 
   __device__ __forceinline__ void request(const Params& p, const Place& at, uint32_t to,
                                           uint32_t barrier, int slice) const {
     if (!at.leader) return;
-    const int bytes = 2 * min(kSlabDepth, p.k - slice * kSlabDepth);
+    const int bytes = 2 * min(kSlabDepth, p.x_columns - slice * kSlabDepth);
     ptx::mbarrier_expect(barrier, p.m * bytes);
     const uint8_t* from = p.x + int64_t{slice} * kSlabDepth * 2;
 #pragma unroll 1

@@ -29,7 +29,7 @@ inline Params make_params(const GemmArgs& args, const SlabConfig& config) {
   p.tile_bytes = w.slices * w.slab_bytes;
   p.m = static_cast<int>(args.m);
   p.n = static_cast<int>(w.n);
-  p.k = static_cast<int>(w.k);
+  p.x_columns = static_cast<int>(args.x_columns);
   p.padded_k = static_cast<int>(w.padded_k());
   p.slices = static_cast<int>(w.slices);
   p.slab_bytes = w.slab_bytes;

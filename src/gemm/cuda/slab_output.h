@@ -89,7 +89,7 @@ __device__ __forceinline__ bool finish_step(const Params& p, const Place& at, co
   acc.store(partials + (step & 1) * p.shared.partials_bytes + at.warp * S::kPartialBytes);
   // One arrival carries the stores of the whole warp: lane -> __syncwarp -> arrive -> wait.
   __syncwarp();
-  if (at.leader) ptx::mbarrier_arrive(barrier);
+  if (at.leader || kArrivals > 1) ptx::mbarrier_arrive(barrier);
   return true;
 }
 
@@ -100,7 +100,8 @@ struct TokenScale {
   float value = 0.0f;
 
   __device__ void load(const Params& p) {
-    if (!S::kGroupScales && threadIdx.x < p.m) value = ptx::load_float(p.scales + threadIdx.x);
+    if (S::kGroupScales || threadIdx.x >= p.m) return;
+    value = p.scales == nullptr ? 1.0f : ptx::load_float(p.scales + threadIdx.x);
   }
   __device__ void store(uint32_t shared) const {
     if (!S::kGroupScales && threadIdx.x < kSlabTokens) {

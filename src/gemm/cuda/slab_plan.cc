@@ -78,7 +78,8 @@ SlabConfig slab_fused_config(const PackedLayout& layout, int64_t m, int multipro
 }
 
 // Two slabs in flight a warp, because it works on each for longer; at 16 tokens, eight warps hold
-// all that the registers of a multiprocessor can.
+// all that the registers of a multiprocessor can. Where shared memory is short, a warp less costs
+// less than a tile less that meets the activations while they are there.
 SlabConfig slab_halves_config(const PackedLayout& layout, int64_t m, int multiprocessors,
                               int64_t shared_bytes) {
   const int most = slab_halves_warps(slab_token_columns(m, true), SlabForm::registers);
@@ -93,12 +94,12 @@ SlabConfig slab_halves_config(const PackedLayout& layout, int64_t m, int multipr
     return config;
   }
   config.form = SlabForm::streamed;
-  config.k_warps = m > 8 ? best_k_warps(layout.slices, {8, 7, 6})
-                         : best_k_warps(layout.slices, {12, 11, 10, 9});
+  config.k_warps = slab_halves_warps(slab_token_columns(m, true), SlabForm::streamed);
   config.blocks = multiprocessors;
   config.held_tiles =
       static_cast<int>(std::clamp<int64_t>(ceil_div(layout.tiles, multiprocessors), 1, 4));
   const auto fits = [&] { return slab_shared_bytes(layout, m, false, config) <= shared_bytes; };
+  if (!fits() && config.k_warps > 7) config.k_warps = m > 8 ? 7 : 11;
   while (!fits() && config.held_tiles > 1) --config.held_tiles;
   while (!fits() && config.k_warps > 1) --config.k_warps;
   return config;

@@ -43,7 +43,9 @@ __global__ void __launch_bounds__(32 * S::kRegistersWarps, 1)
     for (int s = 0; s < p.stages && has_slab(s); ++s, next += step_bytes) ring.request(s, next);
   }
   ptx::grid_launch_dependents();
-  if (threadIdx.x == 0) ptx::mbarrier_init(shared + kStepBarrier, blockDim.x / 32);
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(shared + kStepBarrier, blockDim.x / 32 * kArrivals);
+  }
   __syncthreads();
   if (!p.activations_first) {
     ptx::grid_wait();

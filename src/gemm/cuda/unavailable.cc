@@ -25,6 +25,15 @@ Result<DeviceWeights> DeviceWeights::create(const DeviceInfo&, std::span<const W
   return no_cuda();
 }
 
+Status DeviceWeights::pack(const DeviceInfo&, const QuantMatrix&, const void*, Dtype, void*,
+                           size_t) {
+  return no_cuda();
+}
+
+Result<DeviceWeights> DeviceWeights::view(const Problem&, int, const void*, size_t) {
+  return no_cuda();
+}
+
 DeviceWeights& DeviceWeights::operator=(DeviceWeights&&) noexcept { return *this; }
 
 DeviceWeights::~DeviceWeights() = default;

@@ -20,7 +20,7 @@ template <int tokens, int promoted, Element type>
 struct Shape : Depth<promoted> {
   static constexpr int kTokens = tokens;
   static constexpr Element kType = type;
-  static constexpr bool kGroupScales = true;  // y is the sum
+  static constexpr bool kGroupScales = false;
   static constexpr int kTokenTiles = tokens / kTokenWarps / 8;
   static constexpr int kStages = tokens == 128 ? 2 : 3;  // within the 99 KiB of sm_86 and sm_89
   static constexpr int kTokensAt = kTiles * kTileBytes;
@@ -58,7 +58,7 @@ __device__ __forceinline__ void load_stage(const GemmArgs& a, const Position& p,
     const int at = i * kThreads + thread, token = at / kPieces, piece = at % kPieces;
     const int row = p.token + token;
     const int64_t k = int64_t{block} * kBlockDepth + piece * 8;
-    const bool inside = row < m && k < a.layout.k;
+    const bool inside = row < m && k < a.x_columns;
     const auto* from = static_cast<const uint16_t*>(a.x) + (inside ? row * a.x_stride + k : 0);
     ptx::copy16_async(stage + S::kTokensAt + piece_at(token, piece), from, inside ? 16 : 0);
   }

@@ -305,6 +305,7 @@ cudaError_t launch(const GemmArgs& args, const RsConfig& config, void* scratch, 
   p.tiles = args.layout.tiles;
   p.slices = args.layout.slices;
   p.bf16_scales = args.bf16_scales;
+  p.end.t = args.scales;
   p.end.m = args.m;
   p.end.n = args.layout.n;
   p.end.out = args.out;
@@ -345,17 +346,19 @@ cudaError_t launch(const GemmArgs& args, const RsConfig& config, void* scratch, 
 
 cudaError_t launch_w4a16_rs_sm90(const GemmArgs& args, const RsConfig& config, void* scratch,
                                  void* reordered, cudaStream_t stream) {
-  if (const cudaError_t error = launch_reorder(args, reordered, stream); error != cudaSuccess) {
-    return error;
+  const void* x = args.x_is_reordered ? args.x : reordered;
+  if (!args.x_is_reordered) {
+    const cudaError_t error = launch_reorder(args, reordered, stream);
+    if (error != cudaSuccess) return error;
   }
   const auto is = [&](int promoted, int tokens, int math_groups) {
     return args.layout.promoted == promoted && config.token_tile == tokens &&
            config.math_groups == math_groups;
   };
-  if (is(128, 128, 2)) return launch<128, 2, 128>(args, config, scratch, reordered, stream);
-  if (is(128, 64, 3)) return launch<64, 3, 128>(args, config, scratch, reordered, stream);
-  if (is(64, 64, 2)) return launch<64, 2, 64>(args, config, scratch, reordered, stream);
-  if (is(32, 64, 2)) return launch<64, 2, 32>(args, config, scratch, reordered, stream);
+  if (is(128, 128, 2)) return launch<128, 2, 128>(args, config, scratch, x, stream);
+  if (is(128, 64, 3)) return launch<64, 3, 128>(args, config, scratch, x, stream);
+  if (is(64, 64, 2)) return launch<64, 2, 64>(args, config, scratch, x, stream);
+  if (is(32, 64, 2)) return launch<64, 2, 32>(args, config, scratch, x, stream);
   return cudaErrorInvalidValue;
 }
 

@@ -1,7 +1,7 @@
-// w4a8_ss_sm90 and w4a4_ss_sm90, by wgmma for many tokens: weights are expanded to 8 bits first
-// (expand_sm90.cu), then both operands are multiplied from shared memory. Promotion to float every
-// 128 k, in order of k: the bits of the CPU kernels. Source of the scheme: DeepGEMM's promotion,
-// here with one scale per weight column and group.
+// w4a8_ss_sm90, w4a4_ss_sm90 and w4a8_fp8_ss_sm90, by wgmma for many tokens: weights are expanded
+// to 8 bits first (expand_sm90.cu), then both operands are multiplied from shared memory. Promotion
+// to float every 128 k, in order of k: the bits of the CPU kernels. Source of the scheme:
+// DeepGEMM's promotion, here with one scale per weight column and group.
 //
 //               128 tokens            a block: 192 columns, three math warpgroups of 64, one
 //            +-------------+          producer warpgroup. A cluster of two blocks works on
@@ -15,7 +15,9 @@
 //
 // int8: accumulators are int32. e4m3, for w4a4: weights q - z and activations of magnitude up to 8
 // are exact in e4m3, and so is their sum over 128 k in the 14 bits that Hopper's fp8 accumulation
-// keeps (|S| <= 15 * 8 * 128 < 2^14; not beyond); promotion then needs no conversion.
+// keeps (|S| <= 15 * 8 * 128 < 2^14; not beyond); promotion then needs no conversion. For w4a8-fp8
+// the activations are e4m3 bytes, and each product of 32 k loses what lies 13 bits below its
+// largest addend.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -225,6 +227,7 @@ cudaError_t launch_w4a8_ss_sm90(const GemmArgs& args, const SsConfig& config, vo
   cudaError_t error = launch_expand(args, config.e4m3, bytes + at.image, stream);
   if (error != cudaSuccess) return error;
   if (!config.e4m3) return launch<int>(args, args.codes, config, scratch, stream);
+  if (config.e4m3_codes) return launch<float>(args, args.codes, config, scratch, stream);
   error = launch_codes_to_e4m3(args.codes, bytes + at.codes, args.m * args.layout.padded_k(),
                                stream);
   if (error != cudaSuccess) return error;

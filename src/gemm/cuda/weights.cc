@@ -1,6 +1,7 @@
 // DeviceWeights: uploads the tensors of a checkpoint and packs them on the device.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -9,12 +10,13 @@
 #include "gemm/cuda/kernels.h"
 #include "gemm/cuda/limits.h"
 #include "gemm/cuda/runtime.h"
+#include "gemm/cuda/weight_block.h"
 
 namespace nibble::cuda {
 namespace {
 
-Status pack(const QuantMatrix& matrix, const PackedLayout& layout, const DeviceInfo& device,
-            uint8_t* slabs) {
+Status pack_slabs(const QuantMatrix& matrix, const PackedLayout& layout, const DeviceInfo& device,
+                  uint8_t* slabs) {
   const auto words = static_cast<size_t>(matrix.n / 8) * sizeof(uint32_t);  // of a row
   const auto groups = static_cast<size_t>(matrix.groups());
   DeviceBuffer q, zeros, scales;
@@ -71,7 +73,89 @@ Status check_parts(std::span<const WeightPart> parts) {
   return {};
 }
 
+/// The parts as one matrix, but for its tensors.
+QuantMatrix joined(std::span<const WeightPart> parts) {
+  QuantMatrix matrix = parts.front().matrix;
+  matrix.n = 0;
+  for (const WeightPart& part : parts) matrix.n += part.matrix.n;
+  return matrix;
+}
+
+WeightBlock block_of(std::span<const WeightPart> parts) {
+  const QuantMatrix matrix = joined(parts);
+  const bool has_bias = std::any_of(parts.begin(), parts.end(),
+                                    [](const WeightPart& part) { return part.bias != nullptr; });
+  return weight_block(packed_layout(matrix.n, matrix.k, matrix.group_size),
+                      matrix.scale_dtype == Dtype::bf16, has_bias);
+}
+
+Status check_alignment(const void* memory) {
+  if (reinterpret_cast<uintptr_t>(memory) % kBlockLine == 0) return {};
+  return Status(Code::invalid_argument, fmt::format("packed is not {}-byte aligned", kBlockLine));
+}
+
+/// Parts that have been checked to memory of block_of(parts).bytes on the current device.
+Status pack_parts(const DeviceInfo& device, std::span<const WeightPart> parts, void* memory) {
+  // Tiles of columns follow each other, so weights side by side are one behind the other.
+  auto* to = static_cast<uint8_t*>(memory);
+  for (const WeightPart& part : parts) {
+    const QuantMatrix& matrix = part.matrix;
+    const PackedLayout layout = packed_layout(matrix.n, matrix.k, matrix.group_size);
+    if (matrix.layout == WeightLayout::awq_gemm) {
+      NIBBLE_TRY(pack_slabs(matrix, layout, device, to));
+    } else {
+      const AwqTensors tensors = to_awq_gemm(matrix);
+      NIBBLE_TRY(pack_slabs(tensors.view(), layout, device, to));
+    }
+    to += layout.bytes();
+  }
+  const std::vector<float> biases = join_biases(parts, joined(parts).n);
+  if (biases.empty()) return {};
+  return to_status(cudaMemcpy(static_cast<uint8_t*>(memory) + block_of(parts).bias_offset,
+                              biases.data(), biases.size() * sizeof(float),
+                              cudaMemcpyHostToDevice),
+                   "cudaMemcpy");
+}
+
 }  // namespace
+
+Status DeviceWeights::pack(const DeviceInfo& device, const QuantMatrix& matrix, const void* bias,
+                           Dtype bias_dtype, void* memory, size_t bytes) {
+  const WeightPart part{matrix, bias, bias_dtype};
+  NIBBLE_TRY(check_parts({&part, 1}));
+  NIBBLE_TRY(check_alignment(memory));
+  const WeightBlock block = block_of({&part, 1});
+  if (bytes != block.bytes) {
+    return Status(Code::invalid_argument,
+                  fmt::format("packed has {} bytes, expected {}", bytes, block.bytes));
+  }
+  const CurrentDevice current(device.ordinal);
+  NIBBLE_TRY(current.status());
+  return pack_parts(device, {&part, 1}, memory);
+}
+
+Result<DeviceWeights> DeviceWeights::view(const Problem& problem, int device, const void* memory,
+                                          size_t bytes) {
+  NIBBLE_TRY(check_alignment(memory));
+  DeviceWeights weights;
+  weights.layout_ = packed_layout(problem.n, problem.k, problem.group_size);
+  for (const bool bf16_scales : {false, true}) {
+    for (const bool has_bias : {false, true}) {
+      const WeightBlock block = weight_block(weights.layout_, bf16_scales, has_bias);
+      if (bytes != block.bytes) continue;
+      weights.slabs_ = static_cast<const uint8_t*>(memory);
+      if (has_bias) {
+        weights.bias_ = reinterpret_cast<const float*>(weights.slabs_ + block.bias_offset);
+      }
+      weights.bf16_scales_ = bf16_scales;
+      weights.device_ = device;
+      return weights;
+    }
+  }
+  return Status(Code::invalid_argument,
+                fmt::format("packed has {} bytes: no CUDA weight of N={} K={} and group size {}",
+                            bytes, problem.n, problem.k, problem.group_size));
+}
 
 Result<DeviceWeights> DeviceWeights::create(const DeviceInfo& device, const QuantMatrix& matrix,
                                             const void* bias, Dtype bias_dtype) {
@@ -84,34 +168,17 @@ Result<DeviceWeights> DeviceWeights::create(const DeviceInfo& device,
   NIBBLE_TRY(check_parts(parts));
   const CurrentDevice current(device.ordinal);
   NIBBLE_TRY(current.status());
-  const QuantMatrix& first = parts.front().matrix;
-  int64_t n = 0;
-  for (const WeightPart& part : parts) n += part.matrix.n;
-  DeviceWeights weights;
-  weights.layout_ = packed_layout(n, first.k, first.group_size);
-  weights.bf16_scales_ = first.scale_dtype == Dtype::bf16;
-  weights.device_ = device.ordinal;
-  DeviceBuffer slabs, bias_values;
-  NIBBLE_TRY(slabs.allocate(static_cast<size_t>(weights.layout_.bytes()), device));
-  // Tiles of columns follow each other, so weights side by side are one behind the other.
-  uint8_t* to = slabs.as<uint8_t>();
-  for (const WeightPart& part : parts) {
-    const QuantMatrix& matrix = part.matrix;
-    const PackedLayout layout = packed_layout(matrix.n, matrix.k, matrix.group_size);
-    if (matrix.layout == WeightLayout::awq_gemm) {
-      NIBBLE_TRY(pack(matrix, layout, device, to));
-    } else {
-      const AwqTensors tensors = to_awq_gemm(matrix);
-      NIBBLE_TRY(pack(tensors.view(), layout, device, to));
-    }
-    to += layout.bytes();
-  }
-  const std::vector<float> biases = join_biases(parts, n);
-  if (!biases.empty()) {
-    NIBBLE_TRY(bias_values.upload(biases.data(), biases.size() * sizeof(float), device));
-  }
-  weights.slabs_ = slabs.release<uint8_t>();
-  weights.bias_ = bias_values.release<float>();
+  const WeightBlock block = block_of(parts);
+  DeviceBuffer memory;
+  NIBBLE_TRY(memory.allocate(block.bytes, device));
+  NIBBLE_TRY(pack_parts(device, parts, memory.as<>()));
+  const QuantMatrix matrix = joined(parts);
+  Problem problem;
+  problem.n = matrix.n;
+  problem.k = matrix.k;
+  problem.group_size = matrix.group_size;
+  Result<DeviceWeights> weights = view(problem, device.ordinal, memory.as<>(), block.bytes);
+  if (weights.ok()) weights->owned_ = memory.release<void>();
   return weights;
 }
 
@@ -119,15 +186,14 @@ DeviceWeights& DeviceWeights::operator=(DeviceWeights&& other) noexcept {
   std::swap(layout_, other.layout_);
   std::swap(slabs_, other.slabs_);
   std::swap(bias_, other.bias_);
+  std::swap(owned_, other.owned_);
   std::swap(bf16_scales_, other.bf16_scales_);
   std::swap(device_, other.device_);
   return *this;
 }
 
 DeviceWeights::~DeviceWeights() {
-  // whichever device is current: addresses are unique
-  if (slabs_ != nullptr) (void)cudaFree(slabs_);
-  if (bias_ != nullptr) (void)cudaFree(bias_);
+  if (owned_ != nullptr) (void)cudaFree(owned_);  // whichever device is current
 }
 
 int64_t DeviceWeights::bytes() const {

@@ -70,12 +70,13 @@ __global__ void __launch_bounds__(kThreads) argmax_rows(const __grid_constant__ 
   auto* words = static_cast<uint64_t*>(a.scratch) + row * kRowWords;
   if (parts > 1) {
     words[blockIdx.x] = key;
-    __threadfence();
     auto* arrived = reinterpret_cast<uint32_t*>(words + kMostParts);
-    if (atomicAdd(arrived, 1) + 1 != static_cast<uint32_t>(parts)) return;
+    if (ptx::add_acquire_release(arrived, 1) + 1 != static_cast<uint32_t>(parts)) return;
     *arrived = 0;
-    __threadfence();
-    for (int i = 0; i < parts; ++i) key = max(key, __ldcg(words + i));
+#pragma unroll
+    for (int i = 0; i < kMostParts; ++i) {  // loads side by side
+      if (i < parts) key = max(key, __ldcg(words + i));
+    }
   }
   a.tokens[row] =
       key == kFaulty ? -1 : static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key));

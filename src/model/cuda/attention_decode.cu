@@ -69,7 +69,7 @@ struct Warp {
   float sums[kDim / 16][4];  // O^T
   float max[2], sum[2];      // of heads 2 c and 2 c + 1; sum of this lane's positions only
 
-  __device__ void begin(const DecodeArgs& a, const DecodeItem& item, int lane) {
+  __device__ void load_queries(const DecodeArgs& a, const DecodeItem& item, int lane) {
     const AttentionArgs& at = a.attention;
     const int groups = static_cast<int>(at.heads / at.kv.kv_heads);
     const int head = item.part * kDecodeHeads + lane / 4;
@@ -82,6 +82,11 @@ struct Warp {
       const bool inside = head < groups && i * 16 < at.kv.head_dim;
       q[i][0] = inside ? from[i * 8] : 0;
       q[i][1] = inside ? from[i * 8 + 4] : 0;
+    }
+  }
+  __device__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) {
 #pragma unroll
       for (float& v : sums[i]) v = 0;
     }
@@ -256,11 +261,13 @@ __global__ void __launch_bounds__(DecodeShape<kDim>::kAllThreads, DecodeShape<kD
   seek(next);
   loads.begin(0, keys, next.keys);
   loads.begin(1, values, next.values);
-  for (int number = static_cast<int>(blockIdx.x); number < items;
-       number += static_cast<int>(gridDim.x)) {
-    const DecodeItem item = work.item(a, number, parts);
-    Warp<type, kDim> w;
-    w.begin(a, item, lane);
+  int number = static_cast<int>(blockIdx.x);
+  if (number >= items) return;
+  DecodeItem item = work.item(a, number, parts);
+  Warp<type, kDim> w;
+  w.load_queries(a, item, lane);
+  while (true) {
+    w.clear();
     while (next.keys != nullptr && next.number == number) {
       const int page = item.split * kSplitPages + next.turn * S::kWarps + warp;
       ++next.turn;
@@ -277,10 +284,17 @@ __global__ void __launch_bounds__(DecodeShape<kDim>::kAllThreads, DecodeShape<kD
       loads.begin(1, values, next.values);
     }
     w.store(results + warp * kDecodeHeads * S::kResultStride, states + warp * kDecodeHeads, lane);
+    const DecodeItem done = item;
+    number += static_cast<int>(gridDim.x);
+    if (number < items) {  // while the warps wait for each other
+      item = work.item(a, number, parts);
+      w.load_queries(a, item, lane);
+    }
     ptx::barrier_sync(kWarpsDone, S::kThreads);
-    add_warps<kDim>(a, item, results, states, scratch);
+    add_warps<kDim>(a, done, results, states, scratch);
     ptx::barrier_sync(kReadyToMerge, S::kAllThreads);  // also: the results are free again
     ptx::barrier_arrive(kStored, S::kAllThreads);
+    if (number >= items) return;
   }
 }
 

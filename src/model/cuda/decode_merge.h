@@ -101,10 +101,8 @@ __device__ __forceinline__ bool is_last(const DecodeArgs& a, const DecodeItem& i
   if (lane == 0) {
     const int kv_heads = static_cast<int>(a.attention.kv.kv_heads);
     uint32_t* arrived = scratch.arrived + (item.row * kv_heads + item.kv_head) * parts + item.part;
-    __threadfence();
-    last = atomicAdd(arrived, 1) + 1 == static_cast<uint32_t>(item.count);
+    last = ptx::add_acquire_release(arrived, 1) + 1 == static_cast<uint32_t>(item.count);
     if (last != 0) *arrived = 0;
-    __threadfence();
   }
   return __shfl_sync(kAllLanes, last, 0) != 0;
 }

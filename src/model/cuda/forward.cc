@@ -34,22 +34,13 @@ bool runs_16bit(const DeviceLinear& linear, const LinearSpec& spec) {
 
 }  // namespace
 
-/// One of: norm of (hidden + delta); gate of gate_up; rows that are there.
-struct Forward::Source {
-  enum class Kind { norm, gate, rows } kind = Kind::rows;
-  const float* norm = nullptr;
-  const float* post_norm = nullptr;
-  const void* delta = nullptr;
-  const void* x = nullptr;
-  int64_t width = 0;
-
-  const char* operation() const { return kind == Kind::norm ? "norm" : "gate"; }
-  const char* quantizing() const {
-    return kind == Kind::norm   ? "norm, quantizing"
-           : kind == Kind::gate ? "gate, quantizing"
-                                : "quantizing";
-  }
-};
+/// Whether the kernel that makes the rows also quantizes them so.
+bool Forward::can_fuse(Source::Kind kind, const Problem& problem) {
+  if (problem.granularity == Granularity::tensor) return false;
+  const int64_t group = problem.group_size;
+  return kind != Source::Kind::norm || !scales_per_group(problem.granularity) || group == 32 ||
+         group == 64 || group == 128 || group == problem.k;
+}
 
 Forward::Forward(const DeviceModel& model, const KvPool& pool, int64_t rows)
     : model_(model), pool_(pool), rows_(rows) {}
@@ -101,10 +92,10 @@ Status Forward::allocate() {
   NIBBLE_TRY(low_.allocate(bytes(c.hidden, 2), device));
   NIBBLE_TRY(logits_.allocate(static_cast<size_t>(kHeadRows * logits_stride() * 4), device));
   const KvShape& shape = pool_.shape();
-  NIBBLE_TRY(decode_scratch_.allocate_zeroed(
-      static_cast<size_t>(
-          decode_scratch_bytes(shape.sequences, c.heads, c.head_dim, shape.context)),
-      device));
+  NIBBLE_TRY(
+      decode_scratch_.allocate_zeroed(static_cast<size_t>(decode_scratch_bytes(
+                                          shape.sequences, c.heads, c.head_dim, shape.context)),
+                                      device));
   NIBBLE_TRY(
       faults_.allocate_zeroed(static_cast<size_t>(shape.sequences) * sizeof(int32_t), device));
   const auto is_dense = [](const DeviceLinear& linear) { return !linear.quantized; };
@@ -144,6 +135,7 @@ Status Forward::set_plan(const ModelPlan& plan) {
     scales.push_back(std::move(*buffer));
   }
   plan_ = plan;
+  prepared_.clear();
   static_scales_ = std::move(scales);
   return {};
 }
@@ -183,6 +175,7 @@ Result<const Plan*> Forward::plan_for(const DeviceLinear& linear, const LinearSp
 
 Status Forward::prepare(int64_t rows, bool* moved) {
   *moved = false;
+  if (prepared_.contains(rows)) return {};  // every decoding step asks
   size_t bytes = 0;
   const auto want = [&](const DeviceLinear& linear, const LinearSpec& spec, int64_t m,
                         Dtype y) -> Status {
@@ -201,12 +194,18 @@ Status Forward::prepare(int64_t rows, bool* moved) {
     }
   }
   if (!model_.tied()) {
-    NIBBLE_TRY(want(model_.head, LinearSpec{}, std::min(rows, int64_t{kHeadRows}), Dtype::f32));
+    for (int64_t m = 1; m <= std::min(rows, int64_t{kHeadRows}); ++m) {
+      NIBBLE_TRY(want(model_.head, LinearSpec{}, m, Dtype::f32));
+    }
   }
-  if (bytes <= workspace_.bytes()) return {};
-  NIBBLE_TRY(to_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize"));
-  *moved = true;
-  return workspace_.allocate_zeroed(bytes, model_.device);
+  if (bytes > workspace_.bytes()) {
+    NIBBLE_TRY(to_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize"));
+    *moved = true;
+    prepared_.clear();  // an allocation that fails leaves nothing
+    NIBBLE_TRY(workspace_.allocate_zeroed(bytes, model_.device));
+  }
+  prepared_.insert(rows);
+  return {};
 }
 
 /// The operand of a quantized product, in the workspace. `first`: nobody has made this source's
@@ -214,13 +213,12 @@ Status Forward::prepare(int64_t rows, bool* moved) {
 Status Forward::make_operand(const Source& source, bool first, const Plan& plan,
                              const LinearSpec& spec, const float* static_scales,
                              cudaStream_t stream) {
-  const ModelConfig& c = model_.config;
   const int64_t rows = plan.problem.m;
   DeviceInput input;
   input.clip = spec.clip;
   input.static_scales = static_scales;
   const Operand operand = workspace_operand(plan, workspace_.as<>());
-  if (source.kind == Source::Kind::rows || spec.granularity == Granularity::tensor) {
+  if (source.kind == Source::Kind::rows || !can_fuse(source.kind, plan.problem)) {
     int64_t stride = source.width;
     input.x = source.x;
     if (source.kind != Source::Kind::rows) {
@@ -230,70 +228,68 @@ Status Forward::make_operand(const Source& source, bool first, const Plan& plan,
     return quantize_activations(plan, input, operand, stream);
   }
   QuantizeArgs to = quantize_args(plan, input, operand);
-  to.programmatic = true;
   if (source.kind == Source::Kind::gate) {
-    to.x = gate_up_.as<>();
-    to.x_stride = 2 * c.intermediate;
-    GateQuantizeArgs gate;
+    GateQuantizeArgs gate = gate_args(rows);
+    to.x = gate.to.x;
+    to.x_stride = gate.to.x_stride;
     gate.to = to;
-    gate.up = gate_up_.as<uint16_t>() + c.intermediate;
-    gate.up_stride = 2 * c.intermediate;
-    gate.function =
-        c.activation == Activation::silu ? GateFunction::silu : GateFunction::gelu_tanh;
     return to_status(launch_gate_quantize(gate, stream), "gate");
   }
-  NormArgs norm;
-  norm.m = rows;
-  norm.k = c.hidden;
-  norm.hidden = hidden_.as<float>();
-  norm.delta = first ? source.delta : nullptr;
-  norm.type = model_.type;
-  norm.post_norm = first ? source.post_norm : nullptr;
-  norm.norm = source.norm;
-  norm.eps = static_cast<float>(c.norm_eps);
-  norm.programmatic = true;
+  NormArgs norm = norm_args(source, rows);
+  if (!first) {
+    norm.delta = nullptr;
+    norm.post_norm = nullptr;
+  }
   return to_status(launch_norm_quantize(norm, to, stream), "norm");
 }
 
-/// The source's rows in 16 bits.
-Status Forward::make_rows(const Source& source, int64_t rows, const void** x, int64_t* stride,
-                          cudaStream_t stream) {
-  const ModelConfig& c = model_.config;
-  *x = source.x;
-  *stride = source.width;
-  if (source.kind == Source::Kind::rows) return {};
-  *x = rows16_.as<>();
-  if (source.kind == Source::Kind::gate) {
-    GateQuantizeArgs gate;
-    gate.to.x = gate_up_.as<>();
-    gate.to.x_stride = 2 * c.intermediate;
-    gate.to.type = model_.type;
-    gate.to.m = rows;
-    gate.to.k = c.intermediate;
-    gate.to.programmatic = true;
-    gate.up = gate_up_.as<uint16_t>() + c.intermediate;
-    gate.up_stride = 2 * c.intermediate;
-    gate.function =
-        c.activation == Activation::silu ? GateFunction::silu : GateFunction::gelu_tanh;
-    return to_status(launch_gate(gate, rows16_.as<>(), *stride, stream), "gate");
-  }
+NormArgs Forward::norm_args(const Source& source, int64_t rows) const {
   NormArgs norm;
   norm.m = rows;
-  norm.k = c.hidden;
+  norm.k = model_.config.hidden;
   norm.hidden = hidden_.as<float>();
   norm.delta = source.delta;
   norm.type = model_.type;
   norm.post_norm = source.post_norm;
   norm.norm = source.norm;
-  norm.eps = static_cast<float>(c.norm_eps);
-  norm.programmatic = true;
-  return to_status(launch_norm(norm, rows16_.as<>(), *stride, stream), "norm");
+  norm.eps = static_cast<float>(model_.config.norm_eps);
+  norm.programmatic = model_.device.programmatic();
+  return norm;
+}
+
+GateQuantizeArgs Forward::gate_args(int64_t rows) const {
+  const ModelConfig& c = model_.config;
+  GateQuantizeArgs gate;
+  gate.to.x = gate_up_.as<>();
+  gate.to.x_stride = 2 * c.intermediate;
+  gate.to.type = model_.type;
+  gate.to.m = rows;
+  gate.to.k = c.intermediate;
+  gate.to.programmatic = model_.device.programmatic();
+  gate.up = gate_up_.as<uint16_t>() + c.intermediate;
+  gate.up_stride = 2 * c.intermediate;
+  gate.function = c.activation == Activation::silu ? GateFunction::silu : GateFunction::gelu_tanh;
+  return gate;
+}
+
+/// The source's rows in 16 bits.
+Status Forward::make_rows(const Source& source, int64_t rows, const void** x, int64_t* stride,
+                          cudaStream_t stream) {
+  *x = source.x;
+  *stride = source.width;
+  if (source.kind == Source::Kind::rows) return {};
+  *x = rows16_.as<>();
+  if (source.kind == Source::Kind::gate) {
+    return to_status(launch_gate(gate_args(rows), rows16_.as<>(), *stride, stream), "gate");
+  }
+  return to_status(launch_norm(norm_args(source, rows), rows16_.as<>(), *stride, stream), "norm");
 }
 
 Status Forward::run_dense(const DeviceLinear& linear, const void* x, int64_t rows, void* y,
                           int64_t y_stride, cudaStream_t stream) {
-  NIBBLE_TRY(cublas_->multiply(linear.dense_type, x, linear.dense.as<>(), y, y_stride, rows,
-                               linear.n, linear.k, stream));
+  const auto type = linear.dense_type == Dtype::f16 ? Cublas::Type::f16 : Cublas::Type::bf16;
+  NIBBLE_TRY(cublas_->multiply(type, x, linear.dense.as<>(), y, y_stride, rows, linear.n, linear.k,
+                               stream));
   note("cublas");
   if (linear.bias.bytes() == 0) return {};
   return to_status(
@@ -314,7 +310,10 @@ Status Forward::run_slot(int64_t layer, Slot slot, const Source& source, int64_t
   bool first = true;
   for (const DeviceLinear& part : group.parts) {
     if (runs_16bit(part, spec) && now.kind != Source::Kind::rows) {
-      if (!first) now.delta = nullptr;
+      if (!first) {
+        now.delta = nullptr;  // it has been added
+        now.post_norm = nullptr;
+      }
       int64_t x_stride = 0;
       NIBBLE_TRY(make_rows(now, rows, &now.x, &x_stride, stream));
       now.kind = Source::Kind::rows;
@@ -345,8 +344,7 @@ Status Forward::run_slot(int64_t layer, Slot slot, const Source& source, int64_t
   return {};
 }
 
-Status Forward::attend(int64_t layer, const PassInputs& inputs, int64_t rows,
-                       cudaStream_t stream) {
+Status Forward::attend(int64_t layer, const PassInputs& inputs, int64_t rows, cudaStream_t stream) {
   const ModelConfig& c = model_.config;
   const DeviceNorms& norms = model_.layers[static_cast<size_t>(layer)].norms;
   const int64_t window = c.window[static_cast<size_t>(layer)];
@@ -369,7 +367,7 @@ Status Forward::attend(int64_t layer, const PassInputs& inputs, int64_t rows,
   rope.k_norm = norms.k.as<float>();
   rope.eps = static_cast<float>(c.norm_eps);
   rope.faults = faults();
-  rope.programmatic = true;
+  rope.programmatic = model_.device.programmatic();
   NIBBLE_TRY(to_status(launch_rope(rope, stream), "rope"));
   NIBBLE_TRY(mark("rope, keys and values", stream));
   AttentionArgs attention;
@@ -382,7 +380,7 @@ Status Forward::attend(int64_t layer, const PassInputs& inputs, int64_t rows,
   attention.type = model_.type;
   attention.out = attention_.as<>();
   attention.out_stride = q_width;
-  attention.programmatic = true;
+  attention.programmatic = model_.device.programmatic();
   if (inputs.num_tiles > 0) {
     // num_tiles fits: see PassStaging.
     const bool wgmma = model_.device.capability == 90;
@@ -413,7 +411,7 @@ Status Forward::layers(const PassInputs& inputs, int64_t rows, cudaStream_t stre
   embedding.rows = rows;
   embedding.scale = model_.embedding_scale;
   embedding.hidden = hidden_.as<float>();
-  embedding.programmatic = true;
+  embedding.programmatic = model_.device.programmatic();
   NIBBLE_TRY(mark("start", stream));
   NIBBLE_TRY(to_status(launch_embedding(embedding, stream), "embedding"));
   NIBBLE_TRY(mark("embedding", stream));
@@ -459,7 +457,7 @@ Status Forward::finish(const int32_t* gather, int64_t count, cudaStream_t stream
   args.gather = gather;
   args.out = states();
   args.parts = {static_cast<Element>(model_.head_type()), high_.as<>(), low_.as<>()};
-  args.programmatic = true;
+  args.programmatic = model_.device.programmatic();
   return to_status(launch_head_norm(args, stream), "norm before the head");
 }
 
@@ -489,7 +487,7 @@ Status Forward::head(int64_t first, int64_t count, cudaStream_t stream) {
   args.k = c.hidden;
   args.y = logits();
   args.y_stride = logits_stride();
-  args.programmatic = true;
+  args.programmatic = model_.device.programmatic();
   note("w16_head_mma_sm80");
   return to_status(launch_w16_head_mma_sm80(args, stream), "w16_head_mma_sm80");
 }

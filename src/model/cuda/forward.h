@@ -1,15 +1,17 @@
-// The layers of a model on a GPU: what is launched, in which order, for one pass of rows. Everything
-// goes to one stream; nothing waits, so a pass may be captured into a CUDA graph once its workspace
-// is there (prepare()).
+// The layers of a model on a GPU: what is launched, in which order, for one pass of rows.
+// Everything goes to one stream; nothing waits, so a pass may be captured into a CUDA graph once
+// its workspace is there (prepare()).
 #pragma once
 
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "gemm/cuda/cublas.h"
+#include "gemm/cuda/fused_quantize.h"
 #include "gemm/cuda/head_product.h"
 #include "model/config.h"
 #include "model/cuda/kv_pool.h"
@@ -43,10 +45,10 @@ struct DeviceModel {
 
 /// What a pass reads, in device memory.
 struct PassInputs {
-  const int32_t* tokens = nullptr;    // (rows)
-  const int32_t* sequence = nullptr;  // (rows) row of the page table
-  int32_t* position = nullptr;        // (rows)
-  const PrefillTile* tiles = nullptr; // (num_tiles); none: every row is of another sequence
+  const int32_t* tokens = nullptr;     // (rows)
+  const int32_t* sequence = nullptr;   // (rows) row of the page table
+  int32_t* position = nullptr;         // (rows)
+  const PrefillTile* tiles = nullptr;  // (num_tiles); none: every row is of another sequence
   int64_t num_tiles = 0;
 };
 
@@ -59,7 +61,6 @@ class Forward {
 
   /// Takes effect with the next pass. unsupported: mixed groups.
   Status set_plan(const ModelPlan& plan);
-  const ModelPlan& plan() const { return plan_; }
 
   /// Plans all products of `rows` rows and makes their workspace large enough. *moved: whether
   /// buffers are elsewhere now, so that graphs captured before are void. May wait.
@@ -97,12 +98,28 @@ class Forward {
   Status allocate();
 
   /// Where the input of a slot's products comes from.
-  struct Source;
-  struct PlanKey;
+  struct Source {
+    enum class Kind { norm, gate, rows } kind = Kind::rows;
+    const float* norm = nullptr;  // of hidden + delta
+    const float* post_norm = nullptr;
+    const void* delta = nullptr;
+    const void* x = nullptr;  // rows that are there
+    int64_t width = 0;
+
+    const char* operation() const { return kind == Kind::norm ? "norm" : "gate"; }
+    const char* quantizing() const {
+      return kind == Kind::norm   ? "norm, quantizing"
+             : kind == Kind::gate ? "gate, quantizing"
+                                  : "quantizing";
+    }
+  };
+  static bool can_fuse(Source::Kind kind, const Problem& problem);
   Result<const Plan*> plan_for(const DeviceLinear& linear, const LinearSpec& spec, int64_t rows,
                                Dtype y_type);
   Status run_slot(int64_t layer, Slot slot, const Source& source, int64_t rows, void* y,
                   cudaStream_t stream);
+  NormArgs norm_args(const Source& source, int64_t rows) const;
+  GateQuantizeArgs gate_args(int64_t rows) const;
   Status make_operand(const Source& source, bool first, const Plan& plan, const LinearSpec& spec,
                       const float* static_scales, cudaStream_t stream);
   Status make_rows(const Source& source, int64_t rows, const void** x, int64_t* stride,
@@ -116,6 +133,7 @@ class Forward {
   const KvPool& pool_;
   int64_t rows_;
   ModelPlan plan_;
+  std::set<int64_t> prepared_;               // numbers of rows, under that plan
   std::vector<DeviceBuffer> static_scales_;  // of every slot of every layer; empty where none
   using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int, int, bool, int>;
   std::map<Key, Plan> plans_;

@@ -42,8 +42,8 @@ Status KvPool::reserve(PagedSequence& sequence, int64_t positions) {
   }
   // Every slot has its share of pages, so there is always one.
   while (static_cast<int64_t>(sequence.pages_.size()) * kPagePositions < positions) {
-    const auto at = static_cast<size_t>(sequence.slot_ * shape_.max_pages()) +
-                    sequence.pages_.size();
+    const auto at =
+        static_cast<size_t>(sequence.slot_ * shape_.max_pages()) + sequence.pages_.size();
     sequence.pages_.push_back(free_pages_.back());
     free_pages_.pop_back();
     host_table_[at] = sequence.pages_.back();
@@ -55,10 +55,10 @@ Status KvPool::reserve(PagedSequence& sequence, int64_t positions) {
 Status KvPool::sync_table(cudaStream_t stream) {
   if (!table_changed_) return {};
   table_changed_ = false;
-  return to_status(cudaMemcpyAsync(table_.as<>(), host_table_.data(),
-                                   host_table_.size() * sizeof(int32_t), cudaMemcpyHostToDevice,
-                                   stream),
-                   "cudaMemcpyAsync");
+  return to_status(
+      cudaMemcpyAsync(table_.as<>(), host_table_.data(), host_table_.size() * sizeof(int32_t),
+                      cudaMemcpyHostToDevice, stream),
+      "cudaMemcpyAsync");
 }
 
 void KvPool::close(PagedSequence& sequence) {

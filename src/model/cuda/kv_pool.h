@@ -1,6 +1,6 @@
-// Keys and values of all sequences on a GPU: one pool of pages of 64 positions (model/cuda/kernels.h
-// draws one), handed out as sequences grow. All memory is taken at the start; nothing is allocated
-// while models run.
+// Keys and values of all sequences on a GPU: one pool of pages of 64 positions
+// (model/cuda/kernels.h draws one), handed out as sequences grow. All memory is taken at the start;
+// nothing is allocated while models run.
 #pragma once
 
 #include <vector>
@@ -58,7 +58,6 @@ class KvPool {
 
   KvPages layer(int64_t index) const;
   const KvShape& shape() const { return shape_; }
-  int64_t free_pages() const { return static_cast<int64_t>(free_pages_.size()); }
 
  private:
   friend class PagedSequence;

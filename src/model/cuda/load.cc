@@ -17,12 +17,14 @@ namespace {
 // memory of a long prompt.
 constexpr int64_t kPassRows = 2048;
 constexpr int64_t kDefaultContext = 4096;
+constexpr int64_t kMostSequences = 1024;  // of a launch of attention_decode
+constexpr int64_t kMostHidden = 16384;    // of norm_quantize
+constexpr int64_t kWideHeadShared = 148
+                                    << 10;  // bytes that attention_decode takes above 64 channels
 
-Status unsupported(std::string message) {
-  return Status(Code::unsupported, std::move(message));
-}
+Status unsupported(std::string message) { return Status(Code::unsupported, std::move(message)); }
 
-Status check_shape(const ModelConfig& c, const ModelOptions& options) {
+Status check_shape(const ModelConfig& c, const ModelOptions& options, const DeviceInfo& device) {
   if (options.int8_head) {
     return unsupported("an 8-bit lm_head runs on the CPU only: --head 16 is for GPUs");
   }
@@ -30,23 +32,31 @@ Status check_shape(const ModelConfig& c, const ModelOptions& options) {
     return unsupported("keys and values of a GPU are f16 or bf16, not f32");
   }
   if (c.head_dim % 16 != 0 || c.head_dim > 256) {
-    return unsupported(fmt::format(
-        "head_dim {}: on a GPU attention takes multiples of 16 up to 256", c.head_dim));
+    return unsupported(
+        fmt::format("head_dim {}: on a GPU attention takes multiples of 16 up to 256", c.head_dim));
   }
   if (c.groups() > 16) {
-    return unsupported(fmt::format("{} query heads per KV head: on a GPU attention takes up to 16",
-                                   c.groups()));
+    return unsupported(
+        fmt::format("{} query heads per KV head: on a GPU attention takes up to 16", c.groups()));
   }
-  if (c.hidden % 8 != 0 || c.intermediate % 8 != 0) {
-    return unsupported(fmt::format("hidden size {} and intermediate size {}: on a GPU they must "
-                                   "be multiples of 8",
-                                   c.hidden, c.intermediate));
+  if (c.head_dim > 64 && device.shared_bytes < kWideHeadShared) {
+    return unsupported(
+        fmt::format("head_dim {}: attention takes {} bytes of shared memory, {} has "
+                    "{}; up to 64 channels run there",
+                    c.head_dim, kWideHeadShared, device.name, device.shared_bytes));
+  }
+  if (c.hidden % 8 != 0 || c.intermediate % 8 != 0 || c.hidden > kMostHidden) {
+    return unsupported(
+        fmt::format("hidden size {} and intermediate size {}: on a GPU they must "
+                    "be multiples of 8, the former at most {}",
+                    c.hidden, c.intermediate, kMostHidden));
   }
   return {};
 }
 
 uint64_t linear_bytes(const LinearSource& linear, WeightForm form = WeightForm::as_stored) {
-  if (!linear.quantized || form == WeightForm::dequantized) return static_cast<uint64_t>(linear.n * linear.k * 2);
+  if (!linear.quantized || form == WeightForm::dequantized)
+    return static_cast<uint64_t>(linear.n * linear.k * 2);
   const QuantMatrix& m = *linear.quantized;
   return static_cast<uint64_t>(packed_layout(m.n, m.k, m.group_size).bytes());
 }
@@ -65,9 +75,10 @@ Status scan_layers(const Checkpoint& checkpoint, LoadPlan& plan) {
           continue;
         }
         if (linear.dense_dtype == Dtype::f32 || (dense && *dense != linear.dense_dtype)) {
-          return unsupported(fmt::format("{}: 16-bit weights of one model must be of one type on "
-                                         "a GPU, f16 or bf16; found {}",
-                                         quote_name(linear.name), dtype_name(linear.dense_dtype)));
+          return unsupported(
+              fmt::format("{}: 16-bit weights of one model must be of one type on "
+                          "a GPU, f16 or bf16; found {}",
+                          quote_name(linear.name), dtype_name(linear.dense_dtype)));
         }
         dense = linear.dense_dtype;
       }
@@ -85,8 +96,8 @@ Status scan_head(const Checkpoint& checkpoint, LoadPlan& plan) {
   const Result<Dtype> dtype = check_vocabulary_matrix(name, *embedding, c);
   if (!dtype.ok()) return dtype.status();
   if (*dtype == Dtype::f32) {
-    return unsupported(fmt::format("{}: F32; on a GPU an embedding is F16 or BF16",
-                                   quote_name(name)));
+    return unsupported(
+        fmt::format("{}: F32; on a GPU an embedding is F16 or BF16", quote_name(name)));
   }
   plan.memory.head = static_cast<uint64_t>(c.vocab * c.hidden * 2);
   if (plan.names.lm_head.empty()) return {};
@@ -94,12 +105,12 @@ Status scan_head(const Checkpoint& checkpoint, LoadPlan& plan) {
       find_linear(checkpoint, plan.names.lm_head, c.hidden, c.vocab, false);
   if (!head.ok()) return head.status();
   if (!head->quantized && head->dense_dtype == Dtype::f32) {
-    return unsupported(fmt::format("{}: F32; on a GPU lm_head is F16, BF16 or 4-bit",
-                                   quote_name(head->name)));
+    return unsupported(
+        fmt::format("{}: F32; on a GPU lm_head is F16, BF16 or 4-bit", quote_name(head->name)));
   }
   if (head->bias != nullptr) {
-    return unsupported(fmt::format("{} has a bias, which does not run on a GPU",
-                                   quote_name(head->name)));
+    return unsupported(
+        fmt::format("{} has a bias, which does not run on a GPU", quote_name(head->name)));
   }
   plan.memory.head += linear_bytes(*head);
   return {};
@@ -131,7 +142,7 @@ Result<LoadPlan> plan_load(const Checkpoint& checkpoint, const ModelOptions& opt
   if (!config.ok()) return config.status();
   plan.config = std::move(*config);
   const ModelConfig& c = plan.config;
-  NIBBLE_TRY(check_shape(c, options));
+  NIBBLE_TRY(check_shape(c, options, plan.device));
   Result<ModelNames> names = find_model_names(checkpoint, c);
   if (!names.ok()) return names.status();
   plan.names = std::move(*names);
@@ -145,9 +156,9 @@ Result<LoadPlan> plan_load(const Checkpoint& checkpoint, const ModelOptions& opt
              .sequences = options.sequences,
              .context = options.context > 0 ? options.context
                                             : std::min<int64_t>(c.max_positions, kDefaultContext)};
-  if (plan.kv.sequences > kPassRows) {
-    return unsupported(fmt::format("{} sequences at once: a GPU takes {}", plan.kv.sequences,
-                                   kPassRows));
+  if (plan.kv.sequences > kMostSequences) {
+    return unsupported(
+        fmt::format("{} sequences at once: a GPU takes {}", plan.kv.sequences, kMostSequences));
   }
   // Both factors are below 2^31.
   plan.pass_rows = std::min(kPassRows, plan.kv.context * plan.kv.sequences);
@@ -190,7 +201,8 @@ Status load_model(const Checkpoint& checkpoint, const LoadPlan& plan, DeviceMode
     const Result<LinearSource> head =
         find_linear(checkpoint, plan.names.lm_head, c.hidden, c.vocab, false);
     if (!head.ok()) return head.status();
-    Result<DeviceGroup> group = upload_group(model.device, {&*head, 1}, WeightForm::as_stored, plan.threads);
+    Result<DeviceGroup> group =
+        upload_group(model.device, {&*head, 1}, WeightForm::as_stored, plan.threads);
     if (!group.ok()) return group.status();
     model.head = std::move(group->parts.front());
     drop_pages(checkpoint, head->name);

@@ -17,8 +17,8 @@ Result<std::unique_ptr<PassStaging>> PassStaging::create(const DeviceInfo& devic
   std::unique_ptr<PassStaging> s(new PassStaging);
   s->capacity_ = (rows + 3) / 4 * 4;
   // In the worst case every row is a tile of its own.
-  const size_t bytes = static_cast<size_t>(s->capacity_) *
-                       (kArrays * sizeof(int32_t) + sizeof(PrefillTile));
+  const size_t bytes =
+      static_cast<size_t>(s->capacity_) * (kArrays * sizeof(int32_t) + sizeof(PrefillTile));
   NIBBLE_TRY(s->device_.allocate_zeroed(bytes, device));
   NIBBLE_TRY(s->argmax_scratch_.allocate_zeroed(
       static_cast<size_t>(argmax_scratch_bytes(s->capacity_)), device));
@@ -57,8 +57,8 @@ Result<PassInputs> PassStaging::stage(std::span<const SequenceItem> items,
       position[span.row + j] = start + static_cast<int32_t>(j);
     }
     gather[i] = static_cast<int32_t>(span.row + span.count - 1);
-    prefill.push_back({slot, static_cast<int32_t>(span.row), start,
-                       static_cast<int32_t>(span.count)});
+    prefill.push_back(
+        {slot, static_cast<int32_t>(span.row), start, static_cast<int32_t>(span.count)});
   }
   const int64_t taken = spans.back().row + spans.back().count;
   for (int64_t row = taken; row < step_rows; ++row) {
@@ -67,19 +67,18 @@ Result<PassInputs> PassStaging::stage(std::span<const SequenceItem> items,
   }
   const auto rows = static_cast<size_t>(std::max(taken, step_rows));
   const size_t pitch = static_cast<size_t>(capacity_) * sizeof(int32_t);
-  NIBBLE_TRY(to_status(
-      cudaMemcpy2DAsync(device_.as<>(), pitch, host_, pitch, rows * sizeof(int32_t),
-                        kArrays, cudaMemcpyHostToDevice, stream),
-      "copying tokens"));
+  NIBBLE_TRY(
+      to_status(cudaMemcpy2DAsync(device_.as<>(), pitch, host_, pitch, rows * sizeof(int32_t),
+                                  kArrays, cudaMemcpyHostToDevice, stream),
+                "copying tokens"));
   PassInputs inputs = decode_inputs();
   if (step_rows > 0) return inputs;
   const std::vector<PrefillTile> tiles = prefill_tiles(prefill);
   auto* host_tiles = reinterpret_cast<PrefillTile*>(host_ + kArrays * capacity_);
   auto* device_tiles = reinterpret_cast<PrefillTile*>(device_.as<int32_t>() + kArrays * capacity_);
   std::memcpy(host_tiles, tiles.data(), tiles.size() * sizeof(PrefillTile));
-  NIBBLE_TRY(to_status(cudaMemcpyAsync(device_tiles, host_tiles,
-                                       tiles.size() * sizeof(PrefillTile), cudaMemcpyHostToDevice,
-                                       stream),
+  NIBBLE_TRY(to_status(cudaMemcpyAsync(device_tiles, host_tiles, tiles.size() * sizeof(PrefillTile),
+                                       cudaMemcpyHostToDevice, stream),
                        "copying tiles"));
   inputs.tiles = device_tiles;
   inputs.num_tiles = static_cast<int64_t>(tiles.size());

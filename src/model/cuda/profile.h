@@ -1,5 +1,5 @@
-// Times of the operations of a pass, by events between them. For a captured pass: an event is a node
-// of the graph, and keeps the kernels around it from overlapping.
+// Times of the operations of a pass, by events between them. For a captured pass: an event is a
+// node of the graph, and keeps the kernels around it from overlapping.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,5 +1,5 @@
-// The Runner of a GPU: what of a call goes into which pass, the sequences' pages, and CUDA graphs of
-// decoding steps.
+// The Runner of a GPU: what of a call goes into which pass, the sequences' pages, and CUDA graphs
+// of decoding steps.
 #include "model/cuda/runner.h"
 
 #include <fmt/format.h>
@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <set>
 #include <utility>
 
 #include "gemm/cuda/runtime.h"
@@ -28,7 +29,7 @@ class Graph {
 
   template <class Function>
   Status capture(cudaStream_t stream, const Function& enqueue) {
-    NIBBLE_TRY(to_status(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal),
+    NIBBLE_TRY(to_status(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed),
                          "cudaStreamBeginCapture"));
     const Status status = enqueue();
     cudaGraph_t captured = nullptr;
@@ -72,6 +73,10 @@ class CudaRunner : public Runner {
   bool quantized() const override { return quantized_; }
   std::unique_ptr<SequenceCache> make_cache() override { return pool_->open(); }
   Status set_plan(const ModelPlan& plan) override;
+  void set_batch_invariant(bool wanted) override {
+    invariant_rows_ = wanted ? pool_->shape().sequences : 0;
+    last_.clear();  // the next step may have other rows
+  }
   Status forward(std::span<const SequenceItem> items, HiddenRows rows, float* hidden) override;
   Status logits(const float* hidden, int64_t rows, float* logits) override;
   Status greedy(std::span<const SequenceItem> items, std::span<int32_t> next) override;
@@ -101,6 +106,10 @@ class CudaRunner : public Runner {
   Status enqueue_choice(const int32_t* gather, int64_t count);
   Status prepare(int64_t rows);
   Status wait(const char* what);
+  void drop_graphs() {
+    seen_.clear();
+    graphs_.clear();
+  }
   Status check_faults(std::span<const SequenceItem> items);
   Status copy_states(float* hidden, int64_t rows);
   bool is_step(std::span<const SequenceItem> items) const;
@@ -122,6 +131,7 @@ class CudaRunner : public Runner {
       return rows != other.rows ? rows < other.rows : choose < other.choose;
     }
   };
+  std::set<Step> seen_;  // steps that have been run
   std::map<Step, Graph> graphs_;
   // What the last call left on the device: its sequences, each one token longer, and the tokens
   // that it chose for them.
@@ -148,22 +158,21 @@ Status CudaRunner::load(const Checkpoint& checkpoint, const ModelOptions& option
   pool_ = std::make_unique<KvPool>(std::move(*pool));
   pass_rows_ = plan->pass_rows;
   free_at_first_ = plan->memory.available;
-  if (options.batch_invariant) invariant_rows_ = options.sequences;
+  set_batch_invariant(options.batch_invariant);
   Result<std::unique_ptr<Forward>> forward = Forward::create(model_, *pool_, pass_rows_);
   if (!forward.ok()) return forward.status();
   forward_ = std::move(*forward);
   Result<std::unique_ptr<PassStaging>> staging = PassStaging::create(model_.device, pass_rows_);
   if (!staging.ok()) return staging.status();
   staging_ = std::move(*staging);
-  return to_status(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking),
-                   "cudaStreamCreate");
+  return to_status(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
 }
 
 Status CudaRunner::set_plan(const ModelPlan& plan) {
   const CurrentDevice current(model_.device.ordinal);
   NIBBLE_TRY(current.status());
   NIBBLE_TRY(wait("before another plan"));
-  graphs_.clear();
+  drop_graphs();
   return forward_->set_plan(plan);
 }
 
@@ -218,7 +227,7 @@ std::vector<CudaRunner::Pass> CudaRunner::cut(std::span<const SequenceItem> item
 Status CudaRunner::prepare(int64_t rows) {
   bool moved = false;
   NIBBLE_TRY(forward_->prepare(rows, &moved));
-  if (moved) graphs_.clear();
+  if (moved) drop_graphs();
   return {};
 }
 
@@ -253,11 +262,10 @@ Status CudaRunner::check_faults(std::span<const SequenceItem> items) {
 }
 
 Status CudaRunner::copy_states(float* hidden, int64_t rows) {
-  return to_status(
-      cudaMemcpyAsync(hidden, forward_->states(),
-                      static_cast<size_t>(rows * model_.config.hidden) * sizeof(float),
-                      cudaMemcpyDeviceToHost, stream_),
-      "copying hidden states");
+  return to_status(cudaMemcpyAsync(hidden, forward_->states(),
+                                   static_cast<size_t>(rows * model_.config.hidden) * sizeof(float),
+                                   cudaMemcpyDeviceToHost, stream_),
+                   "copying hidden states");
 }
 
 Status CudaRunner::forward(std::span<const SequenceItem> items, HiddenRows rows, float* hidden) {
@@ -302,19 +310,18 @@ Status CudaRunner::logits(const float* hidden, int64_t rows, float* logits) {
   for (int64_t first = 0; first < rows; first += kHeadRows) {
     const int64_t count = std::min<int64_t>(kHeadRows, rows - first);
     NIBBLE_TRY(prepare(count));
-    NIBBLE_TRY(to_status(
-        cudaMemcpyAsync(forward_->states(), hidden + first * c.hidden,
-                        static_cast<size_t>(count * c.hidden) * sizeof(float),
-                        cudaMemcpyHostToDevice, stream_),
-        "copying hidden states"));
+    NIBBLE_TRY(to_status(cudaMemcpyAsync(forward_->states(), hidden + first * c.hidden,
+                                         static_cast<size_t>(count * c.hidden) * sizeof(float),
+                                         cudaMemcpyHostToDevice, stream_),
+                         "copying hidden states"));
     NIBBLE_TRY(forward_->split_states(count, stream_));
     NIBBLE_TRY(forward_->head(0, count, stream_));
     NIBBLE_TRY(to_status(
         cudaMemcpy2DAsync(logits + first * c.vocab, static_cast<size_t>(c.vocab) * sizeof(float),
                           forward_->logits(),
                           static_cast<size_t>(forward_->logits_stride()) * sizeof(float),
-                          static_cast<size_t>(c.vocab) * sizeof(float),
-                          static_cast<size_t>(count), cudaMemcpyDeviceToHost, stream_),
+                          static_cast<size_t>(c.vocab) * sizeof(float), static_cast<size_t>(count),
+                          cudaMemcpyDeviceToHost, stream_),
         "copying logits"));
     NIBBLE_TRY(wait("logits"));
   }
@@ -343,7 +350,7 @@ Status CudaRunner::enqueue_choice(const int32_t* gather, int64_t count) {
     args.tokens = staging_->chosen() + first;
     args.position = gather == nullptr ? staging_->position() + first : nullptr;
     args.scratch = staging_->argmax_scratch();
-    args.programmatic = true;
+    args.programmatic = model_.device.programmatic();
     NIBBLE_TRY(to_status(launch_argmax(args, stream_), "argmax"));
     NIBBLE_TRY(forward_->mark("argmax", stream_));
   }
@@ -387,7 +394,8 @@ Status CudaRunner::decode_step(std::span<const SequenceItem> items, bool choose)
     return forward_->finish(nullptr, rows, stream_);
   };
   const Step step{rows, choose};
-  if (rows > kGraphRows) {
+  if (rows > kGraphRows || seen_.insert(step).second) {
+    // The first time, the driver and cuBLAS may load code, which they do not while capturing.
     NIBBLE_TRY(enqueue());
   } else {
     auto found = graphs_.find(step);

@@ -21,8 +21,8 @@ Result<MemoryEstimate> estimate_runner(const Checkpoint& checkpoint, const Model
                                        WeightForm form = WeightForm::as_stored);
 
 /// Loads the model onto the first GPU. options.context and options.sequences bound what its caches
-/// hold together; options.threads is used to load. unsupported: see estimate_runner(), head_dim that
-/// is not a multiple of 16 up to 256, an 8-bit head, f32 keys and values.
+/// hold together; options.threads is used to load. unsupported: see estimate_runner(), head_dim
+/// that is not a multiple of 16 up to 256, an 8-bit head, f32 keys and values.
 Result<std::unique_ptr<Runner>> make_runner(const Checkpoint& checkpoint,
                                             const ModelOptions& options,
                                             WeightForm form = WeightForm::as_stored);

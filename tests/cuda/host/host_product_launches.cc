@@ -1,0 +1,238 @@
+// Packing, quantizing and multiplying on the device of host_device.h.
+#include <cmath>
+#include <vector>
+
+#include "gemm/cuda/head_product.h"
+#include "gemm/cuda/pack_host.h"
+#include "gemm/ref.h"
+#include "host_device.h"
+#include "host_quantize.h"
+
+namespace nibble::cuda {
+namespace {
+
+/// The weights of args, one value each: (k, n).
+struct Unpacked {
+  std::vector<float> values;  // q - z
+  std::vector<float> scales;  // of the promoted group: (padded_k / promoted, n)
+};
+
+Unpacked unpack(const GemmArgs& args) {
+  const PackedLayout& layout = args.layout;
+  Unpacked u;
+  u.values.resize(static_cast<size_t>(layout.padded_k() * layout.n));
+  u.scales.resize(static_cast<size_t>(layout.padded_k() / layout.promoted * layout.n));
+  for (int64_t tile = 0; tile < layout.tiles; ++tile) {
+    for (int64_t slice = 0; slice < layout.slices; ++slice) {
+      const SlabValues slab =
+          unpack_slab(layout, args.slabs + (tile * layout.slices + slice) * layout.slab_bytes);
+      for (int c = 0; c < kSlabColumns; ++c) {
+        const int64_t column = tile * kSlabColumns + c;
+        if (column >= layout.n) break;
+        for (int k = 0; k < kSlabDepth; ++k) {
+          const int group = k / layout.promoted;
+          u.values[static_cast<size_t>((slice * kSlabDepth + k) * layout.n + column)] =
+              static_cast<float>(slab.codes[k][c] - slab.zeros[group][c]);
+          u.scales[static_cast<size_t>((slice * layout.slab_groups + group) * layout.n + column)] =
+              load_as_float(&slab.scales[group][c], 0, args.bf16_scales ? Dtype::bf16 : Dtype::f16);
+        }
+      }
+    }
+  }
+  return u;
+}
+
+/// Where k of an operand lies: of each 32, words 0 1 2 3 4 5 6 7 come as 0 2 4 6 1 3 5 7.
+int64_t wgmma_place(int64_t k) {
+  const int64_t word = k % 32 / 4, place = word % 2 == 0 ? word / 2 : 4 + word / 2;
+  return k / 32 * 32 + place * 4 + k % 4;
+}
+
+void multiply(const GemmArgs& args, bool wgmma_order, bool floats) {
+  const PackedLayout& layout = args.layout;
+  const Unpacked w = unpack(args);
+  const int64_t depth = layout.padded_k(), groups = layout.k / layout.group_size;
+  for (int64_t m = 0; m < args.m; ++m) {
+    for (int64_t n = 0; n < layout.n; ++n) {
+      float acc = 0;
+      for (int64_t first = 0; first < layout.k; first += layout.promoted) {
+        float sum = 0;  // of integers: exact
+        for (int64_t k = first; k < std::min(layout.k, first + layout.promoted); ++k) {
+          const float v = w.values[static_cast<size_t>(k * layout.n + n)];
+          const float x =
+              floats
+                  ? host::load(args.x, args.x_type, m * args.x_stride + k)
+                  : static_cast<float>(args.codes[m * depth + (wgmma_order ? wgmma_place(k) : k)]);
+          sum = std::fma(x, v, sum);
+        }
+        if (args.group_scales) sum *= args.scales[m * groups + first / layout.group_size];
+        acc = std::fma(sum, w.scales[static_cast<size_t>(first / layout.promoted * layout.n + n)],
+                       acc);
+      }
+      const float bias = args.out.bias == nullptr ? 0 : args.out.bias[n];
+      const float t = floats || args.group_scales ? 1 : args.scales[m];
+      host::store(args.out.y, args.out.type, m * args.out.stride + n, std::fma(acc, t, bias));
+    }
+  }
+}
+
+cudaError_t product(const GemmArgs& args, bool wgmma_order, bool floats, cudaStream_t stream) {
+  host::enqueue(stream, [=] { multiply(args, wgmma_order, floats); });
+  return cudaSuccess;
+}
+
+}  // namespace
+
+namespace host {
+
+void write_codes(const QuantizeArgs& to, const std::vector<float>& x) {
+  Problem problem;
+  problem.m = to.m;
+  problem.k = to.k;
+  problem.n = 8;
+  problem.group_size = to.group_size;
+  problem.mode = to.limit == 127 ? Mode::w4a8 : Mode::w4a4;
+  problem.symmetric = to.symmetric;
+  problem.granularity = static_cast<Granularity>(to.scaling);
+  GemmInput input;
+  input.x = x.data();
+  input.x_stride = to.k;
+  input.clip = to.clip;
+  input.static_scales = to.static_scales;
+  const ref::Activations a = ref::quantize(problem, input);
+  for (int64_t m = 0; m < to.m; ++m) {
+    for (int64_t k = 0; k < to.padded_k; ++k) {
+      to.codes[m * to.padded_k + (to.wgmma_order ? wgmma_place(k) : k)] =
+          k < to.k ? a.codes[static_cast<size_t>(m * to.k + k)] : int8_t{0};
+    }
+  }
+  std::copy(a.scales.begin(), a.scales.end(), to.scales);
+}
+
+}  // namespace host
+
+static_assert(static_cast<int>(Scaling::static_group) ==
+              static_cast<int>(Granularity::static_group));
+
+cudaError_t launch_pack(const PackArgs& args, cudaStream_t stream) {
+  host::enqueue(stream, [=] {
+    QuantMatrix matrix;
+    matrix.k = args.layout.k;
+    matrix.n = args.layout.n;
+    matrix.group_size = args.layout.group_size;
+    matrix.q = reinterpret_cast<const std::byte*>(args.q);
+    matrix.zeros = reinterpret_cast<const std::byte*>(args.zeros);
+    matrix.scales = reinterpret_cast<const std::byte*>(args.scales);
+    const std::vector<uint8_t> packed = pack_host(matrix);
+    std::copy(packed.begin(), packed.end(), args.slabs);
+  });
+  return cudaSuccess;
+}
+
+cudaError_t launch_quantize(const QuantizeArgs& args, cudaStream_t stream) {
+  host::enqueue(stream, [=] {
+    std::vector<float> x(static_cast<size_t>(args.m * args.k));
+    for (int64_t m = 0; m < args.m; ++m) {
+      for (int64_t k = 0; k < args.k; ++k) {
+        x[static_cast<size_t>(m * args.k + k)] =
+            host::load(args.x, args.type, m * args.x_stride + k);
+      }
+    }
+    host::write_codes(args, x);
+  });
+  return cudaSuccess;
+}
+
+cudaError_t launch_w4a8_slab_sm90(const GemmArgs& args, const SlabConfig&, cudaStream_t stream) {
+  return product(args, false, false, stream);
+}
+cudaError_t launch_w4a16_slab_sm90(const GemmArgs& args, const SlabConfig&, cudaStream_t stream) {
+  return product(args, false, true, stream);
+}
+cudaError_t launch_w4a8_slab_fused_sm90(const QuantizeArgs& x, const GemmArgs& args,
+                                        const SlabConfig&, cudaStream_t stream) {
+  const cudaError_t error = launch_quantize(x, stream);
+  return error == cudaSuccess ? product(args, false, false, stream) : error;
+}
+cudaError_t launch_w4a8_rs_sm90(const GemmArgs& args, const RsConfig&, void*, cudaStream_t stream) {
+  return product(args, true, false, stream);
+}
+cudaError_t launch_w4a16_rs_sm90(const GemmArgs& args, const RsConfig&, void*, void*,
+                                 cudaStream_t stream) {
+  return product(args, false, true, stream);
+}
+cudaError_t launch_w4a8_ss_sm90(const GemmArgs& args, const SsConfig&, void*, cudaStream_t stream) {
+  return product(args, false, false, stream);
+}
+cudaError_t launch_w4a8_mma_sm80(const GemmArgs& args, cudaStream_t stream) {
+  return product(args, false, false, stream);
+}
+cudaError_t launch_w4a16_mma_sm80(const GemmArgs& args, cudaStream_t stream) {
+  return product(args, false, true, stream);
+}
+
+// ---- before and in the head
+// ----------------------------------------------------------------------
+
+namespace {
+
+void split(const SplitRows& to, int64_t at, float x) {
+  host::store(to.high, to.type, at, x);
+  host::store(to.low, to.type, at, x - host::load(to.high, to.type, at));
+}
+
+}  // namespace
+
+cudaError_t launch_split(const float* x, int64_t rows, int64_t k, const SplitRows& to,
+                         cudaStream_t stream) {
+  host::enqueue(stream, [=] {
+    for (int64_t i = 0; i < rows * k; ++i) split(to, i, x[i]);
+  });
+  return cudaSuccess;
+}
+
+cudaError_t launch_head_norm(const HeadNormArgs& a, cudaStream_t stream) {
+  host::enqueue(stream, [=] {
+    for (int64_t r = 0; r < a.rows; ++r) {
+      const int64_t from = a.gather == nullptr ? r : a.gather[r];
+      std::vector<float> row =
+          host::residual_row(a.hidden, a.delta, a.delta_type, a.post_norm, from, a.k, a.eps);
+      host::normalize(row, a.norm, a.eps);
+      for (int64_t i = 0; i < a.k; ++i) {
+        a.out[r * a.k + i] = row[static_cast<size_t>(i)];
+        split(a.parts, r * a.k + i, row[static_cast<size_t>(i)]);
+      }
+    }
+  });
+  return cudaSuccess;
+}
+
+cudaError_t launch_w16_head_mma_sm80(const HeadArgs& a, cudaStream_t stream) {
+  host::enqueue(stream, [=] {
+    for (int64_t r = 0; r < a.rows; ++r) {
+      for (int64_t n = 0; n < a.n; ++n) {
+        float sum = 0;
+        for (int64_t k = 0; k < a.k; ++k) {
+          const float w = host::load(a.w, a.x.type, n * a.k + k);
+          sum = std::fma(host::load(a.x.high, a.x.type, r * a.k + k), w, sum);
+          sum = std::fma(host::load(a.x.low, a.x.type, r * a.k + k), w, sum);
+        }
+        a.y[r * a.y_stride + n] = sum;
+      }
+    }
+  });
+  return cudaSuccess;
+}
+
+cudaError_t launch_add_bias(Element type, void* y, int64_t y_stride, int64_t rows, int64_t n,
+                            const float* bias, cudaStream_t stream) {
+  host::enqueue(stream, [=] {
+    for (int64_t i = 0; i < rows * n; ++i) {
+      const int64_t at = i / n * y_stride + i % n;
+      host::store(y, type, at, host::load(y, type, at) + bias[i % n]);
+    }
+  });
+  return cudaSuccess;
+}
+
+}  // namespace nibble::cuda
