@@ -274,6 +274,7 @@ TEST_F(CliModel, ModesFollowTheCheckpoint) {
   };
   EXPECT_EQ(code(dense, "w4a8"), 3);
   EXPECT_EQ(code(quantized, "16bit"), 3);
+  EXPECT_EQ(code(quantized, "w4a8-fp8"), 3);  // runs on GPUs only
   EXPECT_EQ(code(quantized, "auto"), 2);  // no plan is saved
 }
 

@@ -131,6 +131,7 @@ Status prepare(const Options& options, Setup& setup) {
   if (!plans.ok()) return plans.status();
   setup.plan = std::move(plans->front());
   if (!options.compare.empty()) {
+    NIBBLE_TRY(check_mode(options.compare, options.model));
     Result<ModelPlan> plan = model.plan(options.compare, options.model.granularity());
     if (!plan.ok()) return plan.status();
     const auto by_batch = [](const LinearSpec& spec) {
@@ -424,7 +425,7 @@ void add_generate_command(CLI::App& app, int& exit_code) {
   command
       ->add_option("--compare", options->compare,
                    "say on stderr where this mode would first have chosen another token")
-      ->check(CLI::IsMember({"w4a16", "w4a8", "w4a4", "auto"}))
+      ->check(CLI::IsMember({"w4a16", "w4a8", "w4a8-fp8", "w4a4", "auto"}))
       ->type_name("MODE")
       ->group("Output");
   command->add_flag("--json", options->as_json, "print one JSON document instead of the text")

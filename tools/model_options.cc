@@ -66,7 +66,7 @@ void add_model_arguments(CLI::App& command, ModelArguments& arguments, bool many
                                    "else w4a8 (16bit if nothing is quantized)"
                                  : "mode; default: auto if config.json holds a plan, else w4a8 "
                                    "(16bit if nothing is quantized)")
-          ->check(CLI::IsMember({"w4a16", "w4a8", "w4a4", "auto", kMode16Bit}))
+          ->check(CLI::IsMember({"w4a16", "w4a8", "w4a8-fp8", "w4a4", "auto", kMode16Bit}))
           ->type_name("MODE")
           ->group("Model");
   if (many_modes) {
@@ -77,7 +77,7 @@ void add_model_arguments(CLI::App& command, ModelArguments& arguments, bool many
   command
       .add_option("--act", arguments.activations,
                   "activation scales of w4a8 and w4a4; mix: per group for o, down and w4a4, else "
-                  "per token")
+                  "per token; w4a8-fp8: per token or tensor, mix is per token")
       ->check(CLI::IsMember({"mix", "token", "group", "tensor"}))
       ->capture_default_str()
       ->group("Model");
@@ -198,12 +198,30 @@ Result<ModelPlan> LoadedModel::plan(const std::string& mode, std::optional<Granu
   return plan_from_config(checkpoint_.config(), config_);
 }
 
+Status check_mode(const std::string& mode, const ModelArguments& arguments) {
+  if (mode != mode_name(Mode::w4a8_fp8)) return {};
+  if (arguments.device != "cuda") {
+    return Status(Code::unsupported,
+                  fmt::format("mode {} runs on GPUs only (--device cuda): CPUs have no products of "
+                              "e4m3 numbers",
+                              mode));
+  }
+  if (arguments.granularity() == Granularity::group) {
+    return Status(Code::unsupported,
+                  fmt::format("mode {} takes one activation scale per token or tensor, not --act "
+                              "{}",
+                              mode, arguments.activations));
+  }
+  return {};
+}
+
 Result<std::vector<NamedPlan>> plans_of(const LoadedModel& loaded, const ModelArguments& arguments,
                                         bool dequantizes) {
   std::vector<std::string> modes = arguments.modes;
   if (modes.empty()) modes.push_back(loaded.default_mode());
   std::vector<NamedPlan> plans;
   for (const std::string& mode : modes) {
+    NIBBLE_TRY(check_mode(mode, arguments));
     Result<ModelPlan> plan = loaded.plan(mode, arguments.granularity(), dequantizes);
     if (!plan.ok()) return plan.status();
     plans.push_back({mode, std::move(*plan)});
@@ -212,6 +230,10 @@ Result<std::vector<NamedPlan>> plans_of(const LoadedModel& loaded, const ModelAr
 }
 
 std::string mode_text(const std::string& mode, const ModelArguments& arguments) {
+  if (mode == mode_name(Mode::w4a8_fp8)) {
+    return fmt::format("{} {}", mode,
+                       granularity_name(arguments.granularity().value_or(Granularity::token)));
+  }
   return mode == "w4a8" || mode == "w4a4" ? fmt::format("{} {}", mode, arguments.activations)
                                           : mode;
 }

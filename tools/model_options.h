@@ -94,6 +94,8 @@ struct NamedPlan {
   std::string mode;
   ModelPlan plan;
 };
+/// Refuses what the device of `arguments` has no kernels for.
+Status check_mode(const std::string& mode, const ModelArguments& arguments);
 Result<std::vector<NamedPlan>> plans_of(const LoadedModel& loaded, const ModelArguments& arguments,
                                         bool dequantizes = false);
 

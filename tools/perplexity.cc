@@ -52,6 +52,7 @@ bool is_mode(const std::string& name) {
 Status open_reference(const Options& options, Setup& setup) {
   if (options.reference.empty()) return {};
   if (is_mode(options.reference)) {
+    NIBBLE_TRY(check_mode(options.reference, options.model));
     Result<ModelPlan> plan = setup.model->plan(options.reference, options.model.granularity());
     if (!plan.ok()) return plan.status();
     setup.reference = EvalSubject{nullptr, std::move(*plan), options.reference};

@@ -41,7 +41,9 @@ ModelPlan uniform_plan(int64_t layers, Mode mode, std::optional<Granularity> gra
     for (const Slot slot : {Slot::qkv, Slot::o, Slot::gate_up, Slot::down}) {
       LinearSpec& spec = plan.at(layer, slot);
       spec.mode = mode;
-      const bool rough = slot == Slot::o || slot == Slot::down || mode == Mode::w4a4;
+      // an e4m3 number has an exponent of its own, and its kernels take one scale a token
+      const bool rough =
+          mode != Mode::w4a8_fp8 && (slot == Slot::o || slot == Slot::down || mode == Mode::w4a4);
       spec.granularity = granularity.value_or(rough ? Granularity::group : Granularity::token);
       const bool is_static = spec.granularity == Granularity::static_tensor ||
                              spec.granularity == Granularity::static_group;

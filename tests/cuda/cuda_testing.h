@@ -108,9 +108,10 @@ Expected expected_of(const Problem& problem, const GpuWeight& weight, const Quan
 std::string compare(const Plan& plan, const Expected& expected, const std::vector<std::byte>& y,
                     int64_t stride);
 
-/// Runs `plan` on `input`; y has rows 8 elements longer than n. Empty, or what is wrong.
+/// Runs `plan` on `input`, several times in one workspace; y has rows 8 elements longer than n.
+/// Empty, or what is wrong.
 std::string run_and_compare(const Plan& plan, const GpuWeight& weight, const Quantized& input,
-                            const Expected& expected);
+                            const Expected& expected, int times = 1);
 
 /// Random input through every variant of every kernel; with int8 activations and a scale per token,
 /// also through those of w4a16, with x of integers.

@@ -257,6 +257,35 @@ TEST_F(CudaGemm, LargestInt4SumsAreExactInFp8) {
   }
 }
 
+// Whole and split tiles, several of each a worker, launch after launch in one workspace.
+TEST_F(CudaGemm, ExpandedWeightsTileAfterTile) {
+  for (const int64_t k : {1152, 4096}) {
+    const int64_t n = k == 1152 ? 2696 : 3848;  // 8 and 11 tiles of 384
+    const GpuWeight weight = make_gpu_weight({.k = k, .n = n, .group_size = 128}, random_);
+    for (const Granularity granularity : {Granularity::token, Granularity::group}) {
+      for (const char* kernel : {"w4a8_ss_sm90", "w4a4_ss_sm90"}) {
+        const bool int4 = std::string_view(kernel) == "w4a4_ss_sm90";
+        const Problem problem{.m = 140,
+                              .n = n,
+                              .k = k,
+                              .group_size = 128,
+                              .mode = int4 ? Mode::w4a4 : Mode::w4a8,
+                              .y_dtype = Dtype::bf16,
+                              .granularity = granularity};
+        const Quantized input = random_quantized(problem, random_);
+        const Expected expected = expected_of(problem, weight, input);
+        for (const int multiprocessors : {2, 6, 16}) {
+          Plan plan = *plan_gemm(problem, *gpu(), kernel);
+          plan.ss.multiprocessors = multiprocessors;
+          plan.workspace_bytes = workspace_layout(plan).total;
+          ASSERT_EQ(run_and_compare(plan, weight, input, expected, 5), "")
+              << plan.describe() << " on " << multiprocessors;
+        }
+      }
+    }
+  }
+}
+
 // Llama's down projection: more slices than a block has warps.
 TEST_F(CudaGemm, DeepK) {
   const GpuWeight weight = make_gpu_weight({.k = 14336, .n = 136, .group_size = 128}, random_);

@@ -137,6 +137,55 @@ TEST(CudaModel, QuantizedActivationsCostWhatTheyCostOnTheCpu) {
   }
 }
 
+/// Of numbers with 4 significant bits: the CPU has no such mode, so w4a16 is what they are held to.
+TEST(CudaModel, E4m3ActivationsRoundToFourBits) {
+  NIBBLE_NEEDS_GPU();
+  for (const char* name : {"llama_awq", "qwen2_awq", "gemma3_awq"}) {
+    SCOPED_TRACE(name);
+    Pair pair;
+    ASSERT_NO_FATAL_FAILURE(
+        load(name, {.threads = 2, .kv_dtype = Dtype::f16, .context = 64}, pair));
+    const std::vector<int32_t> tokens = random_tokens(40, pair.cpu->config().vocab, 2);
+    const auto logits = [&](Runner& runner, Mode mode, size_t piece) {
+      EXPECT_TRUE(set_mode(runner, mode).ok());
+      return all_logits(runner, tokens, piece);
+    };
+    const std::vector<float> exact = logits(*pair.cpu, Mode::w4a16, 64);
+    const double w4a8 = rms_difference(logits(*pair.cpu, Mode::w4a8, 64), exact);
+    const double w4a4 = rms_difference(logits(*pair.cpu, Mode::w4a4, 64), exact);
+    ModelPlan fixed =
+        uniform_plan(pair.cpu->config().layers, Mode::w4a8_fp8, Granularity::static_tensor);
+    for (LinearSpec& spec : fixed.specs) spec.static_scales = {0.125f};  // a power of 2: no loss
+    for (const size_t piece : {size_t{64}, size_t{7}}) {                 // by wgmma, and by slabs
+      SCOPED_TRACE(piece);
+      const std::vector<float> found = logits(*pair.gpu, Mode::w4a8_fp8, piece);
+      EXPECT_GT(rms_difference(found, exact), w4a8);
+      EXPECT_LT(rms_difference(found, exact), w4a4);
+      ASSERT_TRUE(pair.gpu->set_plan(fixed).ok());
+      EXPECT_LT(rms_difference(all_logits(*pair.gpu, tokens, piece), exact), w4a4);
+    }
+    const std::vector<std::string> kernels = pair.gpu->kernels(nullptr);
+    const auto of_e4m3 = [](const std::string& kernel) { return kernel.starts_with("w4a8_fp8_"); };
+    EXPECT_TRUE(std::any_of(kernels.begin(), kernels.end(), of_e4m3));
+
+    const ModelPlan by_group =
+        uniform_plan(pair.cpu->config().layers, Mode::w4a8_fp8, Granularity::group);
+    ASSERT_TRUE(pair.gpu->set_plan(by_group).ok());
+    const std::unique_ptr<SequenceCache> cache = pair.gpu->make_cache();
+    const SequenceItem item{cache.get(), tokens};
+    std::vector<float> hidden(tokens.size() * static_cast<size_t>(pair.gpu->config().hidden));
+    const Status refused = pair.gpu->forward({&item, 1}, HiddenRows::all, hidden.data());
+    EXPECT_EQ(refused.code(), Code::unsupported);
+    EXPECT_NE(refused.message().find("w4a8-fp8"), std::string::npos) << refused.message();
+    ASSERT_TRUE(set_mode(*pair.cpu, Mode::w4a8_fp8).ok());
+    const std::unique_ptr<SequenceCache> cpu_cache = pair.cpu->make_cache();
+    const SequenceItem cpu_item{cpu_cache.get(), tokens};
+    const Status on_cpu = pair.cpu->forward({&cpu_item, 1}, HiddenRows::all, hidden.data());
+    EXPECT_EQ(on_cpu.code(), Code::unsupported);
+    EXPECT_NE(on_cpu.message().find("w4a8-fp8"), std::string::npos) << on_cpu.message();
+  }
+}
+
 TEST(CudaModel, EveryActivationScaleRuns) {
   NIBBLE_NEEDS_GPU();
   Pair pair;
@@ -256,7 +305,7 @@ TEST(CudaModel, BatchInvariantMeansTheSameBits) {
     Pair pair;
     ASSERT_NO_FATAL_FAILURE(
         load(name, {.threads = 2, .context = 128, .sequences = 6, .batch_invariant = true}, pair));
-    for (const Mode mode : {Mode::w4a16, Mode::w4a8, Mode::w4a4}) {
+    for (const Mode mode : {Mode::w4a16, Mode::w4a8, Mode::w4a8_fp8, Mode::w4a4}) {
       SCOPED_TRACE(std::string(name) + " " + mode_name(mode));
       ASSERT_TRUE(set_mode(*pair.gpu, mode).ok());
       const std::vector<int32_t> prompt = random_tokens(30, 80, 9);

@@ -60,12 +60,17 @@ void expect_refused(const Problem& p, const DeviceInfo& device, const char* forc
 
 TEST(CudaPlan, HopperRunsSlabsForFewRowsAndWgmmaForMore) {
   for (int64_t m = 0; m <= 16; ++m) EXPECT_EQ(kernel_for(problem(m), h200()), "w4a8_slab_sm90");
-  for (const int64_t m : {17, 32, 100, 1024}) {
+  for (const int64_t m : {17, 32, 100, 1023}) {
     EXPECT_EQ(kernel_for(problem(m), h200()), "w4a8_rs_sm90");
   }
-  for (const int64_t m : {2048, 4096, 100000}) {
+  for (const int64_t m : {1024, 4096, 100000}) {
     EXPECT_EQ(kernel_for(problem(m), h200()), "w4a8_ss_sm90");
   }
+  Problem groups = problem(767);
+  groups.granularity = Granularity::group;
+  EXPECT_EQ(kernel_for(groups, h200()), "w4a8_rs_sm90");
+  groups.m = 768;
+  EXPECT_EQ(kernel_for(groups, h200()), "w4a8_ss_sm90");
 }
 
 // sm_90a code runs on 9.0 only, not on later devices.
@@ -157,7 +162,7 @@ TEST(CudaPlan, E4m3ActivationsMultiplyInFp8WhereThereAreManyRows) {
   ASSERT_TRUE(many.ok()) << many.status().message();
   EXPECT_STREQ(many->kernel_name(), "w4a8_fp8_ss_sm90");
   EXPECT_FALSE(multiplies_halves(*many));
-  for (const int64_t m : {1, 16, 17, 1000}) {
+  for (const int64_t m : {1, 16, 17, 500}) {
     p.m = m;
     const Result<Plan> plan = plan_gemm(p, h200());
     ASSERT_TRUE(plan.ok()) << plan.status().message();
@@ -206,7 +211,7 @@ TEST(CudaPlan, ManyRowsOfInt4RunInFp8) {
   EXPECT_STREQ(plan_gemm(p, h200())->kernel_name(), "w4a8_ss_sm90");
   expect_refused(p, h200(), "w4a4_ss_sm90", Code::unsupported, {"symmetric"});
   p.granularity = Granularity::group;
-  EXPECT_STREQ(plan_gemm(p, h200())->kernel_name(), "w4a8_rs_sm90");
+  EXPECT_STREQ(plan_gemm(p, h200())->kernel_name(), "w4a8_ss_sm90");
 }
 
 // What no wgmma kernel is compiled for is left to the one that runs everywhere.

@@ -1,15 +1,37 @@
-// Slabs to the image of ss_image.h, and int4 activations to e4m3. Both at memory speed.
+// What w4a8_ss_sm90 starts from: the image of the weights (ss_image.h), int4 activations as e4m3,
+// and scales per (token, group) group by group. One launch, at memory speed.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include "gemm/cuda/kernels.h"
 #include "gemm/cuda/launch.h"
+#include "gemm/cuda/ptx.h"
 #include "gemm/cuda/ss_image.h"
 
 namespace nibble::cuda {
 namespace {
 
 constexpr int kThreads = 192;  // six warps: two of a tile's twelve runs of 16 columns each
+constexpr int kCodesOfBlock = kThreads * 4 * 16;  // converted
+constexpr int kScalesOfBlock = kThreads * 8;      // copied
+
+constexpr int kImageRuns = kImageColumns / kSlabColumns;
+
+struct ExpandParams {
+  const uint8_t* slabs;
+  int64_t tiles, slices;  // of the slabs
+  int slab_bytes;
+  bool bf16_scales;
+  int blocks;  // of 128 k
+  uint8_t* image;
+  const uint4* codes;  // to e4m3: code_count times 16
+  uint4* e4m3;
+  int64_t code_count;
+  const float* t;  // (m, groups) to (groups, rows)
+  float* t_of_groups;
+  int64_t m, groups, rows;
+  int first_codes, first_scales;  // blocks of the grid: first those of the image
+};
 
 /// The e4m3 number of an integer of magnitude up to 16, exactly.
 __device__ __forceinline__ uint32_t e4m3_of(int value) {
@@ -20,39 +42,95 @@ __device__ __forceinline__ uint32_t e4m3_of(int value) {
   return (value < 0 ? 0x80u : 0u) | (exponent + 7) << 3 | mantissa;
 }
 
-/// Four bytes of codes (0..15) looked up in a table of 16 bytes.
+/// Four codes, the low 16 bits of `codes`, looked up in a table of 16 bytes.
 __device__ __forceinline__ uint32_t look_up(uint32_t codes, const uint4& table) {
-  // the four codes as the four selectors of a byte permutation
-  const uint32_t pairs = codes | codes >> 4;
-  const uint32_t selectors = (pairs & 0xff) | (pairs >> 8 & 0xff00);
-  const uint32_t low = __byte_perm(table.x, table.y, selectors & 0x7777);
-  const uint32_t high = __byte_perm(table.z, table.w, selectors & 0x7777);
-  const uint32_t is_high = (codes >> 3 & 0x01010101u) * 0xffu;
+  const uint32_t seven = codes & 0x7777u;
+  const uint32_t is_high = __byte_perm(0x0000ff00u, 0, codes >> 3 & 0x1111u);
+  const uint32_t low = __byte_perm(table.x, table.y, seven);
+  const uint32_t high = __byte_perm(table.z, table.w, seven);
   return (low & ~is_high) | (high & is_high);
 }
 
-struct Column {
+/// A weight column's codes to 8 bits.
+template <bool kE4m3>
+struct ColumnExpander {
   uint4 table;
   uint32_t lift;
 
-  template <bool kE4m3>
-  __device__ uint32_t expand(uint32_t codes) const {
-    return kE4m3 ? look_up(codes, table) : (codes + lift) ^ 0x80808080u;
+  __device__ ColumnExpander(uint32_t zero, const uint8_t* tables) {
+    if constexpr (kE4m3) table = reinterpret_cast<const uint4*>(tables)[zero];
+    lift = 0x80808080u - zero * 0x01010101u;
+  }
+  /// Eight codes of a word: those of the low nibbles, those of the high ones.
+  __device__ uint2 expand(uint32_t w) const {
+    if constexpr (kE4m3) {
+      const uint32_t a = look_up(w, table), b = look_up(w >> 16, table);
+      return {__byte_perm(a, b, 0x6420), __byte_perm(a, b, 0x7531)};
+    } else {
+      return {((w & 0x0f0f0f0fu) + lift) ^ 0x80808080u,
+              ((w >> 4 & 0x0f0f0f0fu) + lift) ^ 0x80808080u};
+    }
   }
 };
 
-struct ExpandParams {
-  const uint8_t* slabs;
-  int64_t tiles, slices;  // of the slabs
-  int slab_bytes;
-  bool bf16_scales;
-  int blocks;  // of 128 k
-  uint8_t* image;
+/// A lane's part of 16 columns x 128 k as they lie in a slab, and as they lie in the image.
+struct Run {
+  uint4 codes[2];
+  uint32_t zeros, scales;
+  bool exists;
+
+  __device__ Run(const ExpandParams& p, int tile, int block, int run, int lane) {
+    const int64_t slab_tile = int64_t{tile} * kImageRuns + run;
+    exists = slab_tile < p.tiles;  // columns past N: zeros
+    constexpr int kUnits = kSlabDepth / kBlockDepth;
+    const uint8_t* slab =
+        p.slabs + ((exists ? slab_tile : 0) * p.slices + block / kUnits) * p.slab_bytes;
+    const int u = block % kUnits, r = lane >> 2;
+    zeros = slab[kSlabCodeBytes + kUnits * 32 + r * kUnits + u];
+    scales = *reinterpret_cast<const uint32_t*>(slab + kSlabCodeBytes + (r * kUnits + u) * 4);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      codes[half] = ptx::load16(slab + u * 1024 + half * 512 + lane * 16);
+    }
+  }
+
+  /// image: of the block.
+  template <bool kE4m3>
+  __device__ void store(uint8_t* image, int run, int lane, bool bf16_scales,
+                        const uint8_t* tables) const {
+    const int r = lane >> 2, c = lane & 3;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const ColumnExpander<kE4m3> column(h == 0 ? zeros & 15 : zeros >> 4, tables);
+      const int row = run * kSlabColumns + r + 8 * h;
+      uint8_t* to = image + row * kBlockDepth + (c & 1) * 8;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint4 w = codes[half];
+        uint2 first = column.expand(h == 0 ? w.x : w.y);
+        uint2 second = column.expand(h == 0 ? w.z : w.w);
+        if (!exists) first = second = {0, 0};
+#pragma unroll
+        for (int nibble = 0; nibble < 2; ++nibble) {  // k 64 half + 32 nibble + 8 c, eight of them
+          const int chunk = 4 * half + 2 * nibble + (c >> 1);
+          *reinterpret_cast<uint2*>(to + ((chunk ^ (row & 7)) << 4)) =
+              nibble == 0 ? make_uint2(first.x, second.x) : make_uint2(first.y, second.y);
+        }
+      }
+    }
+    if (c < 2) {
+      const uint16_t bits = static_cast<uint16_t>(c == 0 ? scales : scales >> 16);
+      const float scale = bf16_scales ? __uint_as_float(uint32_t{bits} << 16)
+                                      : __half2float(__ushort_as_half(bits));
+      reinterpret_cast<float*>(image + kImageScales)[run * kSlabColumns + r + 8 * c] =
+          exists ? scale : 0.0f;
+    }
+  }
 };
 
-/// A block of the image a step: grid (tile pairs * 2 * blocks).
+/// Block `index` of the image.
 template <bool kE4m3>
-__global__ void __launch_bounds__(kThreads) expand(const __grid_constant__ ExpandParams p) {
+__device__ void expand(const ExpandParams& p, int index) {
   // e4m3 of q - z: 16 bytes, q = 0 .. 15, for each z
   __shared__ __align__(16) uint8_t tables[kE4m3 ? 256 : 16];
   if (kE4m3) {
@@ -61,94 +139,102 @@ __global__ void __launch_bounds__(kThreads) expand(const __grid_constant__ Expan
     }
     __syncthreads();
   }
-  const int tile = blockIdx.x / p.blocks, block = blockIdx.x - tile * p.blocks;
-  const int lane = threadIdx.x & 31, r = lane >> 2, c = lane & 3;
-  uint8_t* image = p.image + int64_t{blockIdx.x} * kImageBytes;
-  for (int run = threadIdx.x >> 5; run < kImageColumns / kSlabColumns; run += kThreads / 32) {
-    const int64_t slab_tile = int64_t{tile} * (kImageColumns / kSlabColumns) + run;
-    const bool exists = slab_tile < p.tiles;  // columns past N: zeros
-    const uint8_t* slab =
-        p.slabs + ((exists ? slab_tile : 0) * p.slices + block / 4) * p.slab_bytes;
-    const int u = block % 4;
-    const uint32_t zeros =
-        slab[kSlabCodeBytes + kSlabDepth / kBlockDepth * 32 + r * (kSlabDepth / kBlockDepth) + u];
-    const uint32_t pair = *reinterpret_cast<const uint32_t*>(
-        slab + kSlabCodeBytes + (r * (kSlabDepth / kBlockDepth) + u) * 4);
-    Column column[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint32_t zero = h == 0 ? zeros & 15 : zeros >> 4;
-      if (kE4m3) column[h].table = reinterpret_cast<const uint4*>(tables)[zero];
-      column[h].lift = 0x80808080u - zero * 0x01010101u;
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint4 w =
-          *reinterpret_cast<const uint4*>(slab + u * 1024 + half * 512 + lane * 16);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const uint32_t first = h == 0 ? w.x : w.y, second = h == 0 ? w.z : w.w;
-        const int row = run * kSlabColumns + r + 8 * h;
-#pragma unroll
-        for (int nibble = 0; nibble < 2; ++nibble) {  // k 64 half + 32 nibble + 8 c, eight of them
-          uint2 out = {
-              column[h].template expand<kE4m3>(first >> (4 * nibble) & 0x0f0f0f0fu),
-              column[h].template expand<kE4m3>(second >> (4 * nibble) & 0x0f0f0f0fu)};
-          if (!exists) out = {0, 0};
-          const int chunk = 4 * half + 2 * nibble + (c >> 1);
-          *reinterpret_cast<uint2*>(image + row * kBlockDepth + ((chunk ^ (row & 7)) << 4) +
-                                    (c & 1) * 8) = out;
-        }
-      }
-    }
-    if (c < 2) {
-      const uint16_t bits = static_cast<uint16_t>(c == 0 ? pair : pair >> 16);
-      const float scale = p.bf16_scales ? __uint_as_float(uint32_t{bits} << 16)
-                                        : __half2float(__ushort_as_half(bits));
-      reinterpret_cast<float*>(image + kImageScales)[run * kSlabColumns + r + 8 * c] =
-          exists ? scale : 0.0f;
-    }
+  const int tile = index / p.blocks, block = index - tile * p.blocks;
+  const int lane = threadIdx.x & 31;
+  uint8_t* image = p.image + int64_t{index} * kImageBytes;
+  for (int run = threadIdx.x >> 5; run < kImageRuns; run += kThreads / 32) {
+    Run(p, tile, block, run, lane).store<kE4m3>(image, run, lane, p.bf16_scales, tables);
   }
 }
 
-/// Integers of magnitude up to 15 to e4m3: 16 a thread.
-__global__ void __launch_bounds__(256) codes_to_e4m3(const uint4* from, uint4* to, int64_t count) {
+/// Integers of magnitude up to 15 to e4m3: 16 at a time.
+__device__ void convert(const ExpandParams& p, int block) {
   __shared__ uint8_t table[32];  // of value & 31
   if (threadIdx.x < 32) {
     const int value = static_cast<int>(threadIdx.x) - (threadIdx.x >= 16 ? 32 : 0);
     table[threadIdx.x] = static_cast<uint8_t>(e4m3_of(value));
   }
   __syncthreads();
-  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (i >= count) return;
-  const uint4 codes = from[i];
   const auto word = [&](uint32_t w) {
     return table[w & 31] | table[w >> 8 & 31] << 8 | table[w >> 16 & 31] << 16 |
            static_cast<uint32_t>(table[w >> 24 & 31]) << 24;
   };
-  to[i] = {word(codes.x), word(codes.y), word(codes.z), word(codes.w)};
+  const int64_t first = int64_t{block} * (kCodesOfBlock / 16);
+#pragma unroll
+  for (int j = 0; j < kCodesOfBlock / 16; j += kThreads) {
+    const int64_t i = first + j + threadIdx.x;
+    if (i >= p.code_count) return;
+    const uint4 codes = p.codes[i];
+    p.e4m3[i] = {word(codes.x), word(codes.y), word(codes.z), word(codes.w)};
+  }
+}
+
+__device__ void transpose_scales(const ExpandParams& p, int block) {
+  const int64_t first = int64_t{block} * kScalesOfBlock;
+#pragma unroll
+  for (int j = 0; j < kScalesOfBlock; j += kThreads) {
+    const int64_t i = first + j + threadIdx.x;
+    if (i >= p.groups * p.rows) return;
+    const int64_t group = i / p.rows, row = i - group * p.rows;
+    p.t_of_groups[i] = row < p.m ? p.t[row * p.groups + group] : 0.0f;
+  }
+}
+
+template <bool kE4m3>
+__global__ void __launch_bounds__(kThreads) prepare(const __grid_constant__ ExpandParams p) {
+  ptx::grid_launch_dependents();
+  ptx::grid_wait();
+  const int block = static_cast<int>(blockIdx.x);
+  if (block < p.first_codes) {
+    expand<kE4m3>(p, block);
+  } else if (block < p.first_scales) {
+    convert(p, block - p.first_codes);
+  } else {
+    transpose_scales(p, block - p.first_scales);
+  }
 }
 
 }  // namespace
 
-cudaError_t launch_expand(const GemmArgs& args, bool e4m3, uint8_t* image, cudaStream_t stream) {
-  if (args.layout.promoted != kBlockDepth) return cudaErrorInvalidValue;
-  ExpandParams p = {args.slabs,       args.layout.tiles, args.layout.slices,
-                    args.layout.slab_bytes, args.bf16_scales,
-                    static_cast<int>(image_blocks(args.layout)), image};
-  const dim3 grid(static_cast<unsigned>(image_tiles(args.layout) * p.blocks));
-  return launch_kernel(e4m3 ? expand<true> : expand<false>,
-                       {.grid = grid, .threads = kThreads, .stream = stream}, p);
-}
-
-cudaError_t launch_codes_to_e4m3(const int8_t* codes, uint8_t* e4m3, int64_t bytes,
-                                 cudaStream_t stream) {
-  const uint4* from = reinterpret_cast<const uint4*>(codes);
-  uint4* to = reinterpret_cast<uint4*>(e4m3);
-  const int64_t count = bytes / 16;
-  const dim3 grid(static_cast<unsigned>((count + 255) / 256));
-  return launch_kernel(codes_to_e4m3, {.grid = grid, .threads = 256, .stream = stream}, from, to,
-                       count);
+cudaError_t launch_expand(const GemmArgs& args, const SsConfig& config, void* scratch,
+                          cudaStream_t stream) {
+  const PackedLayout& layout = args.layout;
+  if (layout.promoted != kBlockDepth || args.group_scales != config.group_scales) {
+    return cudaErrorInvalidValue;
+  }
+  const SsScratch at = ss_scratch(layout, args.m, config);
+  auto* bytes = static_cast<uint8_t*>(scratch);
+  ExpandParams p = {};
+  p.slabs = args.slabs;
+  p.tiles = layout.tiles;
+  p.slices = layout.slices;
+  p.slab_bytes = layout.slab_bytes;
+  p.bf16_scales = args.bf16_scales;
+  p.blocks = static_cast<int>(image_blocks(layout));
+  p.image = bytes + at.image;
+  p.first_codes = static_cast<int>(image_tiles(layout)) * p.blocks;
+  p.first_scales = p.first_codes;
+  if (config.e4m3 && !config.e4m3_codes) {
+    p.codes = reinterpret_cast<const uint4*>(args.codes);
+    p.e4m3 = reinterpret_cast<uint4*>(bytes + at.codes);
+    p.code_count = args.m * layout.padded_k() / 16;
+    p.first_scales += static_cast<int>((p.code_count * 16 + kCodesOfBlock - 1) / kCodesOfBlock);
+  }
+  int blocks = p.first_scales;
+  if (config.group_scales) {
+    p.t = args.scales;
+    p.t_of_groups = reinterpret_cast<float*>(bytes + at.scales);
+    p.m = args.m;
+    p.groups = layout.k / layout.group_size;
+    p.rows = ss_scale_rows(args.m);
+    blocks += static_cast<int>((p.groups * p.rows + kScalesOfBlock - 1) / kScalesOfBlock);
+  }
+  return launch_kernel(config.e4m3 ? prepare<true> : prepare<false>,
+                       {.grid = dim3(static_cast<unsigned>(blocks)),
+                        .threads = kThreads,
+                        .stream = stream,
+                        .programmatic = config.programmatic},
+                       p);
 }
 
 }  // namespace nibble::cuda

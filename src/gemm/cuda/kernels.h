@@ -66,17 +66,14 @@ cudaError_t launch_w4a16_rs_sm90(const GemmArgs& args, const RsConfig& config, v
 /// reorder_sm90.cu: args.x to `to`, (m, padded_k), in the order of the products of w4a16_rs_sm90.
 cudaError_t launch_reorder(const GemmArgs& args, void* to, cudaStream_t stream);
 
-/// w4a8_ss_sm90.cu: any M, groups of at least 128, one scale a token. codes in natural order; with
-/// config.e4m3 of magnitude up to 8, or e4m3 bytes if config.e4m3_codes. scratch: ss_scratch(). Two
-/// launches; three with e4m3 and int8 codes.
+/// w4a8_ss_sm90.cu: any M, groups of at least 128. codes in natural order; with config.e4m3 of
+/// magnitude up to 8, or e4m3 bytes if config.e4m3_codes. scratch: ss_scratch(). Two launches.
 cudaError_t launch_w4a8_ss_sm90(const GemmArgs& args, const SsConfig& config, void* scratch,
                                 cudaStream_t stream);
 
-/// expand_sm90.cu: the slabs of `args` to the image of ss_image.h; codes of magnitude up to 15 to
-/// e4m3 numbers. Both 16-byte aligned; bytes a multiple of 16.
-cudaError_t launch_expand(const GemmArgs& args, bool e4m3, uint8_t* image, cudaStream_t stream);
-cudaError_t launch_codes_to_e4m3(const int8_t* codes, uint8_t* e4m3, int64_t bytes,
-                                 cudaStream_t stream);
+/// expand_sm90.cu, the first of the two: makes all parts of ss_scratch() but `parts`.
+cudaError_t launch_expand(const GemmArgs& args, const SsConfig& config, void* scratch,
+                          cudaStream_t stream);
 
 /// w4a8_mma_sm80.cu: any M, any device from sm_80 on. codes in natural order.
 cudaError_t launch_w4a8_mma_sm80(const GemmArgs& args, cudaStream_t stream);

@@ -21,10 +21,13 @@ struct Candidate {
   OperandOrder order;
   bool hopper_only;
   int64_t most_rows;   // 0: any
-  int64_t worth_rows;  // fewer than this only by name
+  int64_t worth_rows;  // see worth_rows()
 };
-/// From here on, expanding the weights beforehand costs less than it gains (docs/notes.md).
-constexpr int64_t kManyRows = 1536;
+/// From here on, expanding the weights beforehand costs less than it gains (docs/notes.md): int8
+/// against rs, int8 with scales per (token, group), int4 codes in fp8 against rs in int8, and e4m3
+/// in fp8 against 16 bits.
+constexpr int64_t kManyRows = 1024, kManyRowsOfGroups = 768, kManyRowsOfInt4 = 768,
+                  kManyRowsOfE4m3 = 512;
 
 constexpr std::array<Candidate, 13> kCandidates = {{
     {{"w4a8_slab_sm90", Mode::w4a8, kHopper},
@@ -44,7 +47,7 @@ constexpr std::array<Candidate, 13> kCandidates = {{
      OperandOrder::natural,
      true,
      0,
-     kManyRows},
+     kManyRowsOfInt4},
     {{"w4a8_ss_sm90", Mode::w4a8, kHopper},
      KernelFamily::ss,
      OperandOrder::natural,
@@ -77,7 +80,7 @@ constexpr std::array<Candidate, 13> kCandidates = {{
      OperandOrder::natural,
      true,
      0,
-     kManyRows},
+     kManyRowsOfE4m3},
     {{"w4a8_fp8_rs_sm90", Mode::w4a8_fp8, kHopper},
      KernelFamily::rs,
      OperandOrder::wgmma,
@@ -122,8 +125,8 @@ std::string refusal(const Candidate& kernel, const Problem& p, const DeviceInfo&
   if (kernel.row.mode == Mode::w4a4 && (p.mode != Mode::w4a4 || !p.symmetric)) {
     return "it takes symmetric int4 codes, whose sums are exact in its fp8 products";
   }
-  if (kernel.family == KernelFamily::ss && (by_group || short_groups)) {
-    return "it takes groups of at least 128 and one scale a token";
+  if (kernel.family == KernelFamily::ss && short_groups) {
+    return "it takes groups of at least 128";
   }
   if (kernel.family == KernelFamily::rs && by_group && short_groups) {
     return "it takes scales per (token, group) with groups of at least 128 only";
@@ -136,6 +139,12 @@ std::string refusal(const Candidate& kernel, const Problem& p, const DeviceInfo&
            "or a static one";
   }
   return "";
+}
+
+/// Fewer rows than this only by name.
+int64_t worth_rows(const Candidate& kernel, const Problem& p) {
+  const bool ss_of_groups = kernel.family == KernelFamily::ss && has_group_scales(p);
+  return ss_of_groups ? std::min(kernel.worth_rows, kManyRowsOfGroups) : kernel.worth_rows;
 }
 
 /// Nine rows and more of 16 bits, deep K: eight warps, which read x again for every four tiles.
@@ -157,8 +166,8 @@ Result<Candidate> choose(const Problem& problem, const DeviceInfo& device, const
     }
     known = true;
     std::string reason = refusal(kernel, problem, device);
-    if (reason.empty() && force == nullptr && problem.m < kernel.worth_rows) {
-      reason = fmt::format("it is slower than others below {} rows", kernel.worth_rows);
+    if (reason.empty() && force == nullptr && problem.m < worth_rows(kernel, problem)) {
+      reason = fmt::format("it is slower than others below {} rows", worth_rows(kernel, problem));
     }
     if (reason.empty() && force == nullptr && rereads_too_much(kernel, problem, device)) {
       reason = "it is slower than others for so many rows, columns and so deep a K";
@@ -375,6 +384,8 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
   } else if (plan.family == KernelFamily::ss && problem.m > 0) {
     plan.ss.e4m3 = kernel->row.mode != Mode::w4a8;
     plan.ss.e4m3_codes = kernel->row.mode == Mode::w4a8_fp8;
+    plan.ss.group_scales = has_group_scales(problem);
+    plan.ss.programmatic = true;
     plan.ss.multiprocessors = device.multiprocessors;
     plan.ss.split_tail =
         worth_splitting(ss_schedule_of(layout, problem.m, plan.ss), device.multiprocessors);

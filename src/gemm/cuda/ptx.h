@@ -399,6 +399,11 @@ __device__ __forceinline__ uint32_t load1_shared(uint32_t address) {
   return v;
 }
 
+/// The descriptor will be wanted soon.
+__device__ __forceinline__ void tensor_prefetch(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 /// Flags between blocks of a grid.
 __device__ __forceinline__ void store_release(uint32_t* p, uint32_t v) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");

@@ -138,31 +138,47 @@ inline size_t rs_scratch_bytes(const PackedLayout& layout, int64_t m, const RsCo
 struct SsConfig {
   bool e4m3 = false;  // products in fp8; w4a4: codes of magnitude up to 8, as exact
   bool e4m3_codes = false;  // w4a8-fp8: activations are e4m3 bytes already
+  bool group_scales = false;  // of the activations
   bool split_tail = true;
   int multiprocessors = 132;
+  bool programmatic = false;  // both launches, with programmatic stream serialization
 };
 inline constexpr int kSsTokens = 128, kSsMathGroups = 3;
 
+/// 16 token tiles at a time: what a wave of 66 clusters reads is least when its tokens have about
+/// as many bytes as its weights. Of few rows, all: each weight is read in one stretch of time.
 inline RsSchedule ss_schedule_of(const PackedLayout& layout, int64_t m, const SsConfig& config) {
-  return rs_schedule(image_tiles(layout) / 2, (m + kSsTokens - 1) / kSsTokens,
-                     image_blocks(layout), config.multiprocessors / 2, config.split_tail);
+  RsSchedule s = rs_schedule(image_tiles(layout) / 2, (m + kSsTokens - 1) / kSsTokens,
+                             image_blocks(layout), config.multiprocessors / 2, config.split_tail);
+  s.raster = s.token_tiles < 16 ? s.token_tiles : 16;
+  return s;
 }
+
+/// Rows of the activations' scales, with padding: (groups, ss_scale_rows()) of float.
+inline int64_t ss_scale_rows(int64_t m) { return (m + kSsTokens - 1) / kSsTokens * kSsTokens; }
 
 /// Where things lie in the scratch of a launch. Its first kFlagBytes are zeroed once before the
 /// first use, and left so.
 struct SsScratch {
-  size_t parts = 0, image = 0, codes = 0, bytes = 0;
+  size_t parts = 0;  // of split tiles
+  size_t image = 0;
+  size_t codes = 0;   // (m, padded_k) of e4m3, if they have to be converted
+  size_t scales = 0;  // (groups, ss_scale_rows) float, if there are group scales
+  size_t bytes = 0;
 };
 inline SsScratch ss_scratch(const PackedLayout& layout, int64_t m, const SsConfig& config) {
+  const auto aligned = [](size_t bytes) { return (bytes + 255) / 256 * 256; };
   const RsSchedule schedule = ss_schedule_of(layout, m, config);
   const bool split = schedule.whole != schedule.tiles();
   const auto part = static_cast<size_t>(kSsMathGroups * 128 * (kSsTokens / 2)) * sizeof(float);
+  const bool converts = config.e4m3 && !config.e4m3_codes;
+  const auto groups = static_cast<size_t>(config.group_scales ? layout.k / layout.group_size : 0);
   SsScratch at;
   at.parts = kFlagBytes;
-  at.image = at.parts + (split ? static_cast<size_t>(schedule.workers) * 2 * part : 0);
-  at.codes = (at.image + image_bytes(layout) + 255) / 256 * 256;
-  const bool converts = config.e4m3 && !config.e4m3_codes;
-  at.bytes = at.codes + (converts ? static_cast<size_t>(m * layout.padded_k()) : 0);
+  at.image = aligned(at.parts + (split ? static_cast<size_t>(schedule.workers) * 2 * part : 0));
+  at.codes = aligned(at.image + image_bytes(layout));
+  at.scales = aligned(at.codes + (converts ? static_cast<size_t>(m * layout.padded_k()) : 0));
+  at.bytes = at.scales + groups * static_cast<size_t>(ss_scale_rows(m)) * sizeof(float);
   return at;
 }
 

@@ -58,7 +58,7 @@ uint64_t Forward::workspace_bytes(const ModelConfig& c, const KvShape& shape, in
   const int64_t row = 4 * c.hidden + 2 * (2 * q + 2 * kv + q + c.hidden + 2 * c.intermediate) +
                       2 * width16(c) + 8 * c.hidden + 2 * width16(c);  // states, codes
   const int64_t expanded = std::max({(q + 2 * kv) * c.hidden, 2 * c.intermediate * c.hidden});
-  return static_cast<uint64_t>(rows * row + (rows >= 1024 ? expanded : 0) +
+  return static_cast<uint64_t>(rows * row + (rows >= 512 ? expanded : 0) +
                                kHeadRows * (c.vocab + 4) * 4 + (int64_t{64} << 20)) +
          static_cast<uint64_t>(
              decode_scratch_bytes(shape.sequences, c.heads, c.head_dim, shape.context));

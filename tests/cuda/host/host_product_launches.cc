@@ -48,36 +48,69 @@ int64_t wgmma_place(int64_t k) {
   return k / 32 * 32 + place * 4 + k % 4;
 }
 
-void multiply(const GemmArgs& args, bool wgmma_order, bool floats) {
+/// The same of 16 bits (reorder_sm90.cu).
+int64_t halves_place(int64_t k) {
+  const int64_t c = k % 32 / 8, i = k % 8 / 4, e = k % 4 / 2, h = k % 2;
+  return k / 32 * 32 + 16 * i + 8 * h + 2 * c + e;
+}
+
+/// e4m3 numbers as bytes.
+uint8_t e4m3_byte(float value) {
+  int exponent = 0;
+  const float fraction = std::frexp(std::fabs(value), &exponent);  // [1/2, 1)
+  const int biased = value == 0 ? 0 : std::max(exponent - 1 + 7, 0);
+  const float steps = biased > 0 ? fraction * 16 - 8 : std::ldexp(std::fabs(value), 9);
+  return static_cast<uint8_t>((std::signbit(value) ? 128 : 0) | biased << 3 |
+                              static_cast<int>(steps));
+}
+float from_e4m3(uint8_t byte) {
+  const int biased = byte >> 3 & 15, steps = byte & 7;
+  const float magnitude = biased == 0 ? std::ldexp(static_cast<float>(steps), -9)
+                                      : std::ldexp(static_cast<float>(8 + steps), biased - 10);
+  return byte & 128 ? -magnitude : magnitude;
+}
+
+/// What the activations of a product are.
+enum class Acts { codes, wgmma_codes, e4m3, rows };
+
+float activation(const GemmArgs& args, Acts acts, int64_t m, int64_t k) {
+  const int64_t at = m * args.layout.padded_k();
+  switch (acts) {
+    case Acts::codes: return static_cast<float>(args.codes[at + k]);
+    case Acts::wgmma_codes: return static_cast<float>(args.codes[at + wgmma_place(k)]);
+    case Acts::e4m3: return from_e4m3(static_cast<uint8_t>(args.codes[at + k]));
+    case Acts::rows: break;
+  }
+  const int64_t place = args.x_is_reordered ? halves_place(k) : k;
+  return host::load(args.x, args.x_type, m * args.x_stride + place);
+}
+
+void multiply(const GemmArgs& args, Acts acts) {
   const PackedLayout& layout = args.layout;
   const Unpacked w = unpack(args);
-  const int64_t depth = layout.padded_k(), groups = layout.k / layout.group_size;
+  const int64_t groups = layout.k / layout.group_size;
   for (int64_t m = 0; m < args.m; ++m) {
     for (int64_t n = 0; n < layout.n; ++n) {
       float acc = 0;
       for (int64_t first = 0; first < layout.k; first += layout.promoted) {
-        float sum = 0;  // of integers: exact
+        float sum = 0;  // of integers, and of codes: exact
         for (int64_t k = first; k < std::min(layout.k, first + layout.promoted); ++k) {
           const float v = w.values[static_cast<size_t>(k * layout.n + n)];
-          const float x =
-              floats
-                  ? host::load(args.x, args.x_type, m * args.x_stride + k)
-                  : static_cast<float>(args.codes[m * depth + (wgmma_order ? wgmma_place(k) : k)]);
-          sum = std::fma(x, v, sum);
+          sum = std::fma(activation(args, acts, m, k), v, sum);
         }
         if (args.group_scales) sum *= args.scales[m * groups + first / layout.group_size];
         acc = std::fma(sum, w.scales[static_cast<size_t>(first / layout.promoted * layout.n + n)],
                        acc);
       }
       const float bias = args.out.bias == nullptr ? 0 : args.out.bias[n];
-      const float t = floats || args.group_scales ? 1 : args.scales[m];
+      const float t = args.scales == nullptr || args.group_scales ? 1 : args.scales[m];
       host::store(args.out.y, args.out.type, m * args.out.stride + n, std::fma(acc, t, bias));
     }
   }
 }
 
-cudaError_t product(const GemmArgs& args, bool wgmma_order, bool floats, cudaStream_t stream) {
-  host::enqueue(stream, [=] { multiply(args, wgmma_order, floats); });
+cudaError_t product(const GemmArgs& args, Acts acts, cudaStream_t stream) {
+  host::enqueue(stream, [=] { multiply(args, acts); });
   return cudaSuccess;
 }
 
@@ -91,7 +124,9 @@ void write_codes(const QuantizeArgs& to, const std::vector<float>& x) {
   problem.k = to.k;
   problem.n = 8;
   problem.group_size = to.group_size;
-  problem.mode = to.limit == 127 ? Mode::w4a8 : Mode::w4a4;
+  problem.mode = to.kind != Codes::int8 ? Mode::w4a8_fp8
+                 : to.limit == 127      ? Mode::w4a8
+                                        : Mode::w4a4;
   problem.symmetric = to.symmetric;
   problem.granularity = static_cast<Granularity>(to.scaling);
   GemmInput input;
@@ -102,8 +137,19 @@ void write_codes(const QuantizeArgs& to, const std::vector<float>& x) {
   const ref::Activations a = ref::quantize(problem, input);
   for (int64_t m = 0; m < to.m; ++m) {
     for (int64_t k = 0; k < to.padded_k; ++k) {
-      to.codes[m * to.padded_k + (to.wgmma_order ? wgmma_place(k) : k)] =
-          k < to.k ? a.codes[static_cast<size_t>(m * to.k + k)] : int8_t{0};
+      const auto from = static_cast<size_t>(m * to.k + k);
+      const int64_t row = m * to.padded_k;
+      if (to.kind == Codes::int8) {
+        to.codes[row + (to.wgmma_order ? wgmma_place(k) : k)] =
+            k < to.k ? a.codes[from] : int8_t{0};
+        continue;
+      }
+      const float value = k < to.k ? a.values[from] : 0.0f;
+      if (to.kind == Codes::e4m3) {
+        to.codes[row + k] = static_cast<int8_t>(e4m3_byte(value));
+      } else {
+        host::store(to.codes, Element::f16, row + (to.wgmma_order ? halves_place(k) : k), value);
+      }
     }
   }
   std::copy(a.scales.begin(), a.scales.end(), to.scales);
@@ -144,31 +190,32 @@ cudaError_t launch_quantize(const QuantizeArgs& args, cudaStream_t stream) {
 }
 
 cudaError_t launch_w4a8_slab_sm90(const GemmArgs& args, const SlabConfig&, cudaStream_t stream) {
-  return product(args, false, false, stream);
+  return product(args, Acts::codes, stream);
 }
 cudaError_t launch_w4a16_slab_sm90(const GemmArgs& args, const SlabConfig&, cudaStream_t stream) {
-  return product(args, false, true, stream);
+  return product(args, Acts::rows, stream);
 }
 cudaError_t launch_w4a8_slab_fused_sm90(const QuantizeArgs& x, const GemmArgs& args,
                                         const SlabConfig&, cudaStream_t stream) {
   const cudaError_t error = launch_quantize(x, stream);
-  return error == cudaSuccess ? product(args, false, false, stream) : error;
+  return error == cudaSuccess ? product(args, Acts::codes, stream) : error;
 }
 cudaError_t launch_w4a8_rs_sm90(const GemmArgs& args, const RsConfig&, void*, cudaStream_t stream) {
-  return product(args, true, false, stream);
+  return product(args, Acts::wgmma_codes, stream);
 }
 cudaError_t launch_w4a16_rs_sm90(const GemmArgs& args, const RsConfig&, void*, void*,
                                  cudaStream_t stream) {
-  return product(args, false, true, stream);
+  return product(args, Acts::rows, stream);
 }
-cudaError_t launch_w4a8_ss_sm90(const GemmArgs& args, const SsConfig&, void*, cudaStream_t stream) {
-  return product(args, false, false, stream);
+cudaError_t launch_w4a8_ss_sm90(const GemmArgs& args, const SsConfig& config, void*,
+                                cudaStream_t stream) {
+  return product(args, config.e4m3_codes ? Acts::e4m3 : Acts::codes, stream);
 }
 cudaError_t launch_w4a8_mma_sm80(const GemmArgs& args, cudaStream_t stream) {
-  return product(args, false, false, stream);
+  return product(args, Acts::codes, stream);
 }
 cudaError_t launch_w4a16_mma_sm80(const GemmArgs& args, cudaStream_t stream) {
-  return product(args, false, true, stream);
+  return product(args, Acts::rows, stream);
 }
 
 // ---- before and in the head
