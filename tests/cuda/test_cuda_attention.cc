@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "kv_testing.h"
+#include "model/rope.h"
 
 namespace nibble::cuda::testing {
 namespace {
@@ -192,6 +193,86 @@ TEST(CudaAttention, DecodeOfASequenceDoesNotDependOnTheOthers) {
       ASSERT_EQ(alone.result(), std::vector<uint16_t>(begin, begin + all.stride)) << row;
     }
     for (int64_t i = 0; i < all.stride; ++i) ASSERT_EQ(found[5 * all.stride + i], 0xcccc);
+  }
+}
+
+struct RopeResult {
+  std::vector<uint16_t> out, keys, values;
+  std::vector<int32_t> faults;
+};
+
+/// A decoding step of rows of q, k and v: rope and attention in one launch or in two. The keys and
+/// values of the rows' positions are not in the cache yet.
+RopeResult decode_with_rope(const Case& c, bool together, uint32_t seed) {
+  constexpr int64_t kContext = 1400;
+  std::mt19937 random(seed);
+  const PagedCache cache(c.kv_type, c.kv_heads, c.head_dim, 9, kContext, random);
+  const Queries queries(c, {3, 0, 1, 2, 4, 5, 6, 7, 8}, {0, 63, 64, 255, 256, 700, 1399, 1023, -1},
+                        random);
+  const auto rows = static_cast<int64_t>(queries.position.size());
+  const int64_t width = (c.heads + 2 * c.kv_heads) * c.head_dim;
+  std::vector<uint16_t> qkv = random_bits(rows * width, c.kv_type, 1.0f, random);
+  // What the cache cannot hold, in the key of row 2 and in a query of row 4.
+  qkv[2 * width + c.heads * c.head_dim + 3] = c.kv_type == Element::f16 ? 0x7c00 : 0x7f80;
+  qkv[4 * width + 5] = c.kv_type == Element::f16 ? 0x7e00 : 0x7fc0;
+  std::vector<float> cosine(static_cast<size_t>(kContext * c.head_dim / 2)), sine(cosine.size());
+  const std::vector<float> frequencies = rope_frequencies(RopeConfig{}, c.head_dim);
+  for (int64_t p = 0; p < kContext; ++p) {
+    rope_angles(frequencies, p, &cosine[p * c.head_dim / 2], &sine[p * c.head_dim / 2]);
+  }
+  const Buffer device_qkv(qkv), device_cosine(cosine), device_sine(sine), faults(9 * 4, 0);
+  const Buffer scratch = decode_scratch(c, rows, kContext);
+  RopeArgs rope;
+  rope.type = c.kv_type;
+  rope.qkv = device_qkv.as<>();
+  rope.qkv_stride = width;
+  rope.rows = rows;
+  rope.heads = c.heads;
+  rope.q = queries.device_q.as<>();
+  rope.q_stride = queries.stride;
+  rope.kv = cache.pages();
+  rope.sequence = queries.device_sequence.as<int32_t>();
+  rope.position = queries.device_position.as<int32_t>();
+  rope.cosine = device_cosine.as<float>();
+  rope.sine = device_sine.as<float>();
+  rope.faults = faults.as<int32_t>();
+  DecodeArgs args;
+  args.attention = queries.args(cache);
+  args.rows = rows;
+  args.sequence = rope.sequence;
+  args.position = rope.position;
+  args.max_context = kContext;
+  args.scratch = scratch.as<>();
+  args.multiprocessors = multiprocessors();
+  if (together) {
+    EXPECT_TRUE(decode_takes(rope));
+    args.rope = rope;
+  } else {
+    NIBBLE_CHECK_CUDA(launch_rope(rope, nullptr));
+  }
+  NIBBLE_CHECK_CUDA(launch_attention_decode(args, nullptr));
+  RopeResult result{queries.result(), cache.device_keys.download<uint16_t>(),
+                    cache.device_values.download<uint16_t>(), faults.download<int32_t>()};
+  EXPECT_TRUE(cache.device_keys.guard_is_intact() && cache.device_values.guard_is_intact() &&
+              faults.guard_is_intact() && scratch.guard_is_intact());
+  return result;
+}
+
+TEST(CudaAttention, DecodeWithRopeIsRopeAndThenDecode) {
+  NIBBLE_NEEDS_GPU();
+  for (const Case& c : kCases) {
+    if (c.head_dim % kKvSlice != 0) continue;
+    SCOPED_TRACE(
+        fmt::format("heads {}/{} dim {} window {}", c.heads, c.kv_heads, c.head_dim, c.window));
+    const RopeResult apart = decode_with_rope(c, false, 31);
+    for (int turn = 0; turn < 3; ++turn) {
+      const RopeResult together = decode_with_rope(c, true, 31);
+      ASSERT_EQ(together.out, apart.out);
+      ASSERT_EQ(together.keys, apart.keys);
+      ASSERT_EQ(together.values, apart.values);
+      ASSERT_EQ(together.faults, apart.faults);
+    }
+    EXPECT_EQ(apart.faults, (std::vector<int32_t>{0, 1, 0, 0, 1, 0, 0, 0, 0}));
   }
 }
 

@@ -120,6 +120,7 @@ TEST(SlabPlan, DeepKStreamsTheActivations) {
 
 TEST(SlabPlan, ManyTilesOfFewTokensGoTwoAtATime) {
   EXPECT_EQ(config_of(28672, 4096, 128, 1).tile_warps, 2);
+  EXPECT_EQ(config_of(28672, 4096, 128, 1).stages, 2);
   EXPECT_EQ(config_of(28672, 4096, 128, 4).tile_warps, 1);
   EXPECT_EQ(config_of(4096, 4096, 128, 1).tile_warps, 1);
 }

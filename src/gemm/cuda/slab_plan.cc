@@ -5,7 +5,8 @@
 //     begins or ends.
 //   - Deeper K: activations slice by slice beside the weights, as many warps as there may be.
 //   - One or two tokens and many tiles: two tiles at once, or one block would wait for its own end
-//     while the next, launched programmatically, takes its room.
+//     while the next, launched programmatically, takes its room. Two slabs in flight, which a model
+//     asks for while the kernel in front, of one block, still runs.
 #include "gemm/cuda/slab_plan.h"
 
 #include <algorithm>
@@ -35,6 +36,7 @@ SlabConfig registers_config(const PackedLayout& layout, int64_t m, int multiproc
   const int warps = m <= 2 && layout.tiles >= 8 * multiprocessors ? kSlabWarps : kSlabWarps / 2;
   while (config.tile_warps < 4 && config.warps() * 2 <= warps) config.tile_warps *= 2;
   config.blocks = multiprocessors * (kSlabWarps / config.warps());
+  if (config.tile_warps == 2 && warps == kSlabWarps) config.stages = 2;
   return config;
 }
 
@@ -147,9 +149,11 @@ SlabConfig slab_config(const PackedLayout& layout, int64_t m, bool group_scales,
   const auto fits = [&](const SlabConfig& config) {
     return slab_shared_bytes(layout, m, group_scales, config) <= shared_bytes;
   };
-  if (layout.slices <= kSlabWarps) return registers_config(layout, m, multiprocessors);
-  SlabConfig config = streamed_config(layout, m, multiprocessors);
+  const bool registers = layout.slices <= kSlabWarps;
+  SlabConfig config = registers ? registers_config(layout, m, multiprocessors)
+                                : streamed_config(layout, m, multiprocessors);
   while (!fits(config) && config.stages > 1) --config.stages;
+  if (registers) return config;
   while (!fits(config) && config.held_tiles > 1) --config.held_tiles;
   while (!fits(config) && config.k_warps > 1) --config.k_warps;
   return config;

@@ -13,6 +13,7 @@
 #include "gemm/cuda/quantize_device.h"
 #include "model/cuda/check.h"
 #include "model/cuda/decode_merge.h"
+#include "model/cuda/decode_rope.h"
 #include "model/cuda/decode_work.h"
 #include "model/cuda/kv_device.h"
 
@@ -197,7 +198,7 @@ struct Warp {
 
 constexpr int kWarpsDone = 1, kReadyToMerge = 2, kStored = 3;  // barriers
 
-template <Element type, int kDim>
+template <Element type, int kDim, bool with_rope>
 __global__ void __launch_bounds__(DecodeShape<kDim>::kAllThreads, DecodeShape<kDim>::kBlocks)
     attention_decode(const __grid_constant__ DecodeArgs a) {
   using S = DecodeShape<kDim>;
@@ -205,6 +206,7 @@ __global__ void __launch_bounds__(DecodeShape<kDim>::kAllThreads, DecodeShape<kD
   __shared__ DecodeWork work;
   __shared__ float2 states[S::kWarps * kDecodeHeads];
   __shared__ alignas(8) uint64_t barriers[2 * S::kWarps];
+  __shared__ NewRows<kDim> new_rows[with_rope ? S::kWarps : 1];
   ptx::grid_launch_dependents();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const AttentionArgs& at = a.attention;
@@ -265,7 +267,21 @@ __global__ void __launch_bounds__(DecodeShape<kDim>::kAllThreads, DecodeShape<kD
   if (number >= items) return;
   DecodeItem item = work.item(a, number, parts);
   Warp<type, kDim> w;
-  w.load_queries(a, item, lane);
+  const auto begin_item = [&] {
+    if constexpr (with_rope) {
+      const int page = item.last / kPagePositions, turn = page % kSplitPages;
+      const bool has_new = page / kSplitPages == item.split && turn % S::kWarps == warp;
+      NewRowLoads<type, kDim> rows;
+      if (has_new) rows.load(a, item, lane);
+      const int groups = static_cast<int>(at.heads / at.kv.kv_heads);
+      load_rotated_queries<type, kDim>(w.q, a, item, item.part * kDecodeHeads + lane / 4, groups,
+                                       lane);
+      if (has_new) rows.store(a, item, new_rows[warp], lane);
+    } else {
+      w.load_queries(a, item, lane);
+    }
+  };
+  begin_item();
   while (true) {
     w.clear();
     while (next.keys != nullptr && next.number == number) {
@@ -274,11 +290,13 @@ __global__ void __launch_bounds__(DecodeShape<kDim>::kAllThreads, DecodeShape<kD
       seek(next);
       float s[4][4];
       loads.wait(0);
+      if constexpr (with_rope) patch_page<kDim>(keys, new_rows[warp], 0, item, page, lane);
       w.scores(s, keys, lane);
       __syncwarp();
       loads.begin(0, keys, next.keys);
       w.softmax(s, item, page * kPagePositions, scale, lane);
       loads.wait(1);
+      if constexpr (with_rope) patch_page<kDim>(values, new_rows[warp], 1, item, page, lane);
       w.add_values(s, values, lane);
       __syncwarp();
       loads.begin(1, values, next.values);
@@ -288,7 +306,7 @@ __global__ void __launch_bounds__(DecodeShape<kDim>::kAllThreads, DecodeShape<kD
     number += static_cast<int>(gridDim.x);
     if (number < items) {  // while the warps wait for each other
       item = work.item(a, number, parts);
-      w.load_queries(a, item, lane);
+      begin_item();
     }
     ptx::barrier_sync(kWarpsDone, S::kThreads);
     add_warps<kDim>(a, done, results, states, scratch);
@@ -311,7 +329,8 @@ cudaError_t launch(const DecodeArgs& a, cudaStream_t stream) {
   how.shared_bytes = S::kSharedBytes;
   how.stream = stream;
   how.programmatic = a.attention.programmatic;
-  return launch_kernel(attention_decode<type, kDim>, how, a);
+  return a.rope.qkv != nullptr ? launch_kernel(attention_decode<type, kDim, true>, how, a)
+                               : launch_kernel(attention_decode<type, kDim, false>, how, a);
 }
 
 template <Element type>
@@ -337,6 +356,14 @@ cudaError_t launch_attention_decode(const DecodeArgs& args, cudaStream_t stream)
   if (!attention_is_valid(args.attention) || args.rows < 1 || args.rows > kDecodeRows ||
       args.max_context < 1 || args.max_context > args.attention.kv.max_pages * kPagePositions ||
       args.multiprocessors < 1 || args.scratch == nullptr) {
+    return cudaErrorInvalidValue;
+  }
+  const RopeArgs& rope = args.rope;
+  if (rope.qkv != nullptr &&
+      (!decode_takes(rope) || !is_rows(rope.qkv, rope.qkv_stride) ||
+       rope.heads != args.attention.heads || rope.type != args.attention.kv.type ||
+       rope.kv.head_dim != args.attention.kv.head_dim || rope.cosine == nullptr ||
+       rope.sine == nullptr || rope.faults == nullptr)) {
     return cudaErrorInvalidValue;
   }
   return args.attention.kv.type == Element::f16 ? launch<Element::f16>(args, stream)

@@ -21,7 +21,7 @@ struct DecodeShape {
   static constexpr int kResultStride = kDim + 4;  // floats of a head: all lanes in other banks
   static constexpr int kResultBytes = kWarps * kDecodeHeads * kResultStride * 4;
   static constexpr int kSharedBytes = 2 * kWarps * kPageBytes + kResultBytes;
-  static constexpr int kBlocks = std::min(4, 227 * 1024 / (kSharedBytes + 10 * 1024));
+  static constexpr int kBlocks = std::min(4, 227 * 1024 / (kSharedBytes + 12 * 1024));
 };
 
 /// Scratch memory: counters, then (max, sum) of every (unit, head), then its unscaled result.
@@ -125,16 +125,16 @@ __device__ __forceinline__ void merge_splits(const DecodeArgs& a, const DecodeIt
       const auto place = [&](int j) { return first + int64_t{base + j} * scratch.heads + head; };
       const float2 mine =
           lane < count ? __ldcg(scratch.states + place(lane)) : float2{-INFINITY, 0};
+      // 32-bit steps from one address, or ptxas keeps an address for every split.
+      const auto* from = reinterpret_cast<const float2*>(scratch.results + place(0) * kDim) + lane;
+      const int step = static_cast<int>(scratch.heads) * (kDim / 2);
       float2 v[kAtOnce][kPairs];
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
           v[j][i] = {0, 0};
-          if (j < count) {
-            v[j][i] = __ldcg(reinterpret_cast<const float2*>(scratch.results + place(j) * kDim) +
-                             i * 32 + lane);
-          }
+          if (j < count) v[j][i] = __ldcg(from + (j * step + i * 32));
         }
       }
       float now = mine.x;

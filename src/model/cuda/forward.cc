@@ -368,8 +368,13 @@ Status Forward::attend(int64_t layer, const PassInputs& inputs, int64_t rows, cu
   rope.eps = static_cast<float>(c.norm_eps);
   rope.faults = faults();
   rope.programmatic = model_.device.programmatic();
-  NIBBLE_TRY(to_status(launch_rope(rope, stream), "rope"));
-  NIBBLE_TRY(mark("rope, keys and values", stream));
+  // Together while every block has an item at most: every one rotates its queries itself.
+  const bool together = inputs.num_tiles == 0 && decode_takes(rope) &&
+                        rows * c.kv_heads <= model_.device.multiprocessors;
+  if (!together) {
+    NIBBLE_TRY(to_status(launch_rope(rope, stream), "rope"));
+    NIBBLE_TRY(mark("rope, keys and values", stream));
+  }
   AttentionArgs attention;
   attention.q = q_.as<>();
   attention.q_stride = q_width;
@@ -396,6 +401,7 @@ Status Forward::attend(int64_t layer, const PassInputs& inputs, int64_t rows, cu
   args.max_context = pool_.shape().context;
   args.scratch = decode_scratch_.as<>();
   args.multiprocessors = model_.device.multiprocessors;
+  if (together) args.rope = rope;
   note("attention_decode");
   return to_status(launch_attention_decode(args, stream), "attention_decode");
 }

@@ -117,7 +117,16 @@ struct DecodeArgs {
   void* scratch = nullptr;  // decode_scratch_bytes(); zeroed once before its first use, then left
                             // to this kernel; may be shared by all layers of a stream
   int multiprocessors = 0;  // of the device: the size of the grid, not of the result
+  /// With rope.qkv: launch_rope and this in one launch, the same bits. Only what
+  /// decode_takes(rope). Read of it: type, qkv, qkv_stride, heads, cosine, sine, faults. q, of
+  /// either, is left as it is.
+  RopeArgs rope;
 };
+/// No norms, one type, and heads of whole slices.
+inline bool decode_takes(const RopeArgs& rope) {
+  return rope.q_norm == nullptr && rope.k_norm == nullptr && rope.type == rope.kv.type &&
+         rope.kv.head_dim == padded_head_dim(rope.kv.head_dim);
+}
 int64_t decode_scratch_bytes(int64_t rows, int64_t heads, int64_t head_dim, int64_t max_context);
 cudaError_t launch_attention_decode(const DecodeArgs& args, cudaStream_t stream);
 

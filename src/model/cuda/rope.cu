@@ -6,15 +6,12 @@
 #include "gemm/cuda/quantize_device.h"
 #include "model/cuda/check.h"
 #include "model/cuda/kv_device.h"
+#include "model/cuda/rope_device.h"
 
 namespace nibble::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-
-struct Halves {
-  Chunk a, b;
-};
 
 /// x / sqrt(mean(x^2) + eps) * weight over the head. Squares: those of a lane one after the other,
 /// then pairwise over the lanes.
@@ -39,37 +36,6 @@ __device__ __forceinline__ void normalize(Halves& x, const float* weight, int ch
     x.a.v[i] = x.a.v[i] * factor * wa.v[i];
     x.b.v[i] = x.b.v[i] * factor * wb.v[i];
   }
-}
-
-__device__ __forceinline__ void rotate(Halves& x, const Chunk& cosine, const Chunk& sine) {
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    const float a = x.a.v[i], b = x.b.v[i];
-    x.a.v[i] = a * cosine.v[i] - b * sine.v[i];
-    x.b.v[i] = __fmaf_rn(b, cosine.v[i], a * sine.v[i]);
-  }
-}
-
-/// Whether all are finite.
-__device__ __forceinline__ bool finite(const Chunk& c) {
-  bool good = true;
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) good = good && fabsf(c.v[i]) <= 3.4028235e38f;
-  return good;
-}
-
-/// What the type cannot hold becomes 0; false if there was such.
-template <Element type>
-__device__ __forceinline__ bool fit(Chunk& c) {
-  const float largest = type == Element::f16 ? 65504.0f : 3.3895314e38f;
-  bool good = true;
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    const bool fits = fabsf(c.v[i]) <= largest;
-    good = good && fits;
-    c.v[i] = fits ? c.v[i] : 0.0f;
-  }
-  return good;
 }
 
 template <Element type, Element kv_type>

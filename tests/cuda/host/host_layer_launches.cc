@@ -197,6 +197,7 @@ cudaError_t launch_attention_decode(const DecodeArgs& args, cudaStream_t stream)
   if (!attention_is_valid(args.attention)) return cudaErrorInvalidValue;
   host::enqueue(stream, [=] {
     for (int64_t row = 0; row < args.rows; ++row) {
+      if (args.rope.qkv != nullptr) host::rope_row(args.rope, row);
       host::attend_row(args.attention, row, args.sequence[row], args.position[row]);
     }
   });
