@@ -193,9 +193,10 @@ std::vector<Variant> variants(const Problem& problem) {
         Variant variant = kernel;
         variant.plan.rs.token_tile = tile.tokens;
         variant.plan.rs.math_groups = tile.math_groups;
+        variant.plan.rs.blocks = tile.blocks;
         variant.plan.rs.split_tail = sharing.split;
         variant.plan.rs.multiprocessors = sharing.multiprocessors;
-        add(variant, fmt::format(" tile {}{}", tile.tokens, sharing.name));
+        add(variant, fmt::format(" tile {}x{}{}", tile.tokens, 64 * tile.math_groups, sharing.name));
       }
     }
   }

@@ -240,9 +240,10 @@ std::string family_text(const Plan& plan) {
 }
 
 // What w4a8_rs_sm90 and w4a16_rs_sm90 are compiled for.
-constexpr std::array<RsTile, 2> kRsTiles = {{{96, 3}, {64, 3}}};
-constexpr std::array<RsTile, 2> kRsTilesOfHalves = {{{128, 2}, {64, 3}}};
-constexpr std::array<RsTile, 1> kRsTilesOfMoreScales = {{{64, 2}}};
+constexpr std::array<RsTile, 6> kRsTiles = {
+    {{96, 3}, {64, 3}, {64, 2}, {32, 4}, {32, 3}, {32, 2, 2}}};
+constexpr std::array<RsTile, 5> kRsTilesOfHalves = {{{128, 2}, {64, 3}, {32, 4}, {32, 3}, {32, 2, 2}}};
+constexpr std::array<RsTile, 1> kRsTilesOfShortGroups = {{{64, 2}}};
 
 /// Expanding the weights of a tile costs about as much as this many rows more.
 constexpr int64_t kExpansionRows = 32;
@@ -285,7 +286,7 @@ std::span<const RsTile> rs_tiles(const PackedLayout& layout, RsActivations activ
   const bool short_groups = layout.promoted < kBlockDepth;
   const bool group_scales = activations == RsActivations::codes_with_group_scales;
   if (short_groups && group_scales) return {};
-  if (short_groups || group_scales) return kRsTilesOfMoreScales;
+  if (short_groups) return kRsTilesOfShortGroups;
   if (activations == RsActivations::halves) return kRsTilesOfHalves;
   return kRsTiles;
 }
@@ -296,6 +297,7 @@ RsConfig rs_config(const PackedLayout& layout, int64_t m, RsActivations activati
   RsConfig config;
   config.token_tile = tile.tokens;
   config.math_groups = tile.math_groups;
+  config.blocks = tile.blocks;
   config.multiprocessors = multiprocessors;
   config.programmatic = true;
   config.split_tail = worth_splitting(rs_schedule_of(layout, m, config), multiprocessors);

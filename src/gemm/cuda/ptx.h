@@ -31,6 +31,13 @@ __device__ __forceinline__ int lane() {
   return lane;
 }
 
+/// The same for the thread's number in its block.
+__device__ __forceinline__ int thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // ---- mbarriers (sm_90 but for init, arrive and wait) -------------------------------------------
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
@@ -174,6 +181,11 @@ __device__ __forceinline__ uint2 load8_shared(uint32_t address) {
 __device__ __forceinline__ uint32_t load4_shared(uint32_t address) {
   uint32_t v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+}
+__device__ __forceinline__ float2 load_float2_shared(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
   return v;
 }
 __device__ __forceinline__ float load_float_shared(uint32_t address) {

@@ -3,8 +3,8 @@
 //
 // The product is cut into tiles of (weight tile, token tile); a worker is a cluster of two blocks.
 // The first `whole` tiles are dealt out round robin. The rest are cut into units of one slice of
-// 512 k, and every worker takes the same number of consecutive units (stream-K, Osama et al. 2023):
-// a tile that several workers share is summed by the one that has its first unit, in order of k.
+// 512 k, and every worker takes the same number of consecutive units (stream-K, Osama et al. 2023).
+// Who sums a tile that several workers share, always in order of k: tile_output.h.
 #pragma once
 
 #include <cstddef>
@@ -26,6 +26,11 @@ struct RsWork {
   int weight_tile = 0, token_tile = 0;
   int slice0 = 0, slice1 = 0;
   int index = 0;  // of the tile, 0 .. weight_tiles * token_tiles
+};
+
+/// Consecutive workers [first, first + count) that have a part of a tile.
+struct RsSharers {
+  int first = 0, count = 1;
 };
 
 struct RsSchedule {
@@ -68,14 +73,26 @@ struct RsSchedule {
     return out;
   }
 
-  /// The worker after `worker` has a part of the split tile `index` as well.
-  NIBBLE_HOST_DEVICE bool shared_with_next(int worker, int index) const {
-    return first_unit(worker + 1) < (index - whole + 1) * slices;
+  /// Who works on the split tile `index`.
+  NIBBLE_HOST_DEVICE RsSharers sharers(int index) const {
+    const int first = worker_of((index - whole) * slices);
+    return {first, worker_of((index - whole + 1) * slices - 1) - first + 1};
+  }
+  /// Tiles may have more than two sharers; then a worker may have the end of one such tile and the
+  /// beginning of another. Otherwise everyone has at least as many units as a tile.
+  NIBBLE_HOST_DEVICE bool shares_widely() const {
+    return whole < tiles() && tiles() - whole < workers;
+  }
+  /// Number of tiles that `worker` has for itself, before the split ones.
+  NIBBLE_HOST_DEVICE int whole_of(int worker) const {
+    return whole > worker ? (whole - worker + workers - 1) / workers : 0;
   }
 
  private:
-  NIBBLE_HOST_DEVICE int whole_of(int worker) const {
-    return whole > worker ? (whole - worker + workers - 1) / workers : 0;
+  /// Who has that unit: the last worker whose first unit is not behind it.
+  NIBBLE_HOST_DEVICE int worker_of(int unit) const {
+    return static_cast<int>(
+        (static_cast<unsigned>(unit + 1) * static_cast<unsigned>(workers) - 1) / units());
   }
   NIBBLE_HOST_DEVICE void place(int index, RsWork& out) const {
     const int band = index / (raster * weight_tiles), rest = index - band * raster * weight_tiles;
@@ -115,6 +132,7 @@ struct RsConfig {
   int math_groups = 3;  // warpgroups of a block that multiply, 64 columns each
   bool split_tail = false;
   int multiprocessors = 132;
+  int blocks = 1;  // of a multiprocessor at once
   bool programmatic = false;  // launched with programmatic stream serialization
 };
 
@@ -122,15 +140,15 @@ inline RsSchedule rs_schedule_of(const PackedLayout& layout, int64_t m, const Rs
   const int columns = 2 * 64 * config.math_groups;  // of a cluster of two blocks
   return rs_schedule((layout.n + columns - 1) / columns,
                      (m + config.token_tile - 1) / config.token_tile, layout.slices,
-                     config.multiprocessors / 2, config.split_tail);
+                     config.multiprocessors * config.blocks / 2, config.split_tail);
 }
 
 /// Of a launch; zeroed once before its first use and left so.
 inline size_t rs_scratch_bytes(const PackedLayout& layout, int64_t m, const RsConfig& config) {
   const RsSchedule schedule = rs_schedule_of(layout, m, config);
   if (schedule.whole == schedule.tiles()) return kFlagBytes;
-  const auto blocks = static_cast<size_t>(schedule.workers) * 2;
-  return kFlagBytes + blocks * static_cast<size_t>(config.math_groups) * 128 *
+  const auto parts = static_cast<size_t>(schedule.workers) * 2 * (schedule.shares_widely() ? 2 : 1);
+  return kFlagBytes + parts * static_cast<size_t>(config.math_groups) * 128 *
                             sizeof(float) * static_cast<size_t>(config.token_tile / 2);
 }
 

@@ -48,6 +48,21 @@ __device__ __forceinline__ void wgmma_settle(float (&c)[kCount]) {
 // One overload per shape that a kernel uses; keep = false overwrites the accumulators.
 #define NIBBLE_C(i) "+r"(c[i])
 // weights in registers
+__device__ __forceinline__ void wgmma(int (&c)[16], const uint32_t (&a)[4], uint64_t b,
+                                      bool keep) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %21, 0;"
+      " wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, "
+      "%8, %9, %10, %11, %12, %13, %14, %15"
+      "}, {%16, %17, %18, %19}, %20, p; }"
+      :
+        NIBBLE_C(0), NIBBLE_C(1), NIBBLE_C(2), NIBBLE_C(3),
+        NIBBLE_C(4), NIBBLE_C(5), NIBBLE_C(6), NIBBLE_C(7),
+        NIBBLE_C(8), NIBBLE_C(9), NIBBLE_C(10), NIBBLE_C(11),
+        NIBBLE_C(12), NIBBLE_C(13), NIBBLE_C(14), NIBBLE_C(15)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));
+}
 __device__ __forceinline__ void wgmma(int (&c)[32], const uint32_t (&a)[4], uint64_t b,
                                       bool keep) {
   asm volatile(
