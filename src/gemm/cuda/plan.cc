@@ -240,9 +240,9 @@ std::string family_text(const Plan& plan) {
 }
 
 // What w4a8_rs_sm90 and w4a16_rs_sm90 are compiled for.
-constexpr std::array<RsTile, 6> kRsTiles = {
-    {{96, 3}, {64, 3}, {64, 2}, {32, 4}, {32, 3}, {32, 2, 2}}};
-constexpr std::array<RsTile, 5> kRsTilesOfHalves = {{{128, 2}, {64, 3}, {32, 4}, {32, 3}, {32, 2, 2}}};
+constexpr std::array<RsTile, 7> kRsTiles = {
+    {{96, 3}, {64, 3}, {64, 2}, {32, 4}, {32, 3}, {32, 2, 2}, {32, 2, 1}}};
+constexpr std::array<RsTile, 6> kRsTilesOfHalves = {{{128, 2}, {64, 3}, {32, 4}, {32, 3}, {32, 2, 2}, {32, 2, 1}}};
 constexpr std::array<RsTile, 1> kRsTilesOfShortGroups = {{{64, 2}}};
 
 /// Expanding the weights of a tile costs about as much as this many rows more.

@@ -374,8 +374,15 @@ __device__ __forceinline__ void mbarrier_arrive_cluster_if(bool wanted, uint32_t
       : "memory");
 }
 /// Not the aligned forms: lanes of a warp may come here apart.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+  cluster_arrive();
+  cluster_wait();
 }
 
 /// A box of the tensor, its corner at (x, y), to the same place in every block of `blocks`, where
@@ -387,6 +394,10 @@ __device__ __forceinline__ void tensor_load_multicast(uint32_t to, const void* m
       ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
       "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(blocks)
       : "memory");
+}
+/// Fetches the description of a tensor, which the first copy would have to wait for.
+__device__ __forceinline__ void tensor_prefetch(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 __device__ __forceinline__ void tensor_store(const void* map, int x, int y, uint32_t from) {
   asm volatile(
@@ -425,6 +436,10 @@ __device__ __forceinline__ uint32_t add_acquire_release(uint32_t* p, uint32_t v)
                : "l"(p), "r"(v)
                : "memory");
   return before;
+}
+/// Adds to *p, after all writes of the block that a barrier has ordered before this.
+__device__ __forceinline__ void add_release(uint32_t* p, uint32_t v) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
   uint32_t v;

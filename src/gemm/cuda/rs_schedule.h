@@ -21,6 +21,24 @@
 
 namespace nibble::cuda {
 
+/// Division by what is known when a kernel is launched: a GPU takes several times as long for the
+/// ordinary one, and nothing is loaded before a worker knows its work.
+struct Divisor {
+  Divisor() = default;
+  explicit Divisor(int by) : magic(~uint64_t{0} / static_cast<unsigned>(by) + 1) {}
+  /// Exact for any n: magic exceeds 2^64 / by by less than 1, and n * by is below 2^64.
+  NIBBLE_HOST_DEVICE int quotient(unsigned n) const {
+    if (magic == 0) return static_cast<int>(n);  // by 1
+#if defined(__CUDA_ARCH__)
+    return static_cast<int>(__umul64hi(magic, n));
+#else
+    const uint64_t low = (magic & 0xffffffffu) * n;
+    return static_cast<int>(((magic >> 32) * n + (low >> 32)) >> 32);
+#endif
+  }
+  uint64_t magic = 0;
+};
+
 /// Slices [slice0, slice1) of one tile.
 struct RsWork {
   int weight_tile = 0, token_tile = 0;
@@ -38,6 +56,8 @@ struct RsSchedule {
   int weight_tiles = 0, token_tiles = 0, slices = 0;
   int raster = 1;  // token tiles that are walked together before the next weight tile
   int whole = 0;   // tiles that are not split
+  // by workers, slices, units(), tiles of a band of `raster`, raster, and width of the last band
+  Divisor by_workers, by_slices, by_units, by_band, by_raster, by_last_width;
 
   NIBBLE_HOST_DEVICE int tiles() const { return weight_tiles * token_tiles; }
   /// Less than two tiles a worker: times workers, below 2^32 for K up to 2^22 (plans see to it).
@@ -46,14 +66,14 @@ struct RsSchedule {
   }
   /// First unit of a worker, counted from tile `whole` on.
   NIBBLE_HOST_DEVICE int first_unit(int worker) const {
-    return static_cast<int>(units() * static_cast<unsigned>(worker) /
-                            static_cast<unsigned>(workers));
+    return by_workers.quotient(units() * static_cast<unsigned>(worker));
   }
 
   /// Number of items of `worker`.
   NIBBLE_HOST_DEVICE int items(int worker) const {
     const int begin = first_unit(worker), end = first_unit(worker + 1);
-    return whole_of(worker) + (begin == end ? 0 : (end - 1) / slices - begin / slices + 1);
+    if (begin == end) return whole_of(worker);
+    return whole_of(worker) + tile_of(end - 1) - tile_of(begin) + 1;
   }
 
   /// Item number `item` < items(worker) of `worker`.
@@ -66,7 +86,7 @@ struct RsSchedule {
       return out;
     }
     const int begin = first_unit(worker), end = first_unit(worker + 1);
-    const int tile = begin / slices + split;
+    const int tile = tile_of(begin) + split;
     place(whole + tile, out);
     out.slice0 = begin > tile * slices ? begin - tile * slices : 0;
     out.slice1 = end < (tile + 1) * slices ? end - tile * slices : slices;
@@ -85,21 +105,21 @@ struct RsSchedule {
   }
   /// Number of tiles that `worker` has for itself, before the split ones.
   NIBBLE_HOST_DEVICE int whole_of(int worker) const {
-    return whole > worker ? (whole - worker + workers - 1) / workers : 0;
+    return whole > worker ? by_workers.quotient(whole - worker + workers - 1) : 0;
   }
 
  private:
   /// Who has that unit: the last worker whose first unit is not behind it.
   NIBBLE_HOST_DEVICE int worker_of(int unit) const {
-    return static_cast<int>(
-        (static_cast<unsigned>(unit + 1) * static_cast<unsigned>(workers) - 1) / units());
+    return by_units.quotient(static_cast<unsigned>(unit + 1) * static_cast<unsigned>(workers) - 1);
   }
+  NIBBLE_HOST_DEVICE int tile_of(int unit) const { return by_slices.quotient(unit); }
   NIBBLE_HOST_DEVICE void place(int index, RsWork& out) const {
-    const int band = index / (raster * weight_tiles), rest = index - band * raster * weight_tiles;
+    const int band = by_band.quotient(index), rest = index - band * raster * weight_tiles;
     const int left = token_tiles - band * raster, width = left < raster ? left : raster;
     out.index = index;
-    out.weight_tile = rest / width;
-    out.token_tile = band * raster + rest % width;
+    out.weight_tile = (left < raster ? by_last_width : by_raster).quotient(rest);
+    out.token_tile = band * raster + rest - out.weight_tile * width;
   }
 };
 
@@ -121,6 +141,12 @@ inline RsSchedule rs_schedule(int64_t weight_tiles, int64_t token_tiles, int64_t
     // One full wave joins the rest, so that each worker has between one and two tiles to split.
     s.whole = waves >= 2 ? (waves - 1) * s.workers : 0;
   }
+  s.by_workers = Divisor(s.workers);
+  s.by_slices = Divisor(s.slices);
+  if (s.whole < tiles) s.by_units = Divisor(static_cast<int>(s.units()));
+  s.by_band = Divisor(s.raster * s.weight_tiles);
+  s.by_raster = Divisor(s.raster);
+  if (s.token_tiles % s.raster != 0) s.by_last_width = Divisor(s.token_tiles % s.raster);
   return s;
 }
 

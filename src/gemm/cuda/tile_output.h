@@ -116,7 +116,7 @@ struct TileOutput {
       __stcg(to + j * 128, make_float4(f[4 * j], f[4 * j + 1], f[4 * j + 2], f[4 * j + 3]));
     }
     ptx::barrier_sync(1 + group, 128);
-    if ((ptx::thread() & 127) == 0) ptx::add_acquire_release(counter_of(first_worker, group), 1);
+    if ((ptx::thread() & 127) == 0) ptx::add_release(counter_of(first_worker, group), 1);
   }
 
   /// Until `count` parts have been stored; all threads of the warpgroup may read them then.
@@ -153,16 +153,16 @@ struct TileOutput {
     if (worker - sharers.first >= readers) return;
     uint32_t* counter = counter_of(sharers.first, group);
     wait_for_parts(counter, sharers.count, group);
-    if ((ptx::thread() & 127) == 0 &&
-        ptx::add_acquire_release(counter, kReader) / kReader ==
-            static_cast<uint32_t>(readers - 1)) {
-      *counter = 0;  // for the next launch
-    }
     const int64_t column = column_of(work, group);
 #pragma unroll 1
     for (int j = worker - sharers.first; j < kEights; j += sharers.count) {
       const float4 sum = sum_of_eight(sharers, group, j);
       store_eight(sum, work.token_tile * kTokens + 8 * j, column);
+    }
+    // The last to have seen all parts leaves the counter as it was, for the next launch.
+    if ((ptx::thread() & 127) == 0 &&
+        atomicAdd(counter, kReader) / kReader == static_cast<uint32_t>(readers - 1)) {
+      *counter = 0;
     }
   }
 

@@ -195,7 +195,7 @@ struct Kernel {
 
   __device__ void multiply(const CUtensorMap* out_map) const {
     const int items = p.end.schedule.items(cluster);
-    if (items == 0) return;
+    if (items == 0) return ptx::cluster_arrive();
     const uint32_t tokens = wgmma_operand(base);
     float c[S::kSums];
     float f[S::kSums];
@@ -215,8 +215,8 @@ struct Kernel {
 #pragma unroll
       for (int i = 0; i < S::kSums; ++i) f[i] = 0.0f;
 #pragma unroll 1
-      for (int slice = work.slice0; slice < work.slice1; ++slice) {
-        const bool more = slice + 1 < work.slice1 || item + 1 < items;
+      for (int left = work.slice1 - work.slice0; left > 0; --left) {
+        const bool more = left > 1 || item + 1 < items;
         SliceScales next;
 #pragma unroll
         for (int u = 0; u < kSliceUnits; ++u) {
@@ -259,6 +259,7 @@ struct Kernel {
         }
         scales = next;
       }
+      if (item + 1 == items) ptx::cluster_arrive();  // the other block's barriers are done with
       // all of it made anew: nothing of it takes registers while products run
       const TileOutput<kTokens, kMathGroups> output{p.end, cluster, rank, ptx::lane()};
       const int of = ptx::thread() >> 7;
@@ -291,20 +292,33 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(S::kThreads, S::kRes
                   const __grid_constant__ CUtensorMap out_map, const __grid_constant__ RsParams p) {
   extern __shared__ __align__(1024) uint8_t shared[];
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
+  if (threadIdx.x == 32) {
+    ptx::tensor_prefetch(&act_map);
+    ptx::tensor_prefetch(&out_map);
+  }
   const Kernel<S> kernel{p, ptx::shared_address(shared), static_cast<int>(blockIdx.x & 1),
                          static_cast<int>(blockIdx.x >> 1), static_cast<int>(threadIdx.x & 31)};
-  if (threadIdx.x == 0) kernel.init_barriers();
-  ptx::cluster_sync();
+  // Weights are copied at once: to this block alone, and no kernel in front has written them.
+  const bool copies_weights = warp == S::kMathWarps + 1;
+  if (copies_weights && kernel.lane == 0) kernel.init_barriers();
+  __syncwarp();
+  ptx::cluster_arrive();
+  if (!copies_weights) ptx::cluster_wait();
   ptx::grid_launch_dependents();
   if (warp >= S::kMathWarps) {
     ptx::register_decrease<S::kProducerRegisters>();
     if (warp == S::kMathWarps && kernel.lane == 0) kernel.copy_activations(&act_map);
-    if (warp == S::kMathWarps + 1 && kernel.lane < S::kMathWarps) kernel.copy_weights();
+    if (copies_weights) {
+      if (kernel.lane < S::kMathWarps) kernel.copy_weights();
+      __syncwarp();
+      ptx::cluster_wait();
+    }
+    ptx::cluster_arrive();
   } else {
     ptx::register_increase<S::kMathRegisters>();
     kernel.multiply(&out_map);
   }
-  ptx::cluster_sync();  // nobody leaves while the other still arrives at its barriers
+  ptx::cluster_wait();  // nobody leaves while the other still arrives at its barriers
 }
 
 // ---- launch -------------------------------------------------------------------------------------
@@ -366,7 +380,7 @@ cudaError_t launch_w4a16_rs_sm90(const GemmArgs& args, const RsConfig& config, v
   }
   const auto is = [&](int promoted, int tokens, int math_groups, int blocks = 1) {
     return args.layout.promoted == promoted && config.token_tile == tokens &&
-           config.math_groups == math_groups && config.blocks == blocks;
+           config.math_groups == math_groups && config.blocks <= blocks;
   };
   if (is(128, 128, 2)) return launch<128, 2, 128>(args, config, scratch, x, stream);
   if (is(128, 64, 3)) return launch<64, 3, 128>(args, config, scratch, x, stream);

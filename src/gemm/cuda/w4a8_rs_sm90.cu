@@ -40,12 +40,12 @@ struct RsParams {
   TileOutputParams end;
 };
 
-template <int kTokens_, int kMathGroups_, int kPromoted_, bool kGroupScales_>
+template <int kTokens_, int kMathGroups_, int kPromoted_, bool kGroupScales_, int kResident_ = 1>
 struct Shape {
   static constexpr int kTokens = kTokens_, kMathGroups = kMathGroups_, kPromoted = kPromoted_;
   static constexpr bool kGroupScales = kGroupScales_;
   static constexpr int kMathWarps = 4 * kMathGroups, kThreads = 128 * (kMathGroups + 1);
-  static constexpr int kResident = kTokens == 32 && kMathGroups == 2 ? 2 : 1;  // blocks at once
+  static constexpr int kResident = kResident_;  // blocks that a multiprocessor holds
   // of a thread: 65536 are there for all blocks, and the producers are one warpgroup
   static constexpr int kMathRegisters = kResident == 2     ? 104
                                         : kMathGroups == 2 ? 232
@@ -57,12 +57,15 @@ struct Shape {
                                                                : 32;
 
   static constexpr int kSlabGroups = kSlabDepth / kPromoted;
+  // scales of a slab in registers; where there are too few, they are loaded for each block of k
+  static constexpr int kKeptScales = kGroupScales ? 1 : kSlabGroups;
   static constexpr int kSlabBytes = kSlabCodeBytes + kSlabGroups * 40;
   static constexpr int kZeros = kSlabCodeBytes + kSlabGroups * 32;
   static constexpr int kSums = kTokens / 2;  // accumulators of a thread
   static constexpr int kActBytes = kTokens * kBlockDepth;
   static constexpr int kSliceBytes = kMathWarps * kSlabBytes;
-  static constexpr int kStageOut = kTokens * 128;  // of a warpgroup: 64 columns of 16 bits
+  using Output = TileOutput<kTokens, kMathGroups>;
+  static constexpr int kStageOut = Output::kStageBytes;  // of a warpgroup
   static constexpr int kBlocks = kSlabDepth / kBlockDepth;  // of a slice
   static constexpr int kActSlices = kTokens == 32 ? 2 : 1;  // slices of activations in the ring
   static constexpr int kActs = kActSlices * kBlocks;
@@ -177,33 +180,33 @@ struct Kernel {
   /// One warp: the scales of each block of k, one a token of the tile.
   __device__ void copy_scales() const {
     ptx::grid_wait();
-    const int u = lane & 3;  // of the slice's blocks; a lane has every eighth token
-    int stage = 0;
-    uint32_t phase = 1;
+    uint32_t done = 0;
     const int items = p.end.schedule.items(cluster);
 #pragma unroll 1
     for (int item = 0; item < items; ++item) {
       const RsWork work = p.end.schedule.work(cluster, item);
-      const int64_t token = int64_t{work.token_tile} * kTokens + (lane >> 2);
-      const auto tokens = static_cast<int>(p.end.m - token);
+      const int64_t token = int64_t{work.token_tile} * kTokens;
+      const auto left = static_cast<int>(p.end.m - token);
+      const float* tile = p.t + token * p.t_stride;
 #pragma unroll 1
-      for (int slice = work.slice0; slice < work.slice1; ++slice) {
-        // past K there is no scale, and nothing to scale
-        const int last = p.t_stride - 1, at = (slice * S::kBlocks + u) * kBlockDepth / p.group_size;
-        const float* from = p.t + token * p.t_stride + (at < last ? at : last);
+      for (int slice = work.slice0; slice < work.slice1; ++slice, ++done) {
+        // volatile: else a pointer a token is kept, and there are no registers for them
+        const int u = ptx::lane() & 3, row = ptx::lane() >> 2;
+        // past K and past M there is no scale, and nothing that matters to scale
+        const int group = (slice * S::kBlocks + u) * kBlockDepth / p.group_size;
+        const float* from = tile + (group < p.t_stride ? group : p.t_stride - 1);
         float t[kTokens / 8];
 #pragma unroll
-        for (int i = 0; i < kTokens / 8; ++i, from += 8 * p.t_stride) {
-          t[i] = 8 * i < tokens ? ptx::load_float(from) : 0.0f;
+        for (int i = 0; i < kTokens / 8; ++i) {
+          t[i] = ptx::load_float(from + (row + 8 * i < left ? row + 8 * i : left - 1) * p.t_stride);
         }
-        ptx::mbarrier_wait(scales_empty(stage), phase);
+        ptx::mbarrier_wait(scales_empty(done % S::kScaleSlices), ~(done / S::kScaleSlices) & 1);
 #pragma unroll
         for (int i = 0; i < kTokens / 8; ++i) {
-          ptx::store_float_shared(group_scales(stage, u) + ((lane >> 2) + 8 * i) * 4, t[i]);
+          ptx::store_float_shared(group_scales(done % S::kScaleSlices, u) + (row + 8 * i) * 4, t[i]);
         }
         __syncwarp();
-        ptx::mbarrier_arrive_if(lane == 0, scales_full(stage));
-        if (++stage == S::kScaleSlices) stage = 0, phase ^= 1;
+        ptx::mbarrier_arrive_if(lane == 0, scales_full(done % S::kScaleSlices));
       }
     }
   }
@@ -213,7 +216,7 @@ struct Kernel {
   /// What a lane needs of one slice beside the codes: zero points and scales of its two columns.
   struct SliceScales {
     uint32_t zeros[S::kSlabGroups / 4];  // bytes; low nibble: column r, high: column r + 8
-    uint32_t scales[S::kSlabGroups];     // low half: column r; high half: column r + 8
+    uint32_t scales[S::kKeptScales];     // low half: column r; high half: column r + 8
   };
 
   __device__ void fetch_scales(SliceScales& s, uint32_t slab) const {
@@ -221,6 +224,7 @@ struct Kernel {
 #pragma unroll
     for (int i = 0; i < S::kSlabGroups / 4; ++i) {
       s.zeros[i] = ptx::load4_shared(slab + S::kZeros + group + 4 * i);
+      if constexpr (S::kGroupScales) continue;
       const uint4 four = ptx::load16_shared(slab + kSlabCodeBytes + (group + 4 * i) * 4);
       s.scales[4 * i] = four.x;
       s.scales[4 * i + 1] = four.y;
@@ -277,15 +281,14 @@ struct Kernel {
 
   __device__ void multiply(const CUtensorMap* out_map) const {
     const int items = p.end.schedule.items(cluster);
-    if (items == 0) return;
+    if (items == 0) return ptx::cluster_arrive();
     const uint32_t tokens = wgmma_operand(base);
     int c[S::kSums];
     float f[S::kSums];
     uint32_t a[2][4][4];
     SliceScales scales;
-    int stage = 0;
     uint32_t done = 0;  // slices
-    uint32_t slice_phase = 0, slab = base + S::kWeights + (ptx::thread() >> 5) * S::kSlabBytes;
+    uint32_t slab = base + S::kWeights + (ptx::thread() >> 5) * S::kSlabBytes;
 #pragma unroll
     for (int i = 0; i < S::kSums; ++i) c[i] = 0;
     ptx::mbarrier_wait(slice_full(0), 0);
@@ -298,8 +301,8 @@ struct Kernel {
 #pragma unroll
       for (int i = 0; i < S::kSums; ++i) f[i] = 0.0f;
 #pragma unroll 1
-      for (int slice = work.slice0; slice < work.slice1; ++slice) {
-        const bool more = slice + 1 < work.slice1 || item + 1 < items;
+      for (int left = work.slice1 - work.slice0; left > 0; --left) {
+        const bool more = left > 1 || item + 1 < items;
         SliceScales next;
         const int acts = done % S::kActSlices * S::kBlocks;
         if constexpr (S::kGroupScales) {
@@ -307,6 +310,10 @@ struct Kernel {
         }
 #pragma unroll
         for (int u = 0; u < S::kBlocks; ++u) {
+          if constexpr (S::kGroupScales) {
+            scales.scales[0] = ptx::load4_shared(slab + kSlabCodeBytes +
+                                                 ((lane >> 2) * S::kSlabGroups + u) * 4);
+          }
           ptx::mbarrier_wait(act_full(acts + u), done / S::kActSlices & 1);
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
@@ -322,8 +329,9 @@ struct Kernel {
               if (u + 1 < S::kBlocks) {
                 expand(a[(u + 1) % 2], scales, slab + lane * 16, u + 1);
               } else {
-                leave_slab(stage, slice_phase, slab);
-                ptx::mbarrier_wait_if(more, slice_full(stage), slice_phase);
+                leave_slab(done, slab);
+                ptx::mbarrier_wait_if(more, slice_full((done + 1) % S::kSlices),
+                                      (done + 1) / S::kSlices & 1);
                 fetch_scales(next, slab);
                 expand(a[0], next, slab + lane * 16, 0);
               }
@@ -331,7 +339,8 @@ struct Kernel {
             wgmma_wait<0>();
             wgmma_settle(c);
             if (part + 1 == kParts) release_block(acts + u);
-            const float2 scale = scales_of(scales.scales[u * kParts + part], p.bf16_scales);
+            const float2 scale = scales_of(
+                scales.scales[S::kGroupScales ? 0 : u * kParts + part], p.bf16_scales);
             if constexpr (S::kGroupScales) {
               promote(c, f, scale, group_scales(done % S::kScaleSlices, u) + (lane & 3) * 8);
             } else {
@@ -346,13 +355,14 @@ struct Kernel {
         ++done;
         scales = next;
       }
+      if (item + 1 == items) ptx::cluster_arrive();  // the other block's barriers are done with
       // all of it made anew: nothing of it takes registers while products run
-      const TileOutput<kTokens, kMathGroups> output{p.end, cluster, rank, ptx::lane()};
+      const typename S::Output output{p.end, cluster, rank, ptx::lane()};
       const int of = ptx::thread() >> 7;
       output.finish(p.end.schedule.work(cluster, ptx::opaque(item)), f, out_map, of,
                     base + S::kOut + of * S::kStageOut);
     }
-    TileOutput<kTokens, kMathGroups>{p.end, cluster, rank, lane}.finish_spread(ptx::thread() >> 7);
+    typename S::Output{p.end, cluster, rank, lane}.finish_spread(ptx::thread() >> 7);
     if ((threadIdx.x & 127) == 0) ptx::bulk_wait_all();
   }
 
@@ -361,13 +371,11 @@ struct Kernel {
     ptx::mbarrier_arrive_cluster_if(lane < 2, ptx::cluster_address(act_empty(u), lane & 1));
   }
 
-  /// This warp has read its slab of the slice; on to the next in the ring.
-  __device__ void leave_slab(int& stage, uint32_t& phase, uint32_t& slab) const {
+  /// This warp has read its slab of slice `done`; on to the next in the ring.
+  __device__ void leave_slab(uint32_t done, uint32_t& slab) const {
     __syncwarp();
-    ptx::mbarrier_arrive_if(lane == 0, slice_empty(stage));
-    const bool last = stage + 1 == S::kSlices;
-    stage = last ? 0 : stage + 1;
-    phase ^= last;
+    ptx::mbarrier_arrive_if(lane == 0, slice_empty(done % S::kSlices));
+    const bool last = (done + 1) % S::kSlices == 0;
     slab += last ? (1 - S::kSlices) * S::kSliceBytes : S::kSliceBytes;
   }
 };
@@ -378,23 +386,36 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(S::kThreads, S::kRes
                  const __grid_constant__ CUtensorMap out_map, const __grid_constant__ RsParams p) {
   extern __shared__ __align__(1024) uint8_t shared[];
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
+  if (threadIdx.x == 32) {
+    ptx::tensor_prefetch(&act_map);
+    ptx::tensor_prefetch(&out_map);
+  }
   const Kernel<S> kernel{p, ptx::shared_address(shared), static_cast<int>(blockIdx.x & 1),
                          static_cast<int>(blockIdx.x >> 1), static_cast<int>(threadIdx.x & 31)};
-  if (threadIdx.x == 0) kernel.init_barriers();
-  ptx::cluster_sync();
+  // Weights are copied at once: to this block alone, and no kernel in front has written them.
+  const bool copies_weights = warp == S::kMathWarps + 1;
+  if (copies_weights && kernel.lane == 0) kernel.init_barriers();
+  __syncwarp();
+  ptx::cluster_arrive();
+  if (!copies_weights) ptx::cluster_wait();
   ptx::grid_launch_dependents();
   if (warp >= S::kMathWarps) {
     ptx::register_decrease<S::kProducerRegisters>();
     if (warp == S::kMathWarps && kernel.lane == 0) kernel.copy_activations(&act_map);
-    if (warp == S::kMathWarps + 1 && kernel.lane < S::kMathWarps) kernel.copy_weights();
+    if (copies_weights) {
+      if (kernel.lane < S::kMathWarps) kernel.copy_weights();
+      __syncwarp();
+      ptx::cluster_wait();
+    }
     if constexpr (S::kGroupScales) {
       if (warp == S::kMathWarps + 2) kernel.copy_scales();
     }
+    ptx::cluster_arrive();
   } else {
     ptx::register_increase<S::kMathRegisters>();
     kernel.multiply(&out_map);
   }
-  ptx::cluster_sync();  // nobody leaves while the other still arrives at its barriers
+  ptx::cluster_wait();  // nobody leaves while the other still arrives at its barriers
 }
 
 // ---- launch -------------------------------------------------------------------------------------
@@ -445,7 +466,7 @@ template <class First, class... Rest>
 cudaError_t launch_one(const GemmArgs& args, const RsConfig& config, void* scratch,
                        cudaStream_t stream) {
   if (config.token_tile == First::kTokens && config.math_groups == First::kMathGroups &&
-      config.blocks == First::kResident &&
+      config.blocks <= First::kResident &&
       args.layout.promoted == First::kPromoted && args.group_scales == First::kGroupScales) {
     return launch<First>(args, config, scratch, stream);
   }
@@ -461,10 +482,11 @@ cudaError_t launch_one(const GemmArgs& args, const RsConfig& config, void* scrat
 // What fits the registers: short groups want more scales.
 cudaError_t launch_w4a8_rs_sm90(const GemmArgs& args, const RsConfig& config, void* scratch,
                                 cudaStream_t stream) {
-  return launch_one<Shape<96, 3, 128, false>, Shape<64, 3, 128, false>, Shape<64, 2, 128, false>,
-                    Shape<32, 2, 128, false>, Shape<32, 3, 128, false>, Shape<32, 4, 128, false>,
-                    Shape<96, 3, 128, true>, Shape<64, 3, 128, true>, Shape<64, 2, 128, true>,
-                    Shape<32, 2, 128, true>, Shape<32, 3, 128, true>, Shape<32, 4, 128, true>,
+  return launch_one<Shape<96, 3, 128, false>, Shape<64, 3, 128, false>,
+                    Shape<64, 2, 128, false>, Shape<32, 2, 128, false, 2>,
+                    Shape<32, 3, 128, false>, Shape<32, 4, 128, false>, Shape<96, 3, 128, true>,
+                    Shape<64, 3, 128, true>, Shape<64, 2, 128, true>,
+                    Shape<32, 2, 128, true, 2>, Shape<32, 3, 128, true>, Shape<32, 4, 128, true>,
                     Shape<64, 2, 64, false>, Shape<64, 2, 32, false>>(args, config, scratch,
                                                                       stream);
 }
