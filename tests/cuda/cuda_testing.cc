@@ -341,6 +341,13 @@ Status launch(const Plan& plan, const GpuWeight& weight, const Quantized& input,
   return status;
 }
 
+bool flags_are_zero(const Plan& plan, const Buffer& workspace) {
+  if (plan.workspace_bytes < kFlagBytes) return true;
+  const auto bytes = workspace.download<std::byte>();
+  return std::all_of(bytes.begin(), bytes.begin() + kFlagBytes,
+                     [](std::byte b) { return b == std::byte{0}; });
+}
+
 std::string run_and_compare(const Plan& plan, const GpuWeight& weight, const Quantized& input,
                             const Expected& expected) {
   const Problem& p = plan.problem;
@@ -355,6 +362,7 @@ std::string run_and_compare(const Plan& plan, const GpuWeight& weight, const Qua
   const auto found = y.download<std::byte>();
   if (!y.guard_is_intact()) return "written behind the end of y";
   if (!workspace.guard_is_intact()) return "written behind the end of the workspace";
+  if (!flags_are_zero(plan, workspace)) return "flags in the workspace are not left zero";
   if (std::string text = check_padding(p, found, stride); !text.empty()) return text;
   return compare(plan, expected, found, stride);
 }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <string_view>
 
 #include "gemm/cuda/limits.h"
@@ -240,21 +241,35 @@ std::string family_text(const Plan& plan) {
 }
 
 // What w4a8_rs_sm90 and w4a16_rs_sm90 are compiled for.
-constexpr std::array<RsTile, 7> kRsTiles = {
-    {{96, 3}, {64, 3}, {64, 2}, {32, 4}, {32, 3}, {32, 2, 2}, {32, 2, 1}}};
-constexpr std::array<RsTile, 6> kRsTilesOfHalves = {{{128, 2}, {64, 3}, {32, 4}, {32, 3}, {32, 2, 2}, {32, 2, 1}}};
-constexpr std::array<RsTile, 1> kRsTilesOfShortGroups = {{{64, 2}}};
+// Two blocks of 32 rows a multiprocessor take turns; one leaves room for the next kernel's.
+constexpr std::array<RsTile, 7> kRsTiles = {{{96, 3, 1, 595},
+                                             {64, 3, 1, 470},
+                                             {64, 2, 1, 365},
+                                             {32, 4, 1, 460},
+                                             {32, 3, 1, 372},
+                                             {32, 2, 2, 470},
+                                             {32, 2, 1, 272}}};
+constexpr std::array<RsTile, 6> kRsTilesOfHalves = {{{128, 2, 1, 740},
+                                                     {64, 3, 1, 630},
+                                                     {32, 4, 1, 620},
+                                                     {32, 3, 1, 485},
+                                                     {32, 2, 2, 625},
+                                                     {32, 2, 1, 370}}};
+constexpr std::array<RsTile, 1> kRsTilesOfShortGroups = {{{64, 2, 1, 365}}};
 
-/// Expanding the weights of a tile costs about as much as this many rows more.
-constexpr int64_t kExpansionRows = 32;
-
-/// The tile that costs least per column: all its rows are multiplied, whether x has them or not.
-RsTile best_tile(std::span<const RsTile> tiles, int64_t m) {
-  const auto cost = [m](const RsTile& tile) {
-    return (m + tile.tokens - 1) / tile.tokens * (tile.tokens + kExpansionRows);
-  };
-  return *std::min_element(tiles.begin(), tiles.end(),
-                           [&](const RsTile& a, const RsTile& b) { return cost(a) < cost(b); });
+/// What a launch takes from where the configuration matters, in nanoseconds: the longest worker's
+/// steps, and a sum over parts where tiles are split.
+int64_t rs_cost(const PackedLayout& layout, int64_t m, const RsConfig& config, int step) {
+  constexpr int64_t kSumOfTwo = 1500, kSumOfMore = 2500;
+  const RsSchedule schedule = rs_schedule_of(layout, m, config);
+  const int64_t tiles = schedule.tiles(), workers = schedule.workers;
+  const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t slices = schedule.whole == tiles
+                             ? up(tiles, workers) * schedule.slices
+                             : schedule.whole / workers * schedule.slices +
+                                   up((tiles - schedule.whole) * schedule.slices, workers);
+  const int64_t sum = schedule.whole == tiles ? 0 : schedule.shares_widely() ? kSumOfMore : kSumOfTwo;
+  return slices * (kSlabDepth / kBlockDepth) * step + sum;
 }
 
 /// Splitting costs a sum over parts; an almost full last wave is not worth it.
@@ -293,15 +308,24 @@ std::span<const RsTile> rs_tiles(const PackedLayout& layout, RsActivations activ
 
 RsConfig rs_config(const PackedLayout& layout, int64_t m, RsActivations activations,
                    int multiprocessors) {
-  const RsTile tile = best_tile(rs_tiles(layout, activations), m);
-  RsConfig config;
-  config.token_tile = tile.tokens;
-  config.math_groups = tile.math_groups;
-  config.blocks = tile.blocks;
-  config.multiprocessors = multiprocessors;
-  config.programmatic = true;
-  config.split_tail = worth_splitting(rs_schedule_of(layout, m, config), multiprocessors);
-  return config;
+  RsConfig best;
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (const RsTile& tile : rs_tiles(layout, activations)) {
+    for (const bool split : {false, true}) {
+      RsConfig config;
+      config.token_tile = tile.tokens;
+      config.math_groups = tile.math_groups;
+      config.blocks = tile.blocks;
+      config.split_tail = split;
+      config.multiprocessors = multiprocessors;
+      config.programmatic = true;
+      const int64_t cost = rs_cost(layout, m, config, tile.step);
+      if (cost >= least) continue;
+      least = cost;
+      best = config;
+    }
+  }
+  return best;
 }
 
 const char* Plan::kernel_name() const { return candidate_of(*this).row.name; }

@@ -35,9 +35,11 @@ WorkspaceLayout workspace_layout(const Plan& plan);
 void* workspace_scratch(const Plan& plan, void* workspace);
 
 /// A shape of tile of the rs kernel: rows of x, warpgroups of 64 columns each, and how many blocks
-/// of that shape a multiprocessor holds.
+/// of that shape work on a multiprocessor at once. step: what 128 k of a tile take, measured on an
+/// H200 (docs/notes.md), nanoseconds.
 struct RsTile {
   int tokens = 0, math_groups = 0, blocks = 1;
+  int step = 0;
 };
 /// What the rs kernels take as activations.
 enum class RsActivations { codes, codes_with_group_scales, halves };

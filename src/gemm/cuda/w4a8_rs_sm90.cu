@@ -98,7 +98,7 @@ __device__ __forceinline__ uint32_t lift_of(uint32_t zero) {
 
 template <class S>
 struct Kernel {
-  static constexpr int kTokens = S::kTokens, kMathGroups = S::kMathGroups;
+  static constexpr int kTokens = S::kTokens;
   static constexpr int kMathWarps = S::kMathWarps;
   static constexpr int kSteps = S::kPromoted / 32;  // product steps between promotions
   static constexpr int kParts = 4 / kSteps;         // groups of a block of 128
