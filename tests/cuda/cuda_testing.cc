@@ -157,8 +157,7 @@ std::vector<Variant> variants(const Problem& problem) {
     variant.name += name;
     found.push_back(variant);
   };
-  const int64_t problem_slices =
-      packed_layout(problem.n, problem.k, problem.group_size).slices;
+  const int64_t problem_slices = packed_layout(problem.n, problem.k, problem.group_size).slices;
   for (const Variant& kernel : kernels(problem)) {
     if (kernel.plan.family == KernelFamily::ss) {
       for (const Sharing& sharing : kSharings) {
@@ -196,7 +195,8 @@ std::vector<Variant> variants(const Problem& problem) {
         variant.plan.rs.blocks = tile.blocks;
         variant.plan.rs.split_tail = sharing.split;
         variant.plan.rs.multiprocessors = sharing.multiprocessors;
-        add(variant, fmt::format(" tile {}x{}{}", tile.tokens, 64 * tile.math_groups, sharing.name));
+        add(variant,
+            fmt::format(" tile {}x{}{}", tile.tokens, 64 * tile.math_groups, sharing.name));
       }
     }
   }
@@ -335,8 +335,8 @@ Status launch(const Plan& plan, const GpuWeight& weight, const Quantized& input,
     return status;
   }
   const DeviceOperand operand = upload(plan, input);
-  const Status status = run_gemm_quantized(plan, operand.operand(), weight.device, y, stride,
-                                           workspace, nullptr);
+  const Status status =
+      run_gemm_quantized(plan, operand.operand(), weight.device, y, stride, workspace, nullptr);
   NIBBLE_CHECK_CUDA(cudaDeviceSynchronize());
   return status;
 }

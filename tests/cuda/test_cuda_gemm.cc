@@ -238,12 +238,9 @@ TEST_F(CudaGemm, SymmetricInt4CodesAreExactInFp8) {
 // The largest sums that fp8 accumulation meets, odd so that every bit counts: 15 * (-8 * 127 - 7).
 TEST_F(CudaGemm, LargestInt4SumsAreExactInFp8) {
   for (const int zero : {0, 15}) {
-    GpuWeight weight = make_gpu_weight({.k = 256,
-                                        .n = 64,
-                                        .group_size = 128,
-                                        .fixed_code = 15 - zero,
-                                        .fixed_zero = zero},
-                                       random_);
+    GpuWeight weight = make_gpu_weight(
+        {.k = 256, .n = 64, .group_size = 128, .fixed_code = 15 - zero, .fixed_zero = zero},
+        random_);
     std::fill(weight.host.tensors.scales.begin(), weight.host.tensors.scales.end(), 0x3c00);  // 1
     refresh(weight);
     Problem p = {.m = 128, .n = 64, .k = 256, .group_size = 128, .mode = Mode::w4a4};
@@ -296,8 +293,8 @@ TEST_F(CudaGemm, ScalesPerTokenAndGroupOfEveryLength) {
         make_gpu_weight({.k = size.k, .n = 776, .group_size = size.group_size}, random_);
     for (const int64_t m : {17, 32, 33, 65, 100, 193}) {
       if (HasFailure()) return;
-      expect_all_variants_right(
-          {.m = m, .y_dtype = Dtype::bf16, .granularity = Granularity::group}, weight, random_);
+      expect_all_variants_right({.m = m, .y_dtype = Dtype::bf16, .granularity = Granularity::group},
+                                weight, random_);
     }
   }
 }

@@ -249,10 +249,10 @@ RsConfig config_of_codes(int64_t n, int64_t k, int64_t m) {
 }
 
 TEST(CudaPlan, TilesAreSplitWhereThatEvensOutTheWork) {
-  EXPECT_TRUE(config_of_codes(4096, 14336, 32).split_tail);   // fewer tiles than workers
-  EXPECT_TRUE(config_of_codes(28672, 4096, 64).split_tail);   // a little more than one wave
+  EXPECT_TRUE(config_of_codes(4096, 14336, 32).split_tail);      // fewer tiles than workers
+  EXPECT_TRUE(config_of_codes(28672, 4096, 64).split_tail);      // a little more than one wave
   EXPECT_FALSE(config_of_codes(66 * 384, 4096, 96).split_tail);  // one wave of 66 clusters
-  EXPECT_FALSE(config_of_codes(4096, 512, 32).split_tail);    // one slice: nothing to split
+  EXPECT_FALSE(config_of_codes(4096, 512, 32).split_tail);       // one slice: nothing to split
   for (int64_t n = 1024; n <= 66 * 512 * 2; n += 1024) {
     for (const int64_t m : {17, 40, 100, 300, 1000}) {
       const PackedLayout layout = packed_layout(n, 4096, 128);
@@ -260,6 +260,30 @@ TEST(CudaPlan, TilesAreSplitWhereThatEvensOutTheWork) {
       const RsSchedule schedule = rs_schedule_of(layout, m, config);
       EXPECT_EQ(config.split_tail, schedule.whole < schedule.tiles()) << n << " " << m;
     }
+  }
+}
+
+// What was fastest on an H200, or within a few percent of it (docs/notes.md).
+TEST(CudaPlan, MeasuredShapesGetTheTilesThatWereFast) {
+  struct Case {
+    int64_t n, k, m;
+    int tokens, math_groups;
+    bool split;
+  };
+  for (const Case& c : {Case{4096, 4096, 32, 32, 2, true},
+                        {6144, 4096, 32, 32, 2, true},
+                        {4096, 14336, 32, 32, 2, true},
+                        {28672, 4096, 32, 32, 2, false},
+                        {4096, 14336, 64, 64, 3, true},
+                        {28672, 4096, 64, 64, 3, true},
+                        {28672, 4096, 128, 64, 3, true},
+                        {4096, 4096, 256, 64, 2, false},
+                        {28672, 4096, 256, 96, 3, true},
+                        {4096, 4096, 512, 96, 3, false}}) {
+    const RsConfig config = config_of_codes(c.n, c.k, c.m);
+    EXPECT_EQ(config.token_tile, c.tokens) << c.n << "x" << c.k << " " << c.m;
+    EXPECT_EQ(config.math_groups, c.math_groups) << c.n << "x" << c.k << " " << c.m;
+    EXPECT_EQ(config.split_tail, c.split) << c.n << "x" << c.k << " " << c.m;
   }
 }
 

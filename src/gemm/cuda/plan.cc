@@ -240,36 +240,31 @@ std::string family_text(const Plan& plan) {
   return "";
 }
 
-// What w4a8_rs_sm90 and w4a16_rs_sm90 are compiled for.
-// Two blocks of 32 rows a multiprocessor take turns; one leaves room for the next kernel's.
-constexpr std::array<RsTile, 7> kRsTiles = {{{96, 3, 1, 595},
-                                             {64, 3, 1, 470},
-                                             {64, 2, 1, 365},
-                                             {32, 4, 1, 460},
-                                             {32, 3, 1, 372},
-                                             {32, 2, 2, 470},
-                                             {32, 2, 1, 272}}};
-constexpr std::array<RsTile, 6> kRsTilesOfHalves = {{{128, 2, 1, 740},
-                                                     {64, 3, 1, 630},
-                                                     {32, 4, 1, 620},
-                                                     {32, 3, 1, 485},
-                                                     {32, 2, 2, 625},
-                                                     {32, 2, 1, 370}}};
-constexpr std::array<RsTile, 1> kRsTilesOfShortGroups = {{{64, 2, 1, 365}}};
+// What w4a8_rs_sm90 and w4a16_rs_sm90 are compiled for. Steps: with all multiprocessors at work,
+// fitted together with the constants of rs_cost() to the times of docs/notes.md.
+constexpr std::array<RsTile, 5> kRsTiles = {
+    {{96, 3, 1, 610}, {64, 3, 1, 490}, {64, 2, 1, 385}, {32, 3, 1, 395}, {32, 2, 2, 400}}};
+constexpr std::array<RsTile, 4> kRsTilesOfHalves = {
+    {{128, 2, 1, 875}, {64, 3, 1, 630}, {32, 3, 1, 502}, {32, 2, 2, 505}}};
+constexpr std::array<RsTile, 1> kRsTilesOfShortGroups = {{{64, 2, 1, 385}}};
 
-/// What a launch takes from where the configuration matters, in nanoseconds: the longest worker's
-/// steps, and a sum over parts where tiles are split.
+/// What depends on the configuration of the time a launch takes, in nanoseconds. Steps follow one
+/// another, so whole tiles cost what the worker with most of them does; shared ones cost the mean
+/// (fits better than the longest worker's, because sums wait for less than that), and a sum: more
+/// of it where more than two share, whose parts all go through L2.
 int64_t rs_cost(const PackedLayout& layout, int64_t m, const RsConfig& config, int step) {
-  constexpr int64_t kSumOfTwo = 1500, kSumOfMore = 2500;
+  constexpr int64_t kSum = 4000, kWideSum = 2500, kBytesOfNanosecond = 6667;
+  constexpr int64_t kSteps = kSlabDepth / kBlockDepth;
   const RsSchedule schedule = rs_schedule_of(layout, m, config);
   const int64_t tiles = schedule.tiles(), workers = schedule.workers;
-  const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t slices = schedule.whole == tiles
-                             ? up(tiles, workers) * schedule.slices
-                             : schedule.whole / workers * schedule.slices +
-                                   up((tiles - schedule.whole) * schedule.slices, workers);
-  const int64_t sum = schedule.whole == tiles ? 0 : schedule.shares_widely() ? kSumOfMore : kSumOfTwo;
-  return slices * (kSlabDepth / kBlockDepth) * step + sum;
+  if (schedule.whole == tiles) {
+    return (tiles + workers - 1) / workers * schedule.slices * kSteps * step;
+  }
+  const int64_t parts = workers * 2 * config.token_tile * 64 * config.math_groups;
+  const int64_t sum = kSum + (schedule.shares_widely()
+                                  ? kWideSum + parts * int64_t{sizeof(float)} / kBytesOfNanosecond
+                                  : 0);
+  return tiles * schedule.slices * kSteps * step / workers + sum;
 }
 
 /// Splitting costs a sum over parts; an almost full last wave is not worth it.
@@ -385,11 +380,11 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
   const PackedLayout layout = layout_of(problem);
   const bool slab = plan.family == KernelFamily::slab || plan.family == KernelFamily::slab_fused;
   if (slab && problem.m > 0) {
-    plan.slab = multiplies_halves(plan)
-                    ? slab_halves_config(layout, problem.m, device.multiprocessors,
-                                         device.shared_bytes)
-                    : slab_config(layout, problem.m, has_group_scales(problem),
-                                  device.multiprocessors, device.shared_bytes);
+    plan.slab =
+        multiplies_halves(plan)
+            ? slab_halves_config(layout, problem.m, device.multiprocessors, device.shared_bytes)
+            : slab_config(layout, problem.m, has_group_scales(problem), device.multiprocessors,
+                          device.shared_bytes);
     plan.slab.programmatic = true;
     if (plan.family == KernelFamily::slab_fused) {
       plan.fused =

@@ -18,9 +18,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 /// inside, unlike after lane == 0. sm_90.
 __device__ __forceinline__ bool elect_one() {
   uint32_t elected;
-  asm volatile(
-      "{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}"
-      : "=r"(elected));
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(elected));
   return elected != 0;
 }
 
@@ -58,7 +57,6 @@ __device__ __forceinline__ void mbarrier_expect(uint32_t barrier, int bytes) {
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-
 
 /// Waits for the phase of that parity to complete. The loop is written in PTX because the compiler
 /// would wrap one in C++ in a vote.
@@ -165,7 +163,6 @@ __device__ __forceinline__ float load_float(const float* p) {
   return v;
 }
 
-
 __device__ __forceinline__ uint4 load16_shared(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -210,7 +207,6 @@ __device__ __forceinline__ void store_float_shared(uint32_t address, float v) {
 __device__ __forceinline__ void store_float2_shared(uint32_t address, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
-
 
 // ---- arithmetic --------------------------------------------------------------------------------
 
@@ -411,10 +407,10 @@ __device__ __forceinline__ void bulk_wait_all() {
 }
 
 __device__ __forceinline__ void store_matrices_transposed(uint32_t row_address, uint4 v) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   row_address),
-               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+      : "memory");
 }
 __device__ __forceinline__ uint32_t load1_shared(uint32_t address) {
   uint32_t v;

@@ -158,7 +158,7 @@ struct RsConfig {
   int math_groups = 3;  // warpgroups of a block that multiply, 64 columns each
   bool split_tail = false;
   int multiprocessors = 132;
-  int blocks = 1;  // of a multiprocessor at once
+  int blocks = 1;             // of a multiprocessor at once
   bool programmatic = false;  // launched with programmatic stream serialization
 };
 
@@ -174,13 +174,13 @@ inline size_t rs_scratch_bytes(const PackedLayout& layout, int64_t m, const RsCo
   const RsSchedule schedule = rs_schedule_of(layout, m, config);
   if (schedule.whole == schedule.tiles()) return kFlagBytes;
   const auto parts = static_cast<size_t>(schedule.workers) * 2 * (schedule.shares_widely() ? 2 : 1);
-  return kFlagBytes + parts * static_cast<size_t>(config.math_groups) * 128 *
-                            sizeof(float) * static_cast<size_t>(config.token_tile / 2);
+  return kFlagBytes + parts * static_cast<size_t>(config.math_groups) * 128 * sizeof(float) *
+                          static_cast<size_t>(config.token_tile / 2);
 }
 
 /// How w4a8_ss_sm90 is launched.
 struct SsConfig {
-  bool e4m3 = false;  // products in fp8; w4a4: codes of magnitude up to 8, as exact
+  bool e4m3 = false;        // products in fp8; w4a4: codes of magnitude up to 8, as exact
   bool e4m3_codes = false;  // w4a8-fp8: activations are e4m3 bytes already
   bool split_tail = true;
   int multiprocessors = 132;
@@ -188,8 +188,8 @@ struct SsConfig {
 inline constexpr int kSsTokens = 128, kSsMathGroups = 3;
 
 inline RsSchedule ss_schedule_of(const PackedLayout& layout, int64_t m, const SsConfig& config) {
-  return rs_schedule(image_tiles(layout) / 2, (m + kSsTokens - 1) / kSsTokens,
-                     image_blocks(layout), config.multiprocessors / 2, config.split_tail);
+  return rs_schedule(image_tiles(layout) / 2, (m + kSsTokens - 1) / kSsTokens, image_blocks(layout),
+                     config.multiprocessors / 2, config.split_tail);
 }
 
 /// Where things lie in the scratch of a launch. Its first kFlagBytes are zeroed once before the

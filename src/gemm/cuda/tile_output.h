@@ -22,7 +22,7 @@ struct TileOutputParams {
   int64_t m, n;
   Output out;
   RsSchedule schedule;
-  bool spread;  // the kernel calls finish_spread(); parts have two slots a block
+  bool spread;   // the kernel calls finish_spread(); parts have two slots a block
   float* parts;  // [block][slot][math warpgroup][8 tokens][thread][4]: sums of a part of a tile
   uint32_t* arrived;  // [first block with a part][math warpgroup]: parts stored, + 2^16 * readers
 };
@@ -108,8 +108,7 @@ struct TileOutput {
     return p.arrived + (first_worker * 2 + rank) * kMathGroups + group;
   }
 
-  __device__ void store_part(const float (&f)[kSums], int slot, int first_worker,
-                             int group) const {
+  __device__ void store_part(const float (&f)[kSums], int slot, int first_worker, int group) const {
     float4* to = part_of(worker, slot, group);
 #pragma unroll
     for (int j = 0; j < kEights; ++j) {
@@ -202,8 +201,8 @@ struct TileOutput {
     for (int h = 0; h < 2; ++h) {
       const int64_t n = column + 8 * h, to = n - (lane >> 2) + (lane & 3) * 2;
       const float bias = bias_of(n);
-      const uint32_t pair = ptx::transposed(
-          rounded(scaled(f[2 * h], t0, bias), scaled(f[2 * h + 1], t1, bias)));
+      const uint32_t pair =
+          ptx::transposed(rounded(scaled(f[2 * h], t0, bias), scaled(f[2 * h + 1], t1, bias)));
       if (to_token < p.m && to < p.n) *reinterpret_cast<uint32_t*>(row + to) = pair;
     }
   }

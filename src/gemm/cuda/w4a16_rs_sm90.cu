@@ -42,14 +42,8 @@ struct Shape {
   static constexpr int kMathWarps = 4 * kMathGroups, kThreads = 128 * (kMathGroups + 1);
   static constexpr int kResident = kTokens == 32 && kMathGroups == 2 ? 2 : 1;  // blocks at once
   // of a thread: 65536 are there for all blocks, and the producers are one warpgroup
-  static constexpr int kMathRegisters = kResident == 2     ? 104
-                                        : kMathGroups == 2 ? 232
-                                        : kMathGroups == 3 ? 152
-                                                           : 112;
-  static constexpr int kProducerRegisters = kResident == 2     ? 32
-                                            : kMathGroups == 2 ? 40
-                                            : kMathGroups == 3 ? 56
-                                                               : 32;
+  static constexpr int kMathRegisters = kResident == 2 ? 104 : kMathGroups == 2 ? 232 : 152;
+  static constexpr int kProducerRegisters = kResident == 2 ? 32 : kMathGroups == 2 ? 40 : 56;
 
   static constexpr int kSlabGroups = kSlabDepth / kPromoted;
   static constexpr int kSlabBytes = kSlabCodeBytes + kSlabGroups * 40;
@@ -202,7 +196,8 @@ struct Kernel {
     uint32_t a[2][4][4];
     SliceScales scales;
     int stage = 0;
-    uint32_t phase = 0, slice_phase = 0, slab = base + S::kWeights + (ptx::thread() >> 5) * S::kSlabBytes;
+    uint32_t phase = 0, slice_phase = 0,
+             slab = base + S::kWeights + (ptx::thread() >> 5) * S::kSlabBytes;
 #pragma unroll
     for (int i = 0; i < S::kSums; ++i) c[i] = 0;
     ptx::mbarrier_wait(slice_full(0), 0);
@@ -380,11 +375,10 @@ cudaError_t launch_w4a16_rs_sm90(const GemmArgs& args, const RsConfig& config, v
   }
   const auto is = [&](int promoted, int tokens, int math_groups, int blocks = 1) {
     return args.layout.promoted == promoted && config.token_tile == tokens &&
-           config.math_groups == math_groups && config.blocks <= blocks;
+           config.math_groups == math_groups && config.blocks == blocks;
   };
   if (is(128, 128, 2)) return launch<128, 2, 128>(args, config, scratch, x, stream);
   if (is(128, 64, 3)) return launch<64, 3, 128>(args, config, scratch, x, stream);
-  if (is(128, 32, 4)) return launch<32, 4, 128>(args, config, scratch, x, stream);
   if (is(128, 32, 3)) return launch<32, 3, 128>(args, config, scratch, x, stream);
   if (is(128, 32, 2, 2)) return launch<32, 2, 128>(args, config, scratch, x, stream);
   if (is(64, 64, 2)) return launch<64, 2, 64>(args, config, scratch, x, stream);

@@ -1,7 +1,7 @@
 // w4a8 by wgmma: weights expanded to q - z in registers (operand A), tokens in shared memory
 // (operand B, the N side), promotion to float every group, in group order: the CPU kernels' bits.
 //
-//               token_tile            a block: 2 to 4 math warpgroups of 64 columns each, one
+//               token_tile            a block: 2 or 3 math warpgroups of 64 columns each, one
 //            +-------------+          producer warpgroup (one warp copies activations, one
 //    WG 0    |  64 columns |          weights, one scales per (token, group)). A cluster of two
 //    WG 1    |  64 columns |          blocks works on neighbouring columns and shares the
@@ -35,7 +35,7 @@ struct RsParams {
   const uint8_t* slabs;
   int64_t tiles, slices;  // of the weights
   bool bf16_scales;
-  const float* t;             // (m, t_stride), of groups of group_size; null: a scale per token
+  const float* t;  // (m, t_stride), of groups of group_size; null: a scale per token
   int t_stride, group_size;
   TileOutputParams end;
 };
@@ -47,14 +47,8 @@ struct Shape {
   static constexpr int kMathWarps = 4 * kMathGroups, kThreads = 128 * (kMathGroups + 1);
   static constexpr int kResident = kResident_;  // blocks that a multiprocessor holds
   // of a thread: 65536 are there for all blocks, and the producers are one warpgroup
-  static constexpr int kMathRegisters = kResident == 2     ? 104
-                                        : kMathGroups == 2 ? 232
-                                        : kMathGroups == 3 ? 152
-                                                           : 112;
-  static constexpr int kProducerRegisters = kResident == 2     ? 32
-                                            : kMathGroups == 2 ? 40
-                                            : kMathGroups == 3 ? 56
-                                                               : 32;
+  static constexpr int kMathRegisters = kResident == 2 ? 104 : kMathGroups == 2 ? 232 : 152;
+  static constexpr int kProducerRegisters = kResident == 2 ? 32 : kMathGroups == 2 ? 40 : 56;
 
   static constexpr int kSlabGroups = kSlabDepth / kPromoted;
   // scales of a slab in registers; where there are too few, they are loaded for each block of k
@@ -65,7 +59,7 @@ struct Shape {
   static constexpr int kActBytes = kTokens * kBlockDepth;
   static constexpr int kSliceBytes = kMathWarps * kSlabBytes;
   using Output = TileOutput<kTokens, kMathGroups>;
-  static constexpr int kStageOut = Output::kStageBytes;  // of a warpgroup
+  static constexpr int kStageOut = Output::kStageBytes;     // of a warpgroup
   static constexpr int kBlocks = kSlabDepth / kBlockDepth;  // of a slice
   static constexpr int kActSlices = kTokens == 32 ? 2 : 1;  // slices of activations in the ring
   static constexpr int kActs = kActSlices * kBlocks;
@@ -161,8 +155,8 @@ struct Kernel {
 #pragma unroll 1
     for (int item = 0; item < items; ++item) {
       const RsWork work = p.end.schedule.work(cluster, item);
-      const int64_t wanted = int64_t{work.weight_tile} * (2 * kMathWarps) +
-                             rank * kMathWarps + lane;
+      const int64_t wanted =
+          int64_t{work.weight_tile} * (2 * kMathWarps) + rank * kMathWarps + lane;
       const int64_t tile = wanted < p.tiles ? wanted : p.tiles - 1;
       const uint8_t* from = p.slabs + (tile * p.slices + work.slice0) * S::kSlabBytes;
 #pragma unroll 1
@@ -171,7 +165,7 @@ struct Kernel {
         if (lane == 0) ptx::mbarrier_expect(slice_full(stage), S::kSliceBytes);
         __syncwarp((1 << kMathWarps) - 1);
         ptx::bulk_load(base + S::kWeights + stage * S::kSliceBytes + lane * S::kSlabBytes, from,
-                  S::kSlabBytes, slice_full(stage), ptx::kEvictFirst);
+                       S::kSlabBytes, slice_full(stage), ptx::kEvictFirst);
         if (++stage == S::kSlices) stage = 0, phase ^= 1;
       }
     }
@@ -203,7 +197,8 @@ struct Kernel {
         ptx::mbarrier_wait(scales_empty(done % S::kScaleSlices), ~(done / S::kScaleSlices) & 1);
 #pragma unroll
         for (int i = 0; i < kTokens / 8; ++i) {
-          ptx::store_float_shared(group_scales(done % S::kScaleSlices, u) + (row + 8 * i) * 4, t[i]);
+          ptx::store_float_shared(group_scales(done % S::kScaleSlices, u) + (row + 8 * i) * 4,
+                                  t[i]);
         }
         __syncwarp();
         ptx::mbarrier_arrive_if(lane == 0, scales_full(done % S::kScaleSlices));
@@ -311,8 +306,8 @@ struct Kernel {
 #pragma unroll
         for (int u = 0; u < S::kBlocks; ++u) {
           if constexpr (S::kGroupScales) {
-            scales.scales[0] = ptx::load4_shared(slab + kSlabCodeBytes +
-                                                 ((lane >> 2) * S::kSlabGroups + u) * 4);
+            scales.scales[0] =
+                ptx::load4_shared(slab + kSlabCodeBytes + ((lane >> 2) * S::kSlabGroups + u) * 4);
           }
           ptx::mbarrier_wait(act_full(acts + u), done / S::kActSlices & 1);
 #pragma unroll
@@ -339,8 +334,8 @@ struct Kernel {
             wgmma_wait<0>();
             wgmma_settle(c);
             if (part + 1 == kParts) release_block(acts + u);
-            const float2 scale = scales_of(
-                scales.scales[S::kGroupScales ? 0 : u * kParts + part], p.bf16_scales);
+            const float2 scale =
+                scales_of(scales.scales[S::kGroupScales ? 0 : u * kParts + part], p.bf16_scales);
             if constexpr (S::kGroupScales) {
               promote(c, f, scale, group_scales(done % S::kScaleSlices, u) + (lane & 3) * 8);
             } else {
@@ -442,7 +437,7 @@ cudaError_t launch(const GemmArgs& args, const RsConfig& config, void* scratch,
   CUtensorMap act_map, out_map = {};
   cudaError_t error =
       make_tensor_map(&act_map, args.codes, TensorElement::u8, args.layout.padded_k(), args.m,
-                          args.layout.padded_k(), kBlockDepth, S::kTokens / 2);
+                      args.layout.padded_k(), kBlockDepth, S::kTokens / 2);
   if (error != cudaSuccess) return error;
   if (args.out.type != Element::f32) {
     const TensorElement type =
@@ -466,8 +461,8 @@ template <class First, class... Rest>
 cudaError_t launch_one(const GemmArgs& args, const RsConfig& config, void* scratch,
                        cudaStream_t stream) {
   if (config.token_tile == First::kTokens && config.math_groups == First::kMathGroups &&
-      config.blocks <= First::kResident &&
-      args.layout.promoted == First::kPromoted && args.group_scales == First::kGroupScales) {
+      config.blocks == First::kResident && args.layout.promoted == First::kPromoted &&
+      args.group_scales == First::kGroupScales) {
     return launch<First>(args, config, scratch, stream);
   }
   if constexpr (sizeof...(Rest) > 0) {
@@ -482,13 +477,11 @@ cudaError_t launch_one(const GemmArgs& args, const RsConfig& config, void* scrat
 // What fits the registers: short groups want more scales.
 cudaError_t launch_w4a8_rs_sm90(const GemmArgs& args, const RsConfig& config, void* scratch,
                                 cudaStream_t stream) {
-  return launch_one<Shape<96, 3, 128, false>, Shape<64, 3, 128, false>,
-                    Shape<64, 2, 128, false>, Shape<32, 2, 128, false, 2>,
-                    Shape<32, 3, 128, false>, Shape<32, 4, 128, false>, Shape<96, 3, 128, true>,
-                    Shape<64, 3, 128, true>, Shape<64, 2, 128, true>,
-                    Shape<32, 2, 128, true, 2>, Shape<32, 3, 128, true>, Shape<32, 4, 128, true>,
-                    Shape<64, 2, 64, false>, Shape<64, 2, 32, false>>(args, config, scratch,
-                                                                      stream);
+  return launch_one<Shape<96, 3, 128, false>, Shape<64, 3, 128, false>, Shape<64, 2, 128, false>,
+                    Shape<32, 3, 128, false>, Shape<32, 2, 128, false, 2>, Shape<96, 3, 128, true>,
+                    Shape<64, 3, 128, true>, Shape<64, 2, 128, true>, Shape<32, 3, 128, true>,
+                    Shape<32, 2, 128, true, 2>, Shape<64, 2, 64, false>, Shape<64, 2, 32, false>>(
+      args, config, scratch, stream);
 }
 
 }  // namespace nibble::cuda

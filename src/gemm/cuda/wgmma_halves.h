@@ -17,13 +17,13 @@ namespace nibble::cuda {
   NIBBLE_C(i), NIBBLE_C(i + 1), NIBBLE_C(i + 2), NIBBLE_C(i + 3), NIBBLE_C(i + 4), \
       NIBBLE_C(i + 5), NIBBLE_C(i + 6), NIBBLE_C(i + 7)
 
-#define NIBBLE_WGMMA_32(types)                                                         \
-  asm volatile(                                                                        \
-      "{ .reg .pred p; setp.ne.b32 p, %21, 0;"                                         \
-      " wgmma.mma_async.sync.aligned.m64n32k16.f32." types                             \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "      \
-      "{%16, %17, %18, %19}, %20, p, 1, 1, 0; }"                                       \
-      : NIBBLE_C8(0), NIBBLE_C8(8)                                                     \
+#define NIBBLE_WGMMA_32(types)                                                    \
+  asm volatile(                                                                   \
+      "{ .reg .pred p; setp.ne.b32 p, %21, 0;"                                    \
+      " wgmma.mma_async.sync.aligned.m64n32k16.f32." types                        \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, " \
+      "{%16, %17, %18, %19}, %20, p, 1, 1, 0; }"                                  \
+      : NIBBLE_C8(0), NIBBLE_C8(8)                                                \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}))
 
 #define NIBBLE_WGMMA_64(types)                                                            \
