@@ -157,8 +157,7 @@ std::vector<Variant> variants(const Problem& problem) {
     variant.name += name;
     found.push_back(variant);
   };
-  const int64_t problem_slices =
-      packed_layout(problem.n, problem.k, problem.group_size).slices;
+  const int64_t problem_slices = packed_layout(problem.n, problem.k, problem.group_size).slices;
   for (const Variant& kernel : kernels(problem)) {
     if (kernel.plan.family == KernelFamily::ss) {
       for (const Sharing& sharing : kSharings) {
@@ -193,9 +192,11 @@ std::vector<Variant> variants(const Problem& problem) {
         Variant variant = kernel;
         variant.plan.rs.token_tile = tile.tokens;
         variant.plan.rs.math_groups = tile.math_groups;
+        variant.plan.rs.blocks = tile.blocks;
         variant.plan.rs.split_tail = sharing.split;
         variant.plan.rs.multiprocessors = sharing.multiprocessors;
-        add(variant, fmt::format(" tile {}{}", tile.tokens, sharing.name));
+        add(variant,
+            fmt::format(" tile {}x{}{}", tile.tokens, 64 * tile.math_groups, sharing.name));
       }
     }
   }
@@ -334,10 +335,17 @@ Status launch(const Plan& plan, const GpuWeight& weight, const Quantized& input,
     return status;
   }
   const DeviceOperand operand = upload(plan, input);
-  const Status status = run_gemm_quantized(plan, operand.operand(), weight.device, y, stride,
-                                           workspace, nullptr);
+  const Status status =
+      run_gemm_quantized(plan, operand.operand(), weight.device, y, stride, workspace, nullptr);
   NIBBLE_CHECK_CUDA(cudaDeviceSynchronize());
   return status;
+}
+
+bool flags_are_zero(const Plan& plan, const Buffer& workspace) {
+  if (plan.workspace_bytes < kFlagBytes) return true;
+  const auto bytes = workspace.download<std::byte>();
+  return std::all_of(bytes.begin(), bytes.begin() + kFlagBytes,
+                     [](std::byte b) { return b == std::byte{0}; });
 }
 
 std::string run_and_compare(const Plan& plan, const GpuWeight& weight, const Quantized& input,
@@ -355,6 +363,7 @@ std::string run_and_compare(const Plan& plan, const GpuWeight& weight, const Qua
     const auto found = y.download<std::byte>();
     if (!y.guard_is_intact()) return "written behind the end of y";
     if (!workspace.guard_is_intact()) return "written behind the end of the workspace";
+    if (!flags_are_zero(plan, workspace)) return "flags in the workspace are not left zero";
     if (std::string text = check_padding(p, found, stride); !text.empty()) return text;
     if (std::string text = compare(plan, expected, found, stride); !text.empty()) return text;
   }

@@ -238,12 +238,9 @@ TEST_F(CudaGemm, SymmetricInt4CodesAreExactInFp8) {
 // The largest sums that fp8 accumulation meets, odd so that every bit counts: 15 * (-8 * 127 - 7).
 TEST_F(CudaGemm, LargestInt4SumsAreExactInFp8) {
   for (const int zero : {0, 15}) {
-    GpuWeight weight = make_gpu_weight({.k = 256,
-                                        .n = 64,
-                                        .group_size = 128,
-                                        .fixed_code = 15 - zero,
-                                        .fixed_zero = zero},
-                                       random_);
+    GpuWeight weight = make_gpu_weight(
+        {.k = 256, .n = 64, .group_size = 128, .fixed_code = 15 - zero, .fixed_zero = zero},
+        random_);
     std::fill(weight.host.tensors.scales.begin(), weight.host.tensors.scales.end(), 0x3c00);  // 1
     refresh(weight);
     Problem p = {.m = 128, .n = 64, .k = 256, .group_size = 128, .mode = Mode::w4a4};
@@ -286,11 +283,48 @@ TEST_F(CudaGemm, ExpandedWeightsTileAfterTile) {
   }
 }
 
-// Llama's down projection: more slices than a block has warps.
+// Llama's down projection: more slices than a block has warps, and one tile that all workers share.
 TEST_F(CudaGemm, DeepK) {
   const GpuWeight weight = make_gpu_weight({.k = 14336, .n = 136, .group_size = 128}, random_);
-  for (const int64_t m : {1, 3, 16, 40}) {
-    expect_all_variants_right({.m = m, .y_dtype = Dtype::bf16}, weight, random_);
+  for (const Granularity granularity : {Granularity::token, Granularity::group}) {
+    for (const int64_t m : {1, 3, 16, 40, 72}) {
+      if (HasFailure()) return;
+      expect_all_variants_right({.m = m, .y_dtype = Dtype::bf16, .granularity = granularity},
+                                weight, random_);
+    }
+  }
+}
+
+// Tiles with two, three and more sharers, stored by pieces: every type of y, with a bias.
+TEST_F(CudaGemm, TilesThatManyWorkersShare) {
+  for (const int64_t n : {520, 2056}) {
+    const GpuWeight weight =
+        make_gpu_weight({.k = 4096, .n = n, .group_size = 128, .bias = true}, random_);
+    for (const Granularity granularity : {Granularity::token, Granularity::group}) {
+      for (const Dtype y : {Dtype::f32, Dtype::f16, Dtype::bf16}) {
+        for (const int64_t m : {17, 31, 64, 130}) {
+          if (HasFailure()) return;
+          expect_all_variants_right({.m = m, .y_dtype = y, .granularity = granularity}, weight,
+                                    random_);
+        }
+      }
+    }
+  }
+}
+
+// A group for the whole of K, for two blocks of k, and a number of groups that is odd.
+TEST_F(CudaGemm, ScalesPerTokenAndGroupOfEveryLength) {
+  struct Size {
+    int64_t k, group_size;
+  };
+  for (const Size size : {Size{1152, 128}, {4352, 128}, {2304, 256}, {3840, 384}, {2048, 2048}}) {
+    const GpuWeight weight =
+        make_gpu_weight({.k = size.k, .n = 776, .group_size = size.group_size}, random_);
+    for (const int64_t m : {17, 32, 33, 65, 100, 193}) {
+      if (HasFailure()) return;
+      expect_all_variants_right({.m = m, .y_dtype = Dtype::bf16, .granularity = Granularity::group},
+                                weight, random_);
+    }
   }
 }
 

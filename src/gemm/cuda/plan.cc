@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <string_view>
 
 #include "gemm/cuda/limits.h"
@@ -248,21 +249,31 @@ std::string family_text(const Plan& plan) {
   return "";
 }
 
-// What w4a8_rs_sm90 and w4a16_rs_sm90 are compiled for.
-constexpr std::array<RsTile, 2> kRsTiles = {{{96, 3}, {64, 3}}};
-constexpr std::array<RsTile, 2> kRsTilesOfHalves = {{{128, 2}, {64, 3}}};
-constexpr std::array<RsTile, 1> kRsTilesOfMoreScales = {{{64, 2}}};
+// What w4a8_rs_sm90 and w4a16_rs_sm90 are compiled for. Steps: with all multiprocessors at work,
+// fitted together with the constants of rs_cost() to the times of docs/notes.md.
+constexpr std::array<RsTile, 5> kRsTiles = {
+    {{96, 3, 1, 610}, {64, 3, 1, 490}, {64, 2, 1, 385}, {32, 3, 1, 395}, {32, 2, 2, 400}}};
+constexpr std::array<RsTile, 4> kRsTilesOfHalves = {
+    {{128, 2, 1, 875}, {64, 3, 1, 630}, {32, 3, 1, 502}, {32, 2, 2, 505}}};
+constexpr std::array<RsTile, 1> kRsTilesOfShortGroups = {{{64, 2, 1, 385}}};
 
-/// Expanding the weights of a tile costs about as much as this many rows more.
-constexpr int64_t kExpansionRows = 32;
-
-/// The tile that costs least per column: all its rows are multiplied, whether x has them or not.
-RsTile best_tile(std::span<const RsTile> tiles, int64_t m) {
-  const auto cost = [m](const RsTile& tile) {
-    return (m + tile.tokens - 1) / tile.tokens * (tile.tokens + kExpansionRows);
-  };
-  return *std::min_element(tiles.begin(), tiles.end(),
-                           [&](const RsTile& a, const RsTile& b) { return cost(a) < cost(b); });
+/// What depends on the configuration of the time a launch takes, in nanoseconds. Steps follow one
+/// another, so whole tiles cost what the worker with most of them does; shared ones cost the mean
+/// (fits better than the longest worker's, because sums wait for less than that), and a sum: more
+/// of it where more than two share, whose parts all go through L2.
+int64_t rs_cost(const PackedLayout& layout, int64_t m, const RsConfig& config, int step) {
+  constexpr int64_t kSum = 4000, kWideSum = 2500, kBytesOfNanosecond = 6667;
+  constexpr int64_t kSteps = kSlabDepth / kBlockDepth;
+  const RsSchedule schedule = rs_schedule_of(layout, m, config);
+  const int64_t tiles = schedule.tiles(), workers = schedule.workers;
+  if (schedule.whole == tiles) {
+    return (tiles + workers - 1) / workers * schedule.slices * kSteps * step;
+  }
+  const int64_t parts = workers * 2 * config.token_tile * 64 * config.math_groups;
+  const int64_t sum = kSum + (schedule.shares_widely()
+                                  ? kWideSum + parts * int64_t{sizeof(float)} / kBytesOfNanosecond
+                                  : 0);
+  return tiles * schedule.slices * kSteps * step / workers + sum;
 }
 
 /// Splitting costs a sum over parts; an almost full last wave is not worth it.
@@ -294,21 +305,31 @@ std::span<const RsTile> rs_tiles(const PackedLayout& layout, RsActivations activ
   const bool short_groups = layout.promoted < kBlockDepth;
   const bool group_scales = activations == RsActivations::codes_with_group_scales;
   if (short_groups && group_scales) return {};
-  if (short_groups || group_scales) return kRsTilesOfMoreScales;
+  if (short_groups) return kRsTilesOfShortGroups;
   if (activations == RsActivations::halves) return kRsTilesOfHalves;
   return kRsTiles;
 }
 
 RsConfig rs_config(const PackedLayout& layout, int64_t m, RsActivations activations,
                    int multiprocessors) {
-  const RsTile tile = best_tile(rs_tiles(layout, activations), m);
-  RsConfig config;
-  config.token_tile = tile.tokens;
-  config.math_groups = tile.math_groups;
-  config.multiprocessors = multiprocessors;
-  config.programmatic = true;
-  config.split_tail = worth_splitting(rs_schedule_of(layout, m, config), multiprocessors);
-  return config;
+  RsConfig best;
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (const RsTile& tile : rs_tiles(layout, activations)) {
+    for (const bool split : {false, true}) {
+      RsConfig config;
+      config.token_tile = tile.tokens;
+      config.math_groups = tile.math_groups;
+      config.blocks = tile.blocks;
+      config.split_tail = split;
+      config.multiprocessors = multiprocessors;
+      config.programmatic = true;
+      const int64_t cost = rs_cost(layout, m, config, tile.step);
+      if (cost >= least) continue;
+      least = cost;
+      best = config;
+    }
+  }
+  return best;
 }
 
 const char* Plan::kernel_name() const { return candidate_of(*this).row.name; }
@@ -368,11 +389,11 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
   const PackedLayout layout = layout_of(problem);
   const bool slab = plan.family == KernelFamily::slab || plan.family == KernelFamily::slab_fused;
   if (slab && problem.m > 0) {
-    plan.slab = multiplies_halves(plan)
-                    ? slab_halves_config(layout, problem.m, device.multiprocessors,
-                                         device.shared_bytes)
-                    : slab_config(layout, problem.m, has_group_scales(problem),
-                                  device.multiprocessors, device.shared_bytes);
+    plan.slab =
+        multiplies_halves(plan)
+            ? slab_halves_config(layout, problem.m, device.multiprocessors, device.shared_bytes)
+            : slab_config(layout, problem.m, has_group_scales(problem), device.multiprocessors,
+                          device.shared_bytes);
     plan.slab.programmatic = true;
     if (plan.family == KernelFamily::slab_fused) {
       plan.fused =

@@ -34,9 +34,12 @@ WorkspaceLayout workspace_layout(const Plan& plan);
 /// The kernel's scratch inside a plan's workspace.
 void* workspace_scratch(const Plan& plan, void* workspace);
 
-/// A shape of tile of the rs kernel: rows of x, and warpgroups of 64 columns each.
+/// A shape of tile of the rs kernel: rows of x, warpgroups of 64 columns each, and how many blocks
+/// of that shape work on a multiprocessor at once. step: what 128 k of a tile take, measured on an
+/// H200 (docs/notes.md), nanoseconds.
 struct RsTile {
-  int tokens = 0, math_groups = 0;
+  int tokens = 0, math_groups = 0, blocks = 1;
+  int step = 0;
 };
 /// What the rs kernels take as activations.
 enum class RsActivations { codes, codes_with_group_scales, halves };

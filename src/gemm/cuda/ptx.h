@@ -18,9 +18,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 /// inside, unlike after lane == 0. sm_90.
 __device__ __forceinline__ bool elect_one() {
   uint32_t elected;
-  asm volatile(
-      "{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}"
-      : "=r"(elected));
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(elected));
   return elected != 0;
 }
 
@@ -29,6 +28,13 @@ __device__ __forceinline__ int lane() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
   return lane;
+}
+
+/// The same for the thread's number in its block.
+__device__ __forceinline__ int thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
 }
 
 // ---- mbarriers (sm_90 but for init, arrive and wait) -------------------------------------------
@@ -51,7 +57,6 @@ __device__ __forceinline__ void mbarrier_expect(uint32_t barrier, int bytes) {
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-
 
 /// Waits for the phase of that parity to complete. The loop is written in PTX because the compiler
 /// would wrap one in C++ in a vote.
@@ -158,7 +163,6 @@ __device__ __forceinline__ float load_float(const float* p) {
   return v;
 }
 
-
 __device__ __forceinline__ uint4 load16_shared(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -174,6 +178,11 @@ __device__ __forceinline__ uint2 load8_shared(uint32_t address) {
 __device__ __forceinline__ uint32_t load4_shared(uint32_t address) {
   uint32_t v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+}
+__device__ __forceinline__ float2 load_float2_shared(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
   return v;
 }
 __device__ __forceinline__ float load_float_shared(uint32_t address) {
@@ -198,7 +207,6 @@ __device__ __forceinline__ void store_float_shared(uint32_t address, float v) {
 __device__ __forceinline__ void store_float2_shared(uint32_t address, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
-
 
 // ---- arithmetic --------------------------------------------------------------------------------
 
@@ -362,8 +370,15 @@ __device__ __forceinline__ void mbarrier_arrive_cluster_if(bool wanted, uint32_t
       : "memory");
 }
 /// Not the aligned forms: lanes of a warp may come here apart.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+  cluster_arrive();
+  cluster_wait();
 }
 
 /// A box of the tensor, its corner at (x, y), to the same place in every block of `blocks`, where
@@ -375,6 +390,10 @@ __device__ __forceinline__ void tensor_load_multicast(uint32_t to, const void* m
       ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
       "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(blocks)
       : "memory");
+}
+/// Fetches the description of a tensor, which the first copy would have to wait for.
+__device__ __forceinline__ void tensor_prefetch(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 __device__ __forceinline__ void tensor_store(const void* map, int x, int y, uint32_t from) {
   asm volatile(
@@ -388,20 +407,15 @@ __device__ __forceinline__ void bulk_wait_all() {
 }
 
 __device__ __forceinline__ void store_matrices_transposed(uint32_t row_address, uint4 v) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   row_address),
-               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+      : "memory");
 }
 __device__ __forceinline__ uint32_t load1_shared(uint32_t address) {
   uint32_t v;
   asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address));
   return v;
-}
-
-/// The descriptor will be wanted soon.
-__device__ __forceinline__ void tensor_prefetch(const void* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 /// Flags between blocks of a grid.
@@ -418,6 +432,10 @@ __device__ __forceinline__ uint32_t add_acquire_release(uint32_t* p, uint32_t v)
                : "l"(p), "r"(v)
                : "memory");
   return before;
+}
+/// Adds to *p, after all writes of the block that a barrier has ordered before this.
+__device__ __forceinline__ void add_release(uint32_t* p, uint32_t v) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
   uint32_t v;

@@ -3,8 +3,8 @@
 //
 // The product is cut into tiles of (weight tile, token tile); a worker is a cluster of two blocks.
 // The first `whole` tiles are dealt out round robin. The rest are cut into units of one slice of
-// 512 k, and every worker takes the same number of consecutive units (stream-K, Osama et al. 2023):
-// a tile that several workers share is summed by the one that has its first unit, in order of k.
+// 512 k, and every worker takes the same number of consecutive units (stream-K, Osama et al. 2023).
+// Who sums a tile that several workers share, always in order of k: tile_output.h.
 #pragma once
 
 #include <cstddef>
@@ -21,6 +21,24 @@
 
 namespace nibble::cuda {
 
+/// Division by what is known when a kernel is launched: a GPU takes several times as long for the
+/// ordinary one, and nothing is loaded before a worker knows its work.
+struct Divisor {
+  Divisor() = default;
+  explicit Divisor(int by) : magic(~uint64_t{0} / static_cast<unsigned>(by) + 1) {}
+  /// Exact for any n: magic exceeds 2^64 / by by less than 1, and n * by is below 2^64.
+  NIBBLE_HOST_DEVICE int quotient(unsigned n) const {
+    if (magic == 0) return static_cast<int>(n);  // by 1
+#if defined(__CUDA_ARCH__)
+    return static_cast<int>(__umul64hi(magic, n));
+#else
+    const uint64_t low = (magic & 0xffffffffu) * n;
+    return static_cast<int>(((magic >> 32) * n + (low >> 32)) >> 32);
+#endif
+  }
+  uint64_t magic = 0;
+};
+
 /// Slices [slice0, slice1) of one tile.
 struct RsWork {
   int weight_tile = 0, token_tile = 0;
@@ -28,11 +46,18 @@ struct RsWork {
   int index = 0;  // of the tile, 0 .. weight_tiles * token_tiles
 };
 
+/// Consecutive workers [first, first + count) that have a part of a tile.
+struct RsSharers {
+  int first = 0, count = 1;
+};
+
 struct RsSchedule {
   int workers = 0;
   int weight_tiles = 0, token_tiles = 0, slices = 0;
   int raster = 1;  // token tiles that are walked together before the next weight tile
   int whole = 0;   // tiles that are not split
+  // by workers, slices, units(), tiles of a band of `raster`, raster, and width of the last band
+  Divisor by_workers, by_slices, by_units, by_band, by_raster, by_last_width;
 
   NIBBLE_HOST_DEVICE int tiles() const { return weight_tiles * token_tiles; }
   /// Less than two tiles a worker: times workers, below 2^32 for K up to 2^22 (plans see to it).
@@ -41,14 +66,14 @@ struct RsSchedule {
   }
   /// First unit of a worker, counted from tile `whole` on.
   NIBBLE_HOST_DEVICE int first_unit(int worker) const {
-    return static_cast<int>(units() * static_cast<unsigned>(worker) /
-                            static_cast<unsigned>(workers));
+    return by_workers.quotient(units() * static_cast<unsigned>(worker));
   }
 
   /// Number of items of `worker`.
   NIBBLE_HOST_DEVICE int items(int worker) const {
     const int begin = first_unit(worker), end = first_unit(worker + 1);
-    return whole_of(worker) + (begin == end ? 0 : (end - 1) / slices - begin / slices + 1);
+    if (begin == end) return whole_of(worker);
+    return whole_of(worker) + tile_of(end - 1) - tile_of(begin) + 1;
   }
 
   /// Item number `item` < items(worker) of `worker`.
@@ -61,42 +86,54 @@ struct RsSchedule {
       return out;
     }
     const int begin = first_unit(worker), end = first_unit(worker + 1);
-    const int tile = begin / slices + split;
+    const int tile = tile_of(begin) + split;
     place(whole + tile, out);
     out.slice0 = begin > tile * slices ? begin - tile * slices : 0;
     out.slice1 = end < (tile + 1) * slices ? end - tile * slices : slices;
     return out;
   }
 
-  /// The worker after `worker` has a part of the split tile `index` as well.
-  NIBBLE_HOST_DEVICE bool shared_with_next(int worker, int index) const {
-    return first_unit(worker + 1) < (index - whole + 1) * slices;
+  /// Who works on the split tile `index`.
+  NIBBLE_HOST_DEVICE RsSharers sharers(int index) const {
+    const int first = worker_of((index - whole) * slices);
+    return {first, worker_of((index - whole + 1) * slices - 1) - first + 1};
+  }
+  /// Tiles may have more than two sharers; then a worker may have the end of one such tile and the
+  /// beginning of another. Otherwise everyone has at least as many units as a tile.
+  NIBBLE_HOST_DEVICE bool shares_widely() const {
+    return whole < tiles() && tiles() - whole < workers;
+  }
+  /// Number of tiles that `worker` has for itself, before the split ones.
+  NIBBLE_HOST_DEVICE int whole_of(int worker) const {
+    return whole > worker ? by_workers.quotient(whole - worker + workers - 1) : 0;
   }
 
  private:
-  NIBBLE_HOST_DEVICE int whole_of(int worker) const {
-    return whole > worker ? (whole - worker + workers - 1) / workers : 0;
+  /// Who has that unit: the last worker whose first unit is not behind it.
+  NIBBLE_HOST_DEVICE int worker_of(int unit) const {
+    return by_units.quotient(static_cast<unsigned>(unit + 1) * static_cast<unsigned>(workers) - 1);
   }
+  NIBBLE_HOST_DEVICE int tile_of(int unit) const { return by_slices.quotient(unit); }
   NIBBLE_HOST_DEVICE void place(int index, RsWork& out) const {
-    const int band = index / (raster * weight_tiles), rest = index - band * raster * weight_tiles;
+    const int band = by_band.quotient(index), rest = index - band * raster * weight_tiles;
     const int left = token_tiles - band * raster, width = left < raster ? left : raster;
     out.index = index;
-    out.weight_tile = rest / width;
-    out.token_tile = band * raster + rest % width;
+    out.weight_tile = (left < raster ? by_last_width : by_raster).quotient(rest);
+    out.token_tile = band * raster + rest - out.weight_tile * width;
   }
 };
 
 /// resident: clusters that run at once; no more workers than that, and none without work.
-/// split_tail = false: no tile is split.
+/// split_tail = false: no tile is split. raster: token tiles that are walked together.
 inline RsSchedule rs_schedule(int64_t weight_tiles, int64_t token_tiles, int64_t slices,
-                              int resident, bool split_tail) {
+                              int resident, bool split_tail, int raster = 8) {
   RsSchedule s;
   const int64_t most = weight_tiles * token_tiles * (split_tail ? slices : 1);
   s.workers = static_cast<int>(most < resident ? most : resident);
   s.weight_tiles = static_cast<int>(weight_tiles);
   s.token_tiles = static_cast<int>(token_tiles);
   s.slices = static_cast<int>(slices);
-  s.raster = s.token_tiles < 8 ? s.token_tiles : 8;
+  s.raster = s.token_tiles < raster ? s.token_tiles : raster;
   const int tiles = s.tiles(), waves = tiles / s.workers;
   if (!split_tail || tiles % s.workers == 0) {
     s.whole = tiles;
@@ -104,6 +141,12 @@ inline RsSchedule rs_schedule(int64_t weight_tiles, int64_t token_tiles, int64_t
     // One full wave joins the rest, so that each worker has between one and two tiles to split.
     s.whole = waves >= 2 ? (waves - 1) * s.workers : 0;
   }
+  s.by_workers = Divisor(s.workers);
+  s.by_slices = Divisor(s.slices);
+  if (s.whole < tiles) s.by_units = Divisor(static_cast<int>(s.units()));
+  s.by_band = Divisor(s.raster * s.weight_tiles);
+  s.by_raster = Divisor(s.raster);
+  if (s.token_tiles % s.raster != 0) s.by_last_width = Divisor(s.token_tiles % s.raster);
   return s;
 }
 
@@ -115,6 +158,7 @@ struct RsConfig {
   int math_groups = 3;  // warpgroups of a block that multiply, 64 columns each
   bool split_tail = false;
   int multiprocessors = 132;
+  int blocks = 1;             // of a multiprocessor at once
   bool programmatic = false;  // launched with programmatic stream serialization
 };
 
@@ -122,21 +166,21 @@ inline RsSchedule rs_schedule_of(const PackedLayout& layout, int64_t m, const Rs
   const int columns = 2 * 64 * config.math_groups;  // of a cluster of two blocks
   return rs_schedule((layout.n + columns - 1) / columns,
                      (m + config.token_tile - 1) / config.token_tile, layout.slices,
-                     config.multiprocessors / 2, config.split_tail);
+                     config.multiprocessors * config.blocks / 2, config.split_tail);
 }
 
 /// Of a launch; zeroed once before its first use and left so.
 inline size_t rs_scratch_bytes(const PackedLayout& layout, int64_t m, const RsConfig& config) {
   const RsSchedule schedule = rs_schedule_of(layout, m, config);
   if (schedule.whole == schedule.tiles()) return kFlagBytes;
-  const auto blocks = static_cast<size_t>(schedule.workers) * 2;
-  return kFlagBytes + blocks * static_cast<size_t>(config.math_groups) * 128 *
-                            sizeof(float) * static_cast<size_t>(config.token_tile / 2);
+  const auto parts = static_cast<size_t>(schedule.workers) * 2 * (schedule.shares_widely() ? 2 : 1);
+  return kFlagBytes + parts * static_cast<size_t>(config.math_groups) * 128 * sizeof(float) *
+                          static_cast<size_t>(config.token_tile / 2);
 }
 
 /// How w4a8_ss_sm90 is launched.
 struct SsConfig {
-  bool e4m3 = false;  // products in fp8; w4a4: codes of magnitude up to 8, as exact
+  bool e4m3 = false;        // products in fp8; w4a4: codes of magnitude up to 8, as exact
   bool e4m3_codes = false;  // w4a8-fp8: activations are e4m3 bytes already
   bool group_scales = false;  // of the activations
   bool split_tail = true;
@@ -148,10 +192,8 @@ inline constexpr int kSsTokens = 128, kSsMathGroups = 3;
 /// 16 token tiles at a time: what a wave of 66 clusters reads is least when its tokens have about
 /// as many bytes as its weights. Of few rows, all: each weight is read in one stretch of time.
 inline RsSchedule ss_schedule_of(const PackedLayout& layout, int64_t m, const SsConfig& config) {
-  RsSchedule s = rs_schedule(image_tiles(layout) / 2, (m + kSsTokens - 1) / kSsTokens,
-                             image_blocks(layout), config.multiprocessors / 2, config.split_tail);
-  s.raster = s.token_tiles < 16 ? s.token_tiles : 16;
-  return s;
+  return rs_schedule(image_tiles(layout) / 2, (m + kSsTokens - 1) / kSsTokens, image_blocks(layout),
+                     config.multiprocessors / 2, config.split_tail, 16);
 }
 
 /// Rows of the activations' scales, with padding: (groups, ss_scale_rows()) of float.

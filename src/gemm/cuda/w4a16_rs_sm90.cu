@@ -23,7 +23,8 @@
 namespace nibble::cuda {
 namespace {
 
-constexpr int kSharedLimit = 232448;
+constexpr int kSharedLimit = 232448;  // of a block
+constexpr int kSharedOfTwo = 115712;  // of a block beside another, which takes 1 KiB for itself
 constexpr int kUnit = 64;
 constexpr int kSliceUnits = kSlabDepth / kUnit;
 
@@ -39,9 +40,10 @@ struct Shape {
   static constexpr int kTokens = tokens, kMathGroups = math_groups, kPromoted = promoted;
   static constexpr Element kType = type;
   static constexpr int kMathWarps = 4 * kMathGroups, kThreads = 128 * (kMathGroups + 1);
-  // of a thread; a block has 65536, and the producers are one warpgroup
-  static constexpr int kMathRegisters = kMathGroups == 2 ? 232 : 152;
-  static constexpr int kProducerRegisters = kMathGroups == 2 ? 40 : 56;
+  static constexpr int kResident = kTokens == 32 && kMathGroups == 2 ? 2 : 1;  // blocks at once
+  // of a thread: 65536 are there for all blocks, and the producers are one warpgroup
+  static constexpr int kMathRegisters = kResident == 2 ? 104 : kMathGroups == 2 ? 232 : 152;
+  static constexpr int kProducerRegisters = kResident == 2 ? 32 : kMathGroups == 2 ? 40 : 56;
 
   static constexpr int kSlabGroups = kSlabDepth / kPromoted;
   static constexpr int kSlabBytes = kSlabCodeBytes + kSlabGroups * 40;
@@ -50,14 +52,15 @@ struct Shape {
   static constexpr int kActBytes = kTokens * kUnit * 2;
   static constexpr int kSliceBytes = kMathWarps * kSlabBytes;
   static constexpr int kStageOut = kTokens * 128;      // of a warpgroup: 64 columns of 16 bits
-  static constexpr int kActs = kTokens == 64 ? 8 : 4;  // blocks of x in the ring
-  static constexpr int kRoom = kSharedLimit - 512 - kMathGroups * kStageOut - kActs * kActBytes;
+  static constexpr int kActs = kTokens <= 64 ? 8 : 4;  // blocks of x in the ring
+  static constexpr int kSharedBytes = kResident == 2 ? kSharedOfTwo : kSharedLimit;
+  static constexpr int kRoom = kSharedBytes - 512 - kMathGroups * kStageOut - kActs * kActBytes;
   static constexpr int kSlices = kRoom / kSliceBytes < 3 ? kRoom / kSliceBytes : 3;
   static constexpr int kOut = kActs * kActBytes;
   static constexpr int kWeights = kOut + kMathGroups * kStageOut;
   static constexpr int kBarriers = (kWeights + kSlices * kSliceBytes + 15) / 16 * 16;
   static constexpr int kShared = kBarriers + 8 * 2 * (kActs + kSlices);
-  static_assert(kSlices >= 2 && kShared <= kSharedLimit && kSliceUnits % kActs == 0);
+  static_assert(kSlices >= 2 && kShared <= kSharedBytes && kSliceUnits % kActs == 0);
 };
 
 template <class S>
@@ -186,16 +189,15 @@ struct Kernel {
 
   __device__ void multiply(const CUtensorMap* out_map) const {
     const int items = p.end.schedule.items(cluster);
-    if (items == 0) return;
-    const int group = threadIdx.x >> 7, warp = (threadIdx.x >> 5) & 3;
-    const uint32_t my_slab = base + S::kWeights + (group * 4 + warp) * S::kSlabBytes;
+    if (items == 0) return ptx::cluster_arrive();
     const uint32_t tokens = wgmma_operand(base);
     float c[S::kSums];
     float f[S::kSums];
     uint32_t a[2][4][4];
     SliceScales scales;
     int stage = 0;
-    uint32_t phase = 0, slice_phase = 0, slab = my_slab;
+    uint32_t phase = 0, slice_phase = 0,
+             slab = base + S::kWeights + (ptx::thread() >> 5) * S::kSlabBytes;
 #pragma unroll
     for (int i = 0; i < S::kSums; ++i) c[i] = 0;
     ptx::mbarrier_wait(slice_full(0), 0);
@@ -208,8 +210,8 @@ struct Kernel {
 #pragma unroll
       for (int i = 0; i < S::kSums; ++i) f[i] = 0.0f;
 #pragma unroll 1
-      for (int slice = work.slice0; slice < work.slice1; ++slice) {
-        const bool more = slice + 1 < work.slice1 || item + 1 < items;
+      for (int left = work.slice1 - work.slice0; left > 0; --left) {
+        const bool more = left > 1 || item + 1 < items;
         SliceScales next;
 #pragma unroll
         for (int u = 0; u < kSliceUnits; ++u) {
@@ -235,7 +237,7 @@ struct Kernel {
               if (u + 1 < kSliceUnits) {
                 expand(a[(u + 1) % 2], scales, slab + lane * 16, u + 1);
               } else {
-                leave_slab(stage, slice_phase, slab, my_slab);
+                leave_slab(stage, slice_phase, slab);
                 ptx::mbarrier_wait_if(more, slice_full(stage), slice_phase);
                 fetch_scales(next, slab);
                 expand(a[0], next, slab + lane * 16, 0);
@@ -252,9 +254,14 @@ struct Kernel {
         }
         scales = next;
       }
-      const TileOutput<kTokens, kMathGroups> output{p.end, cluster, rank, lane};
-      output.finish(work, f, out_map, group, base + S::kOut + group * S::kStageOut);
+      if (item + 1 == items) ptx::cluster_arrive();  // the other block's barriers are done with
+      // all of it made anew: nothing of it takes registers while products run
+      const TileOutput<kTokens, kMathGroups> output{p.end, cluster, rank, ptx::lane()};
+      const int of = ptx::thread() >> 7;
+      output.finish(p.end.schedule.work(cluster, ptx::opaque(item)), f, out_map, of,
+                    base + S::kOut + of * S::kStageOut);
     }
+    TileOutput<kTokens, kMathGroups>{p.end, cluster, rank, lane}.finish_spread(ptx::thread() >> 7);
     if ((threadIdx.x & 127) == 0) ptx::bulk_wait_all();
   }
 
@@ -264,35 +271,49 @@ struct Kernel {
   }
 
   /// This warp has read its slab of the slice; on to the next in the ring.
-  __device__ void leave_slab(int& stage, uint32_t& phase, uint32_t& slab, uint32_t my_slab) const {
+  __device__ void leave_slab(int& stage, uint32_t& phase, uint32_t& slab) const {
     __syncwarp();
     ptx::mbarrier_arrive_if(lane == 0, slice_empty(stage));
-    stage = stage + 1 == S::kSlices ? 0 : stage + 1;
-    phase ^= stage == 0;
-    slab = my_slab + stage * S::kSliceBytes;
+    const bool last = stage + 1 == S::kSlices;
+    stage = last ? 0 : stage + 1;
+    phase ^= last;
+    slab += last ? (1 - S::kSlices) * S::kSliceBytes : S::kSliceBytes;
   }
 };
 
 template <class S>
-__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(S::kThreads, 1)
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(S::kThreads, S::kResident)
     w4a16_rs_sm90(const __grid_constant__ CUtensorMap act_map,
                   const __grid_constant__ CUtensorMap out_map, const __grid_constant__ RsParams p) {
   extern __shared__ __align__(1024) uint8_t shared[];
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
+  if (threadIdx.x == 32) {
+    ptx::tensor_prefetch(&act_map);
+    ptx::tensor_prefetch(&out_map);
+  }
   const Kernel<S> kernel{p, ptx::shared_address(shared), static_cast<int>(blockIdx.x & 1),
                          static_cast<int>(blockIdx.x >> 1), static_cast<int>(threadIdx.x & 31)};
-  if (threadIdx.x == 0) kernel.init_barriers();
-  ptx::cluster_sync();
+  // Weights are copied at once: to this block alone, and no kernel in front has written them.
+  const bool copies_weights = warp == S::kMathWarps + 1;
+  if (copies_weights && kernel.lane == 0) kernel.init_barriers();
+  __syncwarp();
+  ptx::cluster_arrive();
+  if (!copies_weights) ptx::cluster_wait();
   ptx::grid_launch_dependents();
   if (warp >= S::kMathWarps) {
     ptx::register_decrease<S::kProducerRegisters>();
     if (warp == S::kMathWarps && kernel.lane == 0) kernel.copy_activations(&act_map);
-    if (warp == S::kMathWarps + 1 && kernel.lane < S::kMathWarps) kernel.copy_weights();
+    if (copies_weights) {
+      if (kernel.lane < S::kMathWarps) kernel.copy_weights();
+      __syncwarp();
+      ptx::cluster_wait();
+    }
+    ptx::cluster_arrive();
   } else {
     ptx::register_increase<S::kMathRegisters>();
     kernel.multiply(&out_map);
   }
-  ptx::cluster_sync();  // nobody leaves while the other still arrives at its barriers
+  ptx::cluster_wait();  // nobody leaves while the other still arrives at its barriers
 }
 
 // ---- launch -------------------------------------------------------------------------------------
@@ -310,6 +331,7 @@ cudaError_t launch(const GemmArgs& args, const RsConfig& config, void* scratch, 
   p.end.n = args.layout.n;
   p.end.out = args.out;
   p.end.schedule = rs_schedule_of(args.layout, args.m, config);
+  p.end.spread = p.end.schedule.shares_widely();
   p.end.arrived = static_cast<uint32_t*>(scratch);
   p.end.parts = reinterpret_cast<float*>(static_cast<uint8_t*>(scratch) + kFlagBytes);
   CUtensorMap act_map, out_map = {};
@@ -351,12 +373,14 @@ cudaError_t launch_w4a16_rs_sm90(const GemmArgs& args, const RsConfig& config, v
     const cudaError_t error = launch_reorder(args, reordered, stream);
     if (error != cudaSuccess) return error;
   }
-  const auto is = [&](int promoted, int tokens, int math_groups) {
+  const auto is = [&](int promoted, int tokens, int math_groups, int blocks = 1) {
     return args.layout.promoted == promoted && config.token_tile == tokens &&
-           config.math_groups == math_groups;
+           config.math_groups == math_groups && config.blocks == blocks;
   };
   if (is(128, 128, 2)) return launch<128, 2, 128>(args, config, scratch, x, stream);
   if (is(128, 64, 3)) return launch<64, 3, 128>(args, config, scratch, x, stream);
+  if (is(128, 32, 3)) return launch<32, 3, 128>(args, config, scratch, x, stream);
+  if (is(128, 32, 2, 2)) return launch<32, 2, 128>(args, config, scratch, x, stream);
   if (is(64, 64, 2)) return launch<64, 2, 64>(args, config, scratch, x, stream);
   if (is(32, 64, 2)) return launch<64, 2, 32>(args, config, scratch, x, stream);
   return cudaErrorInvalidValue;

@@ -3,9 +3,9 @@
 //
 //               token_tile            a block: 2 or 3 math warpgroups of 64 columns each, one
 //            +-------------+          producer warpgroup (one warp copies activations, one
-//    WG 0    |  64 columns |          weights). A cluster of two blocks works on
-//    WG 1    |  64 columns |          neighbouring columns and shares the activations: each
-//    WG 2    |  64 columns |          block copies half and multicasts it.
+//    WG 0    |  64 columns |          weights, one scales per (token, group)). A cluster of two
+//    WG 1    |  64 columns |          blocks works on neighbouring columns and shares the
+//    WG 2    |  64 columns |          activations: each block copies half and multicasts it.
 //            +-------------+
 //
 //    slabs ------- bulk copies ------> ring of slices --(LDS, q - z)--> registers --A--+
@@ -28,42 +28,52 @@
 namespace nibble::cuda {
 namespace {
 
-constexpr int kSharedLimit = 232448;
+constexpr int kSharedLimit = 232448;  // of a block
+constexpr int kSharedOfTwo = 115712;  // of a block beside another, which takes 1 KiB for itself
 
 struct RsParams {
   const uint8_t* slabs;
   int64_t tiles, slices;  // of the weights
   bool bf16_scales;
-  const float* t;             // (m, t_stride), of groups of group_size; null: a scale per token
+  const float* t;  // (m, t_stride), of groups of group_size; null: a scale per token
   int t_stride, group_size;
   TileOutputParams end;
 };
 
-template <int kTokens_, int kMathGroups_, int kPromoted_, bool kGroupScales_>
+template <int kTokens_, int kMathGroups_, int kPromoted_, bool kGroupScales_, int kResident_ = 1>
 struct Shape {
   static constexpr int kTokens = kTokens_, kMathGroups = kMathGroups_, kPromoted = kPromoted_;
   static constexpr bool kGroupScales = kGroupScales_;
   static constexpr int kMathWarps = 4 * kMathGroups, kThreads = 128 * (kMathGroups + 1);
-  // of a thread; a block has 65536, and the producers are one warpgroup
-  static constexpr int kMathRegisters = kMathGroups == 2 ? 232 : 152;
-  static constexpr int kProducerRegisters = kMathGroups == 2 ? 40 : 56;
+  static constexpr int kResident = kResident_;  // blocks that a multiprocessor holds
+  // of a thread: 65536 are there for all blocks, and the producers are one warpgroup
+  static constexpr int kMathRegisters = kResident == 2 ? 104 : kMathGroups == 2 ? 232 : 152;
+  static constexpr int kProducerRegisters = kResident == 2 ? 32 : kMathGroups == 2 ? 40 : 56;
 
   static constexpr int kSlabGroups = kSlabDepth / kPromoted;
+  // scales of a slab in registers; where there are too few, they are loaded for each block of k
+  static constexpr int kKeptScales = kGroupScales ? 1 : kSlabGroups;
   static constexpr int kSlabBytes = kSlabCodeBytes + kSlabGroups * 40;
   static constexpr int kZeros = kSlabCodeBytes + kSlabGroups * 32;
   static constexpr int kSums = kTokens / 2;  // accumulators of a thread
   static constexpr int kActBytes = kTokens * kBlockDepth;
   static constexpr int kSliceBytes = kMathWarps * kSlabBytes;
-  static constexpr int kStageOut = kTokens * 128;  // of a warpgroup: 64 columns of 16 bits
-  static constexpr int kBlocks = kSlabDepth / kBlockDepth;  // one slice of activations
-  static constexpr int kRoom =
-      kSharedLimit - 512 - kMathGroups * kStageOut - kBlocks * kActBytes;
+  using Output = TileOutput<kTokens, kMathGroups>;
+  static constexpr int kStageOut = Output::kStageBytes;     // of a warpgroup
+  static constexpr int kBlocks = kSlabDepth / kBlockDepth;  // of a slice
+  static constexpr int kActSlices = kTokens == 32 ? 2 : 1;  // slices of activations in the ring
+  static constexpr int kActs = kActSlices * kBlocks;
+  static constexpr int kScaleSlices = kGroupScales ? 4 : 0;  // the same of scales per group
+  static constexpr int kScaleBytes = kTokens * 4;            // of a block of k
+  static constexpr int kSharedBytes = kResident == 2 ? kSharedOfTwo : kSharedLimit;
+  static constexpr int kOut = kActs * kActBytes;
+  static constexpr int kScales = kOut + kMathGroups * kStageOut;
+  static constexpr int kWeights = kScales + kScaleSlices * kBlocks * kScaleBytes;
+  static constexpr int kRoom = kSharedBytes - 512 - kWeights;
   static constexpr int kSlices = kRoom / kSliceBytes < 3 ? kRoom / kSliceBytes : 3;
-  static constexpr int kOut = kBlocks * kActBytes;
-  static constexpr int kWeights = kOut + kMathGroups * kStageOut;
   static constexpr int kBarriers = (kWeights + kSlices * kSliceBytes + 15) / 16 * 16;
-  static constexpr int kShared = kBarriers + 8 * 2 * (kBlocks + kSlices);
-  static_assert(kSlices >= 2 && kShared <= kSharedLimit);
+  static constexpr int kShared = kBarriers + 8 * 2 * (kActs + kSlices + kScaleSlices);
+  static_assert(kSlices >= 2 && kShared <= kSharedBytes && kWeights % 16 == 0);
 };
 
 /// q - z of four codes in the low nibbles of w's bytes; lift = 0x80 - z in each byte. No borrow
@@ -82,7 +92,7 @@ __device__ __forceinline__ uint32_t lift_of(uint32_t zero) {
 
 template <class S>
 struct Kernel {
-  static constexpr int kTokens = S::kTokens, kMathGroups = S::kMathGroups;
+  static constexpr int kTokens = S::kTokens;
   static constexpr int kMathWarps = S::kMathWarps;
   static constexpr int kSteps = S::kPromoted / 32;  // product steps between promotions
   static constexpr int kParts = 4 / kSteps;         // groups of a block of 128
@@ -92,13 +102,16 @@ struct Kernel {
   int rank, cluster, lane;
 
   __device__ uint32_t act_full(int i) const { return base + S::kBarriers + 8 * i; }
-  __device__ uint32_t act_empty(int i) const { return act_full(S::kBlocks + i); }
-  __device__ uint32_t slice_full(int i) const { return act_full(2 * S::kBlocks + i); }
-  __device__ uint32_t slice_empty(int i) const {
-    return act_full(2 * S::kBlocks + S::kSlices + i);
+  __device__ uint32_t act_empty(int i) const { return act_full(S::kActs + i); }
+  __device__ uint32_t slice_full(int i) const { return act_full(2 * S::kActs + i); }
+  __device__ uint32_t slice_empty(int i) const { return slice_full(S::kSlices + i); }
+  __device__ uint32_t scales_full(int i) const { return slice_full(2 * S::kSlices + i); }
+  __device__ uint32_t scales_empty(int i) const { return scales_full(S::kScaleSlices + i); }
+  __device__ uint32_t group_scales(int slice, int u) const {
+    return base + S::kScales + (slice * S::kBlocks + u) * S::kScaleBytes;
   }
   __device__ void init_barriers() const {
-    for (int i = 0; i < S::kBlocks; ++i) {
+    for (int i = 0; i < S::kActs; ++i) {
       ptx::mbarrier_init(act_full(i), 1);
       ptx::mbarrier_init(act_empty(i), 2 * kMathWarps);  // the warps of both blocks
     }
@@ -106,12 +119,17 @@ struct Kernel {
       ptx::mbarrier_init(slice_full(i), 1);
       ptx::mbarrier_init(slice_empty(i), kMathWarps);
     }
+    for (int i = 0; i < S::kScaleSlices; ++i) {
+      ptx::mbarrier_init(scales_full(i), 1);
+      ptx::mbarrier_init(scales_empty(i), kMathWarps);
+    }
     ptx::fence_mbarrier_init();
   }
 
   /// One thread: this block's half of every activation block, for both blocks of the cluster.
   __device__ void copy_activations(const CUtensorMap* map) const {
     ptx::grid_wait();
+    int stage = 0;
     uint32_t phase = 1;  // the first pass through the ring does not wait
     const int items = p.end.schedule.items(cluster);
 #pragma unroll 1
@@ -119,14 +137,12 @@ struct Kernel {
       const RsWork work = p.end.schedule.work(cluster, item);
       const int row = work.token_tile * kTokens + rank * (kTokens / 2);
 #pragma unroll 1
-      for (int slice = work.slice0; slice < work.slice1; ++slice, phase ^= 1) {
-#pragma unroll 1
-        for (int u = 0; u < S::kBlocks; ++u) {
-          ptx::mbarrier_wait(act_empty(u), phase);
-          ptx::mbarrier_expect(act_full(u), S::kActBytes);
-          ptx::tensor_load_multicast(base + u * S::kActBytes + rank * (S::kActBytes / 2), map,
-                                     slice * kSlabDepth + u * kBlockDepth, row, act_full(u), 3);
-        }
+      for (int block = work.slice0 * S::kBlocks; block < work.slice1 * S::kBlocks; ++block) {
+        ptx::mbarrier_wait(act_empty(stage), phase);
+        ptx::mbarrier_expect(act_full(stage), S::kActBytes);
+        ptx::tensor_load_multicast(base + stage * S::kActBytes + rank * (S::kActBytes / 2), map,
+                                   block * kBlockDepth, row, act_full(stage), 3);
+        if (++stage == S::kActs) stage = 0, phase ^= 1;
       }
     }
   }
@@ -139,8 +155,8 @@ struct Kernel {
 #pragma unroll 1
     for (int item = 0; item < items; ++item) {
       const RsWork work = p.end.schedule.work(cluster, item);
-      const int64_t wanted = int64_t{work.weight_tile} * (2 * kMathWarps) +
-                             rank * kMathWarps + lane;
+      const int64_t wanted =
+          int64_t{work.weight_tile} * (2 * kMathWarps) + rank * kMathWarps + lane;
       const int64_t tile = wanted < p.tiles ? wanted : p.tiles - 1;
       const uint8_t* from = p.slabs + (tile * p.slices + work.slice0) * S::kSlabBytes;
 #pragma unroll 1
@@ -149,8 +165,43 @@ struct Kernel {
         if (lane == 0) ptx::mbarrier_expect(slice_full(stage), S::kSliceBytes);
         __syncwarp((1 << kMathWarps) - 1);
         ptx::bulk_load(base + S::kWeights + stage * S::kSliceBytes + lane * S::kSlabBytes, from,
-                  S::kSlabBytes, slice_full(stage), ptx::kEvictFirst);
+                       S::kSlabBytes, slice_full(stage), ptx::kEvictFirst);
         if (++stage == S::kSlices) stage = 0, phase ^= 1;
+      }
+    }
+  }
+
+  /// One warp: the scales of each block of k, one a token of the tile.
+  __device__ void copy_scales() const {
+    ptx::grid_wait();
+    uint32_t done = 0;
+    const int items = p.end.schedule.items(cluster);
+#pragma unroll 1
+    for (int item = 0; item < items; ++item) {
+      const RsWork work = p.end.schedule.work(cluster, item);
+      const int64_t token = int64_t{work.token_tile} * kTokens;
+      const auto left = static_cast<int>(p.end.m - token);
+      const float* tile = p.t + token * p.t_stride;
+#pragma unroll 1
+      for (int slice = work.slice0; slice < work.slice1; ++slice, ++done) {
+        // volatile: else a pointer a token is kept, and there are no registers for them
+        const int u = ptx::lane() & 3, row = ptx::lane() >> 2;
+        // past K and past M there is no scale, and nothing that matters to scale
+        const int group = (slice * S::kBlocks + u) * kBlockDepth / p.group_size;
+        const float* from = tile + (group < p.t_stride ? group : p.t_stride - 1);
+        float t[kTokens / 8];
+#pragma unroll
+        for (int i = 0; i < kTokens / 8; ++i) {
+          t[i] = ptx::load_float(from + (row + 8 * i < left ? row + 8 * i : left - 1) * p.t_stride);
+        }
+        ptx::mbarrier_wait(scales_empty(done % S::kScaleSlices), ~(done / S::kScaleSlices) & 1);
+#pragma unroll
+        for (int i = 0; i < kTokens / 8; ++i) {
+          ptx::store_float_shared(group_scales(done % S::kScaleSlices, u) + (row + 8 * i) * 4,
+                                  t[i]);
+        }
+        __syncwarp();
+        ptx::mbarrier_arrive_if(lane == 0, scales_full(done % S::kScaleSlices));
       }
     }
   }
@@ -160,7 +211,7 @@ struct Kernel {
   /// What a lane needs of one slice beside the codes: zero points and scales of its two columns.
   struct SliceScales {
     uint32_t zeros[S::kSlabGroups / 4];  // bytes; low nibble: column r, high: column r + 8
-    uint32_t scales[S::kSlabGroups];     // low half: column r; high half: column r + 8
+    uint32_t scales[S::kKeptScales];     // low half: column r; high half: column r + 8
   };
 
   __device__ void fetch_scales(SliceScales& s, uint32_t slab) const {
@@ -168,6 +219,7 @@ struct Kernel {
 #pragma unroll
     for (int i = 0; i < S::kSlabGroups / 4; ++i) {
       s.zeros[i] = ptx::load4_shared(slab + S::kZeros + group + 4 * i);
+      if constexpr (S::kGroupScales) continue;
       const uint4 four = ptx::load16_shared(slab + kSlabCodeBytes + (group + 4 * i) * 4);
       s.scales[4 * i] = four.x;
       s.scales[4 * i + 1] = four.y;
@@ -208,35 +260,30 @@ struct Kernel {
       f[i] = __fmaf_rn(static_cast<float>(c[i]), (i & 2) ? s.y : s.x, f[i]);
     }
   }
-  /// t: of this group, for this thread's first token; tokens: how many of them exist.
-  __device__ void promote(const int (&c)[S::kSums], float (&f)[S::kSums], float2 s, const float* t,
-                          int tokens) const {
+  /// t: the scales of this thread's tokens, 8 tokens apart.
+  __device__ void promote(const int (&c)[S::kSums], float (&f)[S::kSums], float2 s,
+                          uint32_t t) const {
 #pragma unroll
     for (int i = 0; i < S::kSums; i += 4) {
+      const float2 of = ptx::load_float2_shared(t + 8 * i);
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int token = 2 * i + e;
-        // not __ldg: sixteen of them would be loaded ahead, and there are no registers for them
-        const float scale = token < tokens ? ptx::load_float(t + token * p.t_stride) : 0.0f;
-        f[i + e] = __fmaf_rn(__fmul_rn(static_cast<float>(c[i + e]), scale), s.x, f[i + e]);
-        f[i + 2 + e] =
-            __fmaf_rn(__fmul_rn(static_cast<float>(c[i + 2 + e]), scale), s.y, f[i + 2 + e]);
+      for (int e = 0; e < 4; ++e) {
+        f[i + e] = __fmaf_rn(__fmul_rn(static_cast<float>(c[i + e]), (e & 1) ? of.y : of.x),
+                             (e & 2) ? s.y : s.x, f[i + e]);
       }
     }
   }
 
   __device__ void multiply(const CUtensorMap* out_map) const {
     const int items = p.end.schedule.items(cluster);
-    if (items == 0) return;
-    const int group = threadIdx.x >> 7, warp = (threadIdx.x >> 5) & 3;
-    const uint32_t my_slab = base + S::kWeights + (group * 4 + warp) * S::kSlabBytes;
+    if (items == 0) return ptx::cluster_arrive();
     const uint32_t tokens = wgmma_operand(base);
     int c[S::kSums];
     float f[S::kSums];
     uint32_t a[2][4][4];
     SliceScales scales;
-    int stage = 0;
-    uint32_t phase = 0, slice_phase = 0, slab = my_slab;
+    uint32_t done = 0;  // slices
+    uint32_t slab = base + S::kWeights + (ptx::thread() >> 5) * S::kSlabBytes;
 #pragma unroll
     for (int i = 0; i < S::kSums; ++i) c[i] = 0;
     ptx::mbarrier_wait(slice_full(0), 0);
@@ -249,12 +296,20 @@ struct Kernel {
 #pragma unroll
       for (int i = 0; i < S::kSums; ++i) f[i] = 0.0f;
 #pragma unroll 1
-      for (int slice = work.slice0; slice < work.slice1; ++slice) {
-        const bool more = slice + 1 < work.slice1 || item + 1 < items;
+      for (int left = work.slice1 - work.slice0; left > 0; --left) {
+        const bool more = left > 1 || item + 1 < items;
         SliceScales next;
+        const int acts = done % S::kActSlices * S::kBlocks;
+        if constexpr (S::kGroupScales) {
+          ptx::mbarrier_wait(scales_full(done % S::kScaleSlices), done / S::kScaleSlices & 1);
+        }
 #pragma unroll
         for (int u = 0; u < S::kBlocks; ++u) {
-          ptx::mbarrier_wait(act_full(u), phase);
+          if constexpr (S::kGroupScales) {
+            scales.scales[0] =
+                ptx::load4_shared(slab + kSlabCodeBytes + ((lane >> 2) * S::kSlabGroups + u) * 4);
+          }
+          ptx::mbarrier_wait(act_full(acts + u), done / S::kActSlices & 1);
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
             wgmma_fence();
@@ -262,41 +317,47 @@ struct Kernel {
             for (int j = 0; j < kSteps; ++j) {
               const int step = part * kSteps + j;
               wgmma(c, a[u % 2][step],
-                    wgmma_descriptor(tokens + u * (S::kActBytes >> 4) + 2 * step), j != 0);
+                    wgmma_descriptor(tokens + (acts + u) * (S::kActBytes >> 4) + 2 * step), j != 0);
             }
             wgmma_commit();
             if (part == 0) {  // meanwhile, the codes of the next block
               if (u + 1 < S::kBlocks) {
                 expand(a[(u + 1) % 2], scales, slab + lane * 16, u + 1);
               } else {
-                leave_slab(stage, slice_phase, slab, my_slab);
-                ptx::mbarrier_wait_if(more, slice_full(stage), slice_phase);
+                leave_slab(done, slab);
+                ptx::mbarrier_wait_if(more, slice_full((done + 1) % S::kSlices),
+                                      (done + 1) / S::kSlices & 1);
                 fetch_scales(next, slab);
                 expand(a[0], next, slab + lane * 16, 0);
               }
             }
             wgmma_wait<0>();
             wgmma_settle(c);
-            if (part + 1 == kParts) release_block(u);
-            const float2 scale = scales_of(scales.scales[u * kParts + part], p.bf16_scales);
+            if (part + 1 == kParts) release_block(acts + u);
+            const float2 scale =
+                scales_of(scales.scales[S::kGroupScales ? 0 : u * kParts + part], p.bf16_scales);
             if constexpr (S::kGroupScales) {
-              const int depth = slice * kSlabDepth + u * kBlockDepth + part * S::kPromoted;
-              const int token = work.token_tile * kTokens + (lane & 3) * 2;
-              // past K there is no scale, and nothing to scale
-              const int last = p.t_stride - 1, at = depth / p.group_size;
-              promote(c, f, scale, p.t + int64_t{token} * p.t_stride + (at < last ? at : last),
-                      static_cast<int>(p.end.m) - token);
+              promote(c, f, scale, group_scales(done % S::kScaleSlices, u) + (lane & 3) * 8);
             } else {
               promote(c, f, scale);
             }
           }
         }
-        phase ^= 1;
+        if constexpr (S::kGroupScales) {
+          __syncwarp();
+          ptx::mbarrier_arrive_if(lane == 0, scales_empty(done % S::kScaleSlices));
+        }
+        ++done;
         scales = next;
       }
-      const TileOutput<kTokens, kMathGroups> output{p.end, cluster, rank, lane};
-      output.finish(work, f, out_map, group, base + S::kOut + group * S::kStageOut);
+      if (item + 1 == items) ptx::cluster_arrive();  // the other block's barriers are done with
+      // all of it made anew: nothing of it takes registers while products run
+      const typename S::Output output{p.end, cluster, rank, ptx::lane()};
+      const int of = ptx::thread() >> 7;
+      output.finish(p.end.schedule.work(cluster, ptx::opaque(item)), f, out_map, of,
+                    base + S::kOut + of * S::kStageOut);
     }
+    typename S::Output{p.end, cluster, rank, lane}.finish_spread(ptx::thread() >> 7);
     if ((threadIdx.x & 127) == 0) ptx::bulk_wait_all();
   }
 
@@ -305,36 +366,51 @@ struct Kernel {
     ptx::mbarrier_arrive_cluster_if(lane < 2, ptx::cluster_address(act_empty(u), lane & 1));
   }
 
-  /// This warp has read its slab of the slice; on to the next in the ring.
-  __device__ void leave_slab(int& stage, uint32_t& phase, uint32_t& slab, uint32_t my_slab) const {
+  /// This warp has read its slab of slice `done`; on to the next in the ring.
+  __device__ void leave_slab(uint32_t done, uint32_t& slab) const {
     __syncwarp();
-    ptx::mbarrier_arrive_if(lane == 0, slice_empty(stage));
-    stage = stage + 1 == S::kSlices ? 0 : stage + 1;
-    phase ^= stage == 0;
-    slab = my_slab + stage * S::kSliceBytes;
+    ptx::mbarrier_arrive_if(lane == 0, slice_empty(done % S::kSlices));
+    const bool last = (done + 1) % S::kSlices == 0;
+    slab += last ? (1 - S::kSlices) * S::kSliceBytes : S::kSliceBytes;
   }
 };
 
 template <class S>
-__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(S::kThreads, 1)
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(S::kThreads, S::kResident)
     w4a8_rs_sm90(const __grid_constant__ CUtensorMap act_map,
                  const __grid_constant__ CUtensorMap out_map, const __grid_constant__ RsParams p) {
   extern __shared__ __align__(1024) uint8_t shared[];
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
+  if (threadIdx.x == 32) {
+    ptx::tensor_prefetch(&act_map);
+    ptx::tensor_prefetch(&out_map);
+  }
   const Kernel<S> kernel{p, ptx::shared_address(shared), static_cast<int>(blockIdx.x & 1),
                          static_cast<int>(blockIdx.x >> 1), static_cast<int>(threadIdx.x & 31)};
-  if (threadIdx.x == 0) kernel.init_barriers();
-  ptx::cluster_sync();
+  // Weights are copied at once: to this block alone, and no kernel in front has written them.
+  const bool copies_weights = warp == S::kMathWarps + 1;
+  if (copies_weights && kernel.lane == 0) kernel.init_barriers();
+  __syncwarp();
+  ptx::cluster_arrive();
+  if (!copies_weights) ptx::cluster_wait();
   ptx::grid_launch_dependents();
   if (warp >= S::kMathWarps) {
     ptx::register_decrease<S::kProducerRegisters>();
     if (warp == S::kMathWarps && kernel.lane == 0) kernel.copy_activations(&act_map);
-    if (warp == S::kMathWarps + 1 && kernel.lane < S::kMathWarps) kernel.copy_weights();
+    if (copies_weights) {
+      if (kernel.lane < S::kMathWarps) kernel.copy_weights();
+      __syncwarp();
+      ptx::cluster_wait();
+    }
+    if constexpr (S::kGroupScales) {
+      if (warp == S::kMathWarps + 2) kernel.copy_scales();
+    }
+    ptx::cluster_arrive();
   } else {
     ptx::register_increase<S::kMathRegisters>();
     kernel.multiply(&out_map);
   }
-  ptx::cluster_sync();  // nobody leaves while the other still arrives at its barriers
+  ptx::cluster_wait();  // nobody leaves while the other still arrives at its barriers
 }
 
 // ---- launch -------------------------------------------------------------------------------------
@@ -355,12 +431,13 @@ cudaError_t launch(const GemmArgs& args, const RsConfig& config, void* scratch,
   p.end.n = args.layout.n;
   p.end.out = args.out;
   p.end.schedule = rs_schedule_of(args.layout, args.m, config);
+  p.end.spread = p.end.schedule.shares_widely();
   p.end.arrived = static_cast<uint32_t*>(scratch);
   p.end.parts = reinterpret_cast<float*>(static_cast<uint8_t*>(scratch) + kFlagBytes);
   CUtensorMap act_map, out_map = {};
   cudaError_t error =
       make_tensor_map(&act_map, args.codes, TensorElement::u8, args.layout.padded_k(), args.m,
-                          args.layout.padded_k(), kBlockDepth, S::kTokens / 2);
+                      args.layout.padded_k(), kBlockDepth, S::kTokens / 2);
   if (error != cudaSuccess) return error;
   if (args.out.type != Element::f32) {
     const TensorElement type =
@@ -384,7 +461,8 @@ template <class First, class... Rest>
 cudaError_t launch_one(const GemmArgs& args, const RsConfig& config, void* scratch,
                        cudaStream_t stream) {
   if (config.token_tile == First::kTokens && config.math_groups == First::kMathGroups &&
-      args.layout.promoted == First::kPromoted && args.group_scales == First::kGroupScales) {
+      config.blocks == First::kResident && args.layout.promoted == First::kPromoted &&
+      args.group_scales == First::kGroupScales) {
     return launch<First>(args, config, scratch, stream);
   }
   if constexpr (sizeof...(Rest) > 0) {
@@ -396,12 +474,14 @@ cudaError_t launch_one(const GemmArgs& args, const RsConfig& config, void* scrat
 
 }  // namespace
 
-// What fits the registers: scales per group want a load a token, short groups more scales.
+// What fits the registers: short groups want more scales.
 cudaError_t launch_w4a8_rs_sm90(const GemmArgs& args, const RsConfig& config, void* scratch,
                                 cudaStream_t stream) {
-  return launch_one<Shape<96, 3, 128, false>, Shape<64, 3, 128, false>, Shape<64, 2, 128, true>,
-                    Shape<64, 2, 64, false>, Shape<64, 2, 32, false>>(args, config, scratch,
-                                                                      stream);
+  return launch_one<Shape<96, 3, 128, false>, Shape<64, 3, 128, false>, Shape<64, 2, 128, false>,
+                    Shape<32, 3, 128, false>, Shape<32, 2, 128, false, 2>, Shape<96, 3, 128, true>,
+                    Shape<64, 3, 128, true>, Shape<64, 2, 128, true>, Shape<32, 3, 128, true>,
+                    Shape<32, 2, 128, true, 2>, Shape<64, 2, 64, false>, Shape<64, 2, 32, false>>(
+      args, config, scratch, stream);
 }
 
 }  // namespace nibble::cuda

@@ -17,6 +17,15 @@ namespace nibble::cuda {
   NIBBLE_C(i), NIBBLE_C(i + 1), NIBBLE_C(i + 2), NIBBLE_C(i + 3), NIBBLE_C(i + 4), \
       NIBBLE_C(i + 5), NIBBLE_C(i + 6), NIBBLE_C(i + 7)
 
+#define NIBBLE_WGMMA_32(types)                                                    \
+  asm volatile(                                                                   \
+      "{ .reg .pred p; setp.ne.b32 p, %21, 0;"                                    \
+      " wgmma.mma_async.sync.aligned.m64n32k16.f32." types                        \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, " \
+      "{%16, %17, %18, %19}, %20, p, 1, 1, 0; }"                                  \
+      : NIBBLE_C8(0), NIBBLE_C8(8)                                                \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}))
+
 #define NIBBLE_WGMMA_64(types)                                                            \
   asm volatile(                                                                           \
       "{ .reg .pred p; setp.ne.b32 p, %37, 0;"                                            \
@@ -42,6 +51,15 @@ namespace nibble::cuda {
 
 /// keep = false overwrites the accumulators.
 template <Element type>
+__device__ __forceinline__ void wgmma_halves(float (&c)[16], const uint32_t (&a)[4], uint64_t b,
+                                             bool keep) {
+  if constexpr (type == Element::f16) {
+    NIBBLE_WGMMA_32("f16.f16");
+  } else {
+    NIBBLE_WGMMA_32("bf16.bf16");
+  }
+}
+template <Element type>
 __device__ __forceinline__ void wgmma_halves(float (&c)[32], const uint32_t (&a)[4], uint64_t b,
                                              bool keep) {
   if constexpr (type == Element::f16) {
@@ -61,6 +79,7 @@ __device__ __forceinline__ void wgmma_halves(float (&c)[64], const uint32_t (&a)
 }
 #undef NIBBLE_WGMMA_128
 #undef NIBBLE_WGMMA_64
+#undef NIBBLE_WGMMA_32
 #undef NIBBLE_C8
 #undef NIBBLE_C
 
