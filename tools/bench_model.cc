@@ -112,8 +112,7 @@ class Bench {
   Bench(LoadedModel& loaded, int64_t pass_tokens) : loaded_(loaded), pass_tokens_(pass_tokens) {}
 
   /// Runs the test once, greedily: random prompts, as llama-bench; what is decoded follows itself.
-  Status run(const NamedPlan& plan, const Test& test, bool batch_invariant,
-             double* microseconds) {
+  Status run(const NamedPlan& plan, const Test& test, bool batch_invariant, double* microseconds) {
     Runner& model = loaded_.runner_of(plan.mode);
     model.set_batch_invariant(batch_invariant);
     if (model.quantized() && set_ != &plan) NIBBLE_TRY(model.set_plan(plan.plan));
@@ -309,8 +308,7 @@ void print_operations(const Run& run, const std::vector<Row>& rows) {
     for (const OperationTime& time : row.operations) sum += time.microseconds;
     const double share = run.tensor_share(row);
     fmt::print("{}{} {}: one pass by operations, {:.1f} us in all{}\n", row.plan->mode,
-               row.batch_invariant ? ", batch-invariant," : "",
-               row.test.name(), sum,
+               row.batch_invariant ? ", batch-invariant," : "", row.test.name(), sum,
                share > 0 ? fmt::format("; {:.0f} % of the tensor cores' peak", 100 * share) : "");
     Table table("<>>>");
     table.add({"  operation", "launches", "us", "share"});
@@ -352,8 +350,7 @@ void print_markdown(const Run& run, const std::vector<Row>& rows) {
                count_text(parameters(run.loaded->config())), run.backend(), run.threads,
                mode_text(row.plan->mode, run.options->model) +
                    (row.batch_invariant ? ", batch-invariant" : ""),
-               row.test.name(),
-               row.avg(Row::tokens_per_second), row.stddev(Row::tokens_per_second),
+               row.test.name(), row.avg(Row::tokens_per_second), row.stddev(Row::tokens_per_second),
                Row::tokens_per_second(row, row.samples.median()),
                share > 0 ? fmt::format("{:.0f} %", 100 * share) : "-");
   }

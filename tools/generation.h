@@ -36,8 +36,8 @@ struct GenerateOptions {
 
 struct GenerateTimes {
   int64_t prompt_tokens = 0, decode_tokens = 0;  // the latter without each sequence's first
-  double prompt_seconds = 0;  // reading prompts, each up to its first token
-  double decode_seconds = 0;  // of all later ones
+  double prompt_seconds = 0;                     // reading prompts, each up to its first token
+  double decode_seconds = 0;                     // of all later ones
 };
 
 /// Fills tokens and finish of every sequence. An interruption is not an error.

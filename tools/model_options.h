@@ -53,7 +53,7 @@ class LoadedModel {
   const Checkpoint& checkpoint() const { return checkpoint_; }
   const ModelConfig& config() const { return config_; }
   bool quantized() const { return quantized_; }
-  bool has_plan() const;  // config.json holds one
+  bool has_plan() const;              // config.json holds one
   Model& model() { return *model_; }  // of device "cpu" only
   Runner& runner() { return *runner_; }
   const Runner& runner() const { return *runner_; }

@@ -121,9 +121,8 @@ Status prepare(const Options& options, Setup& setup) {
   }
   for (EvalSubject& subject : setup.subjects) subject.model = &setup.model->runner();
   if (setup.reference.has_value()) {
-    setup.reference->model =
-        setup.reference_model != nullptr ? &setup.reference_model->runner()
-                                         : &setup.model->runner();
+    setup.reference->model = setup.reference_model != nullptr ? &setup.reference_model->runner()
+                                                              : &setup.model->runner();
   }
   return {};
 }

@@ -70,8 +70,7 @@ Result<std::vector<SlotMeasure>> measure_noise(Model& model, std::span<const int
 
 /// Median microseconds of the product of every candidate of a slot with `rows` rows: interleaved,
 /// weights cold.
-using SlotTimer =
-    std::function<Result<std::vector<double>>(const SlotMeasure& slot, int64_t rows)>;
+using SlotTimer = std::function<Result<std::vector<double>>(const SlotMeasure& slot, int64_t rows)>;
 SlotTimer cpu_slot_timer(const Model& model, int threads);  // model outlives it
 
 /// Times the candidates of every distinct shape and fills in us_*.

@@ -354,7 +354,7 @@ TEST(CudaModel, AThousandRequestsLeaveNothingBehind) {
 TEST(CudaModel, OperationsAreTimedWithoutChangingWhatComesOut) {
   NIBBLE_NEEDS_GPU();
   Pair pair;
-  ASSERT_NO_FATAL_FAILURE(load("qwen2_awq", {.threads = 2, .context = 64}, pair));
+  ASSERT_NO_FATAL_FAILURE(load("qwen2_awq", {.threads = 2, .context = 64, .sequences = 3}, pair));
   ASSERT_TRUE(set_mode(*pair.gpu, Mode::w4a8).ok());
   const std::vector<int32_t> tokens = random_tokens(20, 80, 10);
   const auto after = [&](bool timed) {
@@ -382,7 +382,18 @@ TEST(CudaModel, OperationsAreTimedWithoutChangingWhatComesOut) {
     EXPECT_TRUE(pair.gpu->greedy({&item, 1}, next).ok());
     return next[0];
   };
-  EXPECT_EQ(after(true), after(false));
+  for (const bool invariant : {false, true}) {
+    pair.gpu->set_batch_invariant(invariant);
+    EXPECT_EQ(after(true), after(false)) << invariant;
+    std::vector<std::unique_ptr<SequenceCache>> caches;
+    std::vector<SequenceItem> step;
+    for (int i = 0; i < 2; ++i) {
+      caches.push_back(pair.gpu->make_cache());
+      step.push_back({caches.back().get(), {tokens.data(), 1}});
+    }
+    const auto times = pair.gpu->profile(step);
+    EXPECT_TRUE(times.ok()) << times.status().message();
+  }
 }
 
 TEST(CudaModel, RefusesWhatDoesNotFit) {

@@ -60,16 +60,16 @@ void expect_refused(const Problem& p, const DeviceInfo& device, const char* forc
 
 TEST(CudaPlan, HopperRunsSlabsForFewRowsAndWgmmaForMore) {
   for (int64_t m = 0; m <= 16; ++m) EXPECT_EQ(kernel_for(problem(m), h200()), "w4a8_slab_sm90");
-  for (const int64_t m : {17, 32, 100, 1023}) {
+  for (const int64_t m : {17, 32, 100, 1535}) {
     EXPECT_EQ(kernel_for(problem(m), h200()), "w4a8_rs_sm90");
   }
-  for (const int64_t m : {1024, 4096, 100000}) {
+  for (const int64_t m : {1536, 4096, 100000}) {
     EXPECT_EQ(kernel_for(problem(m), h200()), "w4a8_ss_sm90");
   }
-  Problem groups = problem(767);
+  Problem groups = problem(3071);
   groups.granularity = Granularity::group;
   EXPECT_EQ(kernel_for(groups, h200()), "w4a8_rs_sm90");
-  groups.m = 768;
+  groups.m = 3072;
   EXPECT_EQ(kernel_for(groups, h200()), "w4a8_ss_sm90");
 }
 

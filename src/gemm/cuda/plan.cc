@@ -27,7 +27,7 @@ struct Candidate {
 /// From here on, expanding the weights beforehand costs less than it gains (docs/notes.md): int8
 /// against rs, int8 with scales per (token, group), int4 codes in fp8 against rs in int8, and e4m3
 /// in fp8 against 16 bits.
-constexpr int64_t kManyRows = 1024, kManyRowsOfGroups = 768, kManyRowsOfInt4 = 768,
+constexpr int64_t kManyRows = 1536, kManyRowsOfGroups = 3072, kManyRowsOfInt4 = 1024,
                   kManyRowsOfE4m3 = 512;
 
 constexpr std::array<Candidate, 13> kCandidates = {{
@@ -144,8 +144,8 @@ std::string refusal(const Candidate& kernel, const Problem& p, const DeviceInfo&
 
 /// Fewer rows than this only by name.
 int64_t worth_rows(const Candidate& kernel, const Problem& p) {
-  const bool ss_of_groups = kernel.family == KernelFamily::ss && has_group_scales(p);
-  return ss_of_groups ? std::min(kernel.worth_rows, kManyRowsOfGroups) : kernel.worth_rows;
+  const bool int8_ss = kernel.family == KernelFamily::ss && kernel.row.mode == Mode::w4a8;
+  return int8_ss && has_group_scales(p) ? kManyRowsOfGroups : kernel.worth_rows;
 }
 
 /// Nine rows and more of 16 bits, deep K: eight warps, which read x again for every four tiles.
@@ -254,7 +254,7 @@ std::string family_text(const Plan& plan) {
 constexpr std::array<RsTile, 5> kRsTiles = {
     {{96, 3, 1, 610}, {64, 3, 1, 490}, {64, 2, 1, 385}, {32, 3, 1, 395}, {32, 2, 2, 400}}};
 constexpr std::array<RsTile, 4> kRsTilesOfHalves = {
-    {{128, 2, 1, 875}, {64, 3, 1, 630}, {32, 3, 1, 502}, {32, 2, 2, 505}}};
+    {{128, 2, 1, 775}, {64, 3, 1, 630}, {32, 3, 1, 502}, {32, 2, 2, 505}}};
 constexpr std::array<RsTile, 1> kRsTilesOfShortGroups = {{{64, 2, 1, 385}}};
 
 /// What depends on the configuration of the time a launch takes, in nanoseconds. Steps follow one
@@ -323,6 +323,9 @@ RsConfig rs_config(const PackedLayout& layout, int64_t m, RsActivations activati
       config.split_tail = split;
       config.multiprocessors = multiprocessors;
       config.programmatic = true;
+      // Parts of 128 rows take longer to sum than sharing them widely saves.
+      if (split && tile.tokens == 128 && rs_schedule_of(layout, m, config).shares_widely())
+        continue;
       const int64_t cost = rs_cost(layout, m, config, tile.step);
       if (cost >= least) continue;
       least = cost;

@@ -113,6 +113,10 @@ class CudaRunner : public Runner {
   Status check_faults(std::span<const SequenceItem> items);
   Status copy_states(float* hidden, int64_t rows);
   bool is_step(std::span<const SequenceItem> items) const;
+  static Pass step_pass(std::span<const SequenceItem> items);
+  int64_t step_rows(std::span<const SequenceItem> items) const {
+    return std::max(static_cast<int64_t>(items.size()), invariant_rows_);
+  }
   bool follows_last_step(std::span<const SequenceItem> items) const;
 
   DeviceModel model_;
@@ -365,6 +369,12 @@ bool CudaRunner::is_step(std::span<const SequenceItem> items) const {
                      [](const SequenceItem& item) { return item.tokens.size() == 1; });
 }
 
+CudaRunner::Pass CudaRunner::step_pass(std::span<const SequenceItem> items) {
+  Pass pass;
+  for (size_t i = 0; i < items.size(); ++i) pass.push_back({i, 0, 1, static_cast<int64_t>(i)});
+  return pass;
+}
+
 bool CudaRunner::follows_last_step(std::span<const SequenceItem> items) const {
   if (items.size() != last_.size()) return false;
   for (size_t i = 0; i < items.size(); ++i) {
@@ -378,14 +388,12 @@ bool CudaRunner::follows_last_step(std::span<const SequenceItem> items) const {
 
 /// One token of every item, by a graph; `choose`: the next ones too.
 Status CudaRunner::decode_step(std::span<const SequenceItem> items, bool choose) {
-  const int64_t rows = std::max(static_cast<int64_t>(items.size()), invariant_rows_);
+  const int64_t rows = step_rows(items);
   NIBBLE_TRY(prepare(rows));
   NIBBLE_TRY(pool_->sync_table(stream_));
   if (!choose || !follows_last_step(items)) {
-    Pass pass;
-    for (size_t i = 0; i < items.size(); ++i) pass.push_back({i, 0, 1, static_cast<int64_t>(i)});
     NIBBLE_TRY(wait("the step before"));
-    Result<PassInputs> staged = staging_->stage(items, pass, rows, stream_);
+    Result<PassInputs> staged = staging_->stage(items, step_pass(items), rows, stream_);
     if (!staged.ok()) return staged.status();
   }
   const auto enqueue = [&]() -> Status {
@@ -450,14 +458,14 @@ Result<std::vector<OperationTime>> CudaRunner::profile(std::span<const SequenceI
   NIBBLE_TRY(current.status());
   NIBBLE_TRY(check_items(items));
   last_.clear();
-  const std::vector<Pass> passes = cut(items);
+  const bool decode = is_step(items);
+  std::vector<Pass> passes = decode ? std::vector<Pass>{step_pass(items)} : cut(items);
   if (passes.size() != 1) {
     return Status(Code::invalid_argument,
                   fmt::format("operations are timed in one pass of 1 to {} rows", pass_rows_));
   }
   const Pass& pass = passes.front();
-  const int64_t rows = pass.back().row + pass.back().count;
-  const bool decode = rows == static_cast<int64_t>(items.size());
+  const int64_t rows = decode ? step_rows(items) : pass.back().row + pass.back().count;
   NIBBLE_TRY(prepare(rows));
   NIBBLE_TRY(wait("the pass before"));
   NIBBLE_TRY(pool_->sync_table(stream_));
@@ -468,6 +476,7 @@ Result<std::vector<OperationTime>> CudaRunner::profile(std::span<const SequenceI
   forward_->set_profile(&profile);
   const Status captured = graph.capture(stream_, [&]() -> Status {
     NIBBLE_TRY(forward_->layers(*inputs, rows, stream_));
+    if (decode) return enqueue_choice(nullptr, rows);
     return enqueue_choice(staging_->gather(), static_cast<int64_t>(pass.size()));
   });
   forward_->set_profile(nullptr);
