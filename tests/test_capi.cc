@@ -493,7 +493,7 @@ TEST_F(CApi, TheEnvironmentForcesAKernel) {
 TEST_F(CApi, WrongProblemsAreRefusedByName) {
   const auto invalid = NIBBLE_INVALID_ARGUMENT;
   using P = nibble_problem;
-  expect_error(plan_with([](P& p) { p.mode = 4; }), invalid, {"problem->mode is 4", "0 to 3"});
+  expect_error(plan_with([](P& p) { p.mode = 5; }), invalid, {"problem->mode is 5", "0 to 3"});
   expect_error(plan_with([](P& p) { p.x_dtype = -1; }), invalid, {"problem->x_dtype is -1"});
   expect_error(plan_with([](P& p) { p.y_dtype = 3; }), invalid, {"problem->y_dtype is 3"});
   expect_error(plan_with([](P& p) { p.granularity = 5; }), invalid, {"granularity is 5"});
