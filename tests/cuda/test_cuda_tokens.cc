@@ -88,10 +88,6 @@ TEST(CudaTokens, ArgmaxIsTheLowestIndexOfTheLargest) {
       ASSERT_EQ(device_position.download<int32_t>(), after);
       args.position = nullptr;
     }
-    NIBBLE_CHECK_CUDA(launch_advance(device_position.as<int32_t>(), kRows, 3, false, nullptr));
-    NIBBLE_CHECK_CUDA(cudaDeviceSynchronize());
-    for (int32_t& p : after) p += p < 0 ? 0 : 3;
-    ASSERT_EQ(device_position.download<int32_t>(), after);
     ASSERT_TRUE(scratch.guard_is_intact() && tokens.guard_is_intact() &&
                 device_position.guard_is_intact());
   }

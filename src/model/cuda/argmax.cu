@@ -83,14 +83,6 @@ __global__ void __launch_bounds__(kThreads) argmax_rows(const __grid_constant__ 
   if (a.position != nullptr && key != kFaulty && a.position[row] >= 0) a.position[row] += 1;
 }
 
-__global__ void __launch_bounds__(kThreads)
-    advance_rows(int32_t* position, int64_t rows, int32_t by) {
-  ptx::grid_launch_dependents();
-  ptx::grid_wait();
-  const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (row < rows && position[row] >= 0) position[row] += by;
-}
-
 }  // namespace
 
 int64_t argmax_scratch_bytes(int64_t rows) { return rows * kRowWords * 8; }
@@ -109,17 +101,6 @@ cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream) {
   how.stream = stream;
   how.programmatic = args.programmatic;
   return launch_kernel(argmax_rows, how, args);
-}
-
-cudaError_t launch_advance(int32_t* position, int64_t rows, int32_t by, bool programmatic,
-                           cudaStream_t stream) {
-  if (position == nullptr || rows < 1) return cudaErrorInvalidValue;
-  Launch how;
-  how.grid = dim3(static_cast<unsigned>((rows + kThreads - 1) / kThreads));
-  how.threads = kThreads;
-  how.stream = stream;
-  how.programmatic = programmatic;
-  return launch_kernel(advance_rows, how, position, rows, by);
 }
 
 }  // namespace nibble::cuda

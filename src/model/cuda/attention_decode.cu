@@ -333,17 +333,6 @@ cudaError_t launch(const DecodeArgs& a, cudaStream_t stream) {
                                : launch_kernel(attention_decode<type, kDim, false>, how, a);
 }
 
-template <Element type>
-cudaError_t launch(const DecodeArgs& a, cudaStream_t stream) {
-  switch (padded_head_dim(a.attention.kv.head_dim)) {
-    case 64: return launch<type, 64>(a, stream);
-    case 128: return launch<type, 128>(a, stream);
-    case 192: return launch<type, 192>(a, stream);
-    case 256: return launch<type, 256>(a, stream);
-  }
-  return cudaErrorInvalidValue;
-}
-
 }  // namespace
 
 int64_t decode_scratch_bytes(int64_t rows, int64_t heads, int64_t head_dim, int64_t max_context) {
@@ -366,8 +355,8 @@ cudaError_t launch_attention_decode(const DecodeArgs& args, cudaStream_t stream)
        rope.sine == nullptr || rope.faults == nullptr)) {
     return cudaErrorInvalidValue;
   }
-  return args.attention.kv.type == Element::f16 ? launch<Element::f16>(args, stream)
-                                                : launch<Element::bf16>(args, stream);
+  return launch_for_pages(args.attention.kv,
+                          [&]<Element type, int kDim>() { return launch<type, kDim>(args, stream); });
 }
 
 }  // namespace nibble::cuda

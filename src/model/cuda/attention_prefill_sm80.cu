@@ -217,22 +217,11 @@ cudaError_t launch(const PrefillArgs& a, cudaStream_t stream) {
   return launch_kernel(attention_prefill<type, kDim>, how, a);
 }
 
-template <Element type>
-cudaError_t launch(const PrefillArgs& a, cudaStream_t stream) {
-  switch (padded_head_dim(a.attention.kv.head_dim)) {
-    case 64: return launch<type, 64>(a, stream);
-    case 128: return launch<type, 128>(a, stream);
-    case 192: return launch<type, 192>(a, stream);
-    case 256: return launch<type, 256>(a, stream);
-  }
-  return cudaErrorInvalidValue;
-}
-
 }  // namespace
 
 cudaError_t launch_attention_prefill_sm80(const PrefillArgs& args, cudaStream_t stream) {
-  return args.attention.kv.type == Element::f16 ? launch<Element::f16>(args, stream)
-                                                : launch<Element::bf16>(args, stream);
+  return launch_for_pages(args.attention.kv,
+                          [&]<Element type, int kDim>() { return launch<type, kDim>(args, stream); });
 }
 
 }  // namespace nibble::cuda

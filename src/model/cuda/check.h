@@ -28,4 +28,20 @@ inline bool attention_is_valid(const AttentionArgs& a) {
          is_rows(a.out, a.out_stride);
 }
 
+/// launch.operator()<type, dim>() for the type of the pages and the head_dim that theirs is padded to.
+template <class Launch>
+cudaError_t launch_for_pages(const KvPages& kv, const Launch& launch) {
+  const auto of_type = [&]<Element type>() {
+    switch (padded_head_dim(kv.head_dim)) {
+      case 64: return launch.template operator()<type, 64>();
+      case 128: return launch.template operator()<type, 128>();
+      case 192: return launch.template operator()<type, 192>();
+      case 256: return launch.template operator()<type, 256>();
+    }
+    return cudaErrorInvalidValue;
+  };
+  return kv.type == Element::f16 ? of_type.template operator()<Element::f16>()
+                                 : of_type.template operator()<Element::bf16>();
+}
+
 }  // namespace nibble::cuda

@@ -190,8 +190,4 @@ struct ArgmaxArgs {
 int64_t argmax_scratch_bytes(int64_t rows);
 cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream);
 
-/// position[r] += by for r in [0, rows) where it is not below 0.
-cudaError_t launch_advance(int32_t* position, int64_t rows, int32_t by, bool programmatic,
-                           cudaStream_t stream);
-
 }  // namespace nibble::cuda
