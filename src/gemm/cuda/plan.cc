@@ -261,10 +261,9 @@ constexpr std::array<RsTile, 1> kRsTilesOfShortGroups = {{{64, 2, 1, 385}}};
 /// another, so whole tiles cost what the worker with most of them does; shared ones cost the mean
 /// (fits better than the longest worker's, because sums wait for less than that), and a sum: more
 /// of it where more than two share, whose parts all go through L2.
-int64_t rs_cost(const PackedLayout& layout, int64_t m, const RsConfig& config, int step) {
+int64_t rs_cost(const RsSchedule& schedule, const RsConfig& config, int step) {
   constexpr int64_t kSum = 4000, kWideSum = 2500, kBytesOfNanosecond = 6667;
   constexpr int64_t kSteps = kSlabDepth / kBlockDepth;
-  const RsSchedule schedule = rs_schedule_of(layout, m, config);
   const int64_t tiles = schedule.tiles(), workers = schedule.workers;
   if (schedule.whole == tiles) {
     return (tiles + workers - 1) / workers * schedule.slices * kSteps * step;
@@ -324,9 +323,9 @@ RsConfig rs_config(const PackedLayout& layout, int64_t m, RsActivations activati
       config.multiprocessors = multiprocessors;
       config.programmatic = true;
       // Parts of 128 rows take longer to sum than sharing them widely saves.
-      if (split && tile.tokens == 128 && rs_schedule_of(layout, m, config).shares_widely())
-        continue;
-      const int64_t cost = rs_cost(layout, m, config, tile.step);
+      const RsSchedule schedule = rs_schedule_of(layout, m, config);
+      if (tile.tokens == 128 && schedule.shares_widely()) continue;
+      const int64_t cost = rs_cost(schedule, config, tile.step);
       if (cost >= least) continue;
       least = cost;
       best = config;

@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "gemm/cuda/wgmma_operands.h"
+
 namespace nibble::cuda {
 
 /// B in shared memory: rows of 128 bytes (one token, 128 k), 128-byte swizzle, 8 rows = 1024 bytes.
@@ -46,111 +48,48 @@ __device__ __forceinline__ void wgmma_settle(float (&c)[kCount]) {
 }
 
 // One overload per shape that a kernel uses; keep = false overwrites the accumulators.
-#define NIBBLE_C(i) "+r"(c[i])
+#define NIBBLE_C(element) "+r"(element)
 // weights in registers
 __device__ __forceinline__ void wgmma(int (&c)[16], const uint32_t (&a)[4], uint64_t b, bool keep) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %21, 0;"
-      " wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, "
-      "%8, %9, %10, %11, %12, %13, %14, %15"
+      " wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {" NIBBLE_N16
       "}, {%16, %17, %18, %19}, %20, p; }"
-      : NIBBLE_C(0), NIBBLE_C(1), NIBBLE_C(2), NIBBLE_C(3), NIBBLE_C(4), NIBBLE_C(5), NIBBLE_C(6),
-        NIBBLE_C(7), NIBBLE_C(8), NIBBLE_C(9), NIBBLE_C(10), NIBBLE_C(11), NIBBLE_C(12),
-        NIBBLE_C(13), NIBBLE_C(14), NIBBLE_C(15)
+      : NIBBLE_C16(NIBBLE_C, 0)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));
 }
 __device__ __forceinline__ void wgmma(int (&c)[32], const uint32_t (&a)[4], uint64_t b, bool keep) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %37, 0;"
-      " wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, "
-      "%8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, "
-      "%24, %25, %26, %27, %28, %29, %30, %31"
+      " wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" NIBBLE_N32
       "}, {%32, %33, %34, %35}, %36, p; }"
-      : NIBBLE_C(0), NIBBLE_C(1), NIBBLE_C(2), NIBBLE_C(3), NIBBLE_C(4), NIBBLE_C(5), NIBBLE_C(6),
-        NIBBLE_C(7), NIBBLE_C(8), NIBBLE_C(9), NIBBLE_C(10), NIBBLE_C(11), NIBBLE_C(12),
-        NIBBLE_C(13), NIBBLE_C(14), NIBBLE_C(15), NIBBLE_C(16), NIBBLE_C(17), NIBBLE_C(18),
-        NIBBLE_C(19), NIBBLE_C(20), NIBBLE_C(21), NIBBLE_C(22), NIBBLE_C(23), NIBBLE_C(24),
-        NIBBLE_C(25), NIBBLE_C(26), NIBBLE_C(27), NIBBLE_C(28), NIBBLE_C(29), NIBBLE_C(30),
-        NIBBLE_C(31)
+      : NIBBLE_C32(NIBBLE_C)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));
 }
 __device__ __forceinline__ void wgmma(int (&c)[48], const uint32_t (&a)[4], uint64_t b, bool keep) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %53, 0;"
-      " wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, "
-      "%8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, "
-      "%24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, "
-      "%40, %41, %42, %43, %44, %45, %46, %47"
+      " wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 {" NIBBLE_N48
       "}, {%48, %49, %50, %51}, %52, p; }"
-      : NIBBLE_C(0), NIBBLE_C(1), NIBBLE_C(2), NIBBLE_C(3), NIBBLE_C(4), NIBBLE_C(5), NIBBLE_C(6),
-        NIBBLE_C(7), NIBBLE_C(8), NIBBLE_C(9), NIBBLE_C(10), NIBBLE_C(11), NIBBLE_C(12),
-        NIBBLE_C(13), NIBBLE_C(14), NIBBLE_C(15), NIBBLE_C(16), NIBBLE_C(17), NIBBLE_C(18),
-        NIBBLE_C(19), NIBBLE_C(20), NIBBLE_C(21), NIBBLE_C(22), NIBBLE_C(23), NIBBLE_C(24),
-        NIBBLE_C(25), NIBBLE_C(26), NIBBLE_C(27), NIBBLE_C(28), NIBBLE_C(29), NIBBLE_C(30),
-        NIBBLE_C(31), NIBBLE_C(32), NIBBLE_C(33), NIBBLE_C(34), NIBBLE_C(35), NIBBLE_C(36),
-        NIBBLE_C(37), NIBBLE_C(38), NIBBLE_C(39), NIBBLE_C(40), NIBBLE_C(41), NIBBLE_C(42),
-        NIBBLE_C(43), NIBBLE_C(44), NIBBLE_C(45), NIBBLE_C(46), NIBBLE_C(47)
+      : NIBBLE_C48(NIBBLE_C)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));
 }
 // both operands in shared memory
 __device__ __forceinline__ void wgmma(int (&c)[64], uint64_t a, uint64_t b, bool keep) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %66, 0;"
-      " wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, "
-      "%8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, "
-      "%24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, "
-      "%40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, "
-      "%56, %57, %58, %59, %60, %61, %62, %63"
-      "}, %64, %65, p; }"
-      : NIBBLE_C(0), NIBBLE_C(1), NIBBLE_C(2), NIBBLE_C(3), NIBBLE_C(4), NIBBLE_C(5), NIBBLE_C(6),
-        NIBBLE_C(7), NIBBLE_C(8), NIBBLE_C(9), NIBBLE_C(10), NIBBLE_C(11), NIBBLE_C(12),
-        NIBBLE_C(13), NIBBLE_C(14), NIBBLE_C(15), NIBBLE_C(16), NIBBLE_C(17), NIBBLE_C(18),
-        NIBBLE_C(19), NIBBLE_C(20), NIBBLE_C(21), NIBBLE_C(22), NIBBLE_C(23), NIBBLE_C(24),
-        NIBBLE_C(25), NIBBLE_C(26), NIBBLE_C(27), NIBBLE_C(28), NIBBLE_C(29), NIBBLE_C(30),
-        NIBBLE_C(31), NIBBLE_C(32), NIBBLE_C(33), NIBBLE_C(34), NIBBLE_C(35), NIBBLE_C(36),
-        NIBBLE_C(37), NIBBLE_C(38), NIBBLE_C(39), NIBBLE_C(40), NIBBLE_C(41), NIBBLE_C(42),
-        NIBBLE_C(43), NIBBLE_C(44), NIBBLE_C(45), NIBBLE_C(46), NIBBLE_C(47), NIBBLE_C(48),
-        NIBBLE_C(49), NIBBLE_C(50), NIBBLE_C(51), NIBBLE_C(52), NIBBLE_C(53), NIBBLE_C(54),
-        NIBBLE_C(55), NIBBLE_C(56), NIBBLE_C(57), NIBBLE_C(58), NIBBLE_C(59), NIBBLE_C(60),
-        NIBBLE_C(61), NIBBLE_C(62), NIBBLE_C(63)
+      " wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" NIBBLE_N64 "}, %64, %65, p; }"
+      : NIBBLE_C64(NIBBLE_C)
       : "l"(a), "l"(b), "r"(int{keep}));
 }
 #undef NIBBLE_C
-#define NIBBLE_C(i) "+f"(c[i])
+#define NIBBLE_C(element) "+f"(element)
 __device__ __forceinline__ void wgmma(float (&c)[64], uint64_t a, uint64_t b, bool keep) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %66, 0;"
-      " wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, "
-      "%8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, "
-      "%24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, "
-      "%40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, "
-      "%56, %57, %58, %59, %60, %61, %62, %63"
+      " wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" NIBBLE_N64
       "}, %64, %65, p, 1, 1; }"
-      : NIBBLE_C(0), NIBBLE_C(1), NIBBLE_C(2), NIBBLE_C(3), NIBBLE_C(4), NIBBLE_C(5), NIBBLE_C(6),
-        NIBBLE_C(7), NIBBLE_C(8), NIBBLE_C(9), NIBBLE_C(10), NIBBLE_C(11), NIBBLE_C(12),
-        NIBBLE_C(13), NIBBLE_C(14), NIBBLE_C(15), NIBBLE_C(16), NIBBLE_C(17), NIBBLE_C(18),
-        NIBBLE_C(19), NIBBLE_C(20), NIBBLE_C(21), NIBBLE_C(22), NIBBLE_C(23), NIBBLE_C(24),
-        NIBBLE_C(25), NIBBLE_C(26), NIBBLE_C(27), NIBBLE_C(28), NIBBLE_C(29), NIBBLE_C(30),
-        NIBBLE_C(31), NIBBLE_C(32), NIBBLE_C(33), NIBBLE_C(34), NIBBLE_C(35), NIBBLE_C(36),
-        NIBBLE_C(37), NIBBLE_C(38), NIBBLE_C(39), NIBBLE_C(40), NIBBLE_C(41), NIBBLE_C(42),
-        NIBBLE_C(43), NIBBLE_C(44), NIBBLE_C(45), NIBBLE_C(46), NIBBLE_C(47), NIBBLE_C(48),
-        NIBBLE_C(49), NIBBLE_C(50), NIBBLE_C(51), NIBBLE_C(52), NIBBLE_C(53), NIBBLE_C(54),
-        NIBBLE_C(55), NIBBLE_C(56), NIBBLE_C(57), NIBBLE_C(58), NIBBLE_C(59), NIBBLE_C(60),
-        NIBBLE_C(61), NIBBLE_C(62), NIBBLE_C(63)
+      : NIBBLE_C64(NIBBLE_C)
       : "l"(a), "l"(b), "r"(int{keep}));
 }
 #undef NIBBLE_C

@@ -9,44 +9,34 @@
 #include <cstdint>
 
 #include "gemm/cuda/kernels.h"
+#include "gemm/cuda/wgmma_operands.h"
 
 namespace nibble::cuda {
 
-#define NIBBLE_C(i) "+f"(c[i])
-#define NIBBLE_C8(i)                                                               \
-  NIBBLE_C(i), NIBBLE_C(i + 1), NIBBLE_C(i + 2), NIBBLE_C(i + 3), NIBBLE_C(i + 4), \
-      NIBBLE_C(i + 5), NIBBLE_C(i + 6), NIBBLE_C(i + 7)
+#define NIBBLE_C(element) "+f"(element)
 
-#define NIBBLE_WGMMA_32(types)                                                    \
-  asm volatile(                                                                   \
-      "{ .reg .pred p; setp.ne.b32 p, %21, 0;"                                    \
-      " wgmma.mma_async.sync.aligned.m64n32k16.f32." types                        \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, " \
-      "{%16, %17, %18, %19}, %20, p, 1, 1, 0; }"                                  \
-      : NIBBLE_C8(0), NIBBLE_C8(8)                                                \
+#define NIBBLE_WGMMA_32(types)                                             \
+  asm volatile(                                                            \
+      "{ .reg .pred p; setp.ne.b32 p, %21, 0;"                             \
+      " wgmma.mma_async.sync.aligned.m64n32k16.f32." types " {" NIBBLE_N16 \
+      "}, {%16, %17, %18, %19}, %20, p, 1, 1, 0; }"                        \
+      : NIBBLE_C16(NIBBLE_C, 0)                                            \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}))
 
-#define NIBBLE_WGMMA_64(types)                                                            \
-  asm volatile(                                                                           \
-      "{ .reg .pred p; setp.ne.b32 p, %37, 0;"                                            \
-      " wgmma.mma_async.sync.aligned.m64n64k16.f32." types                                \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " \
-      "{%32, %33, %34, %35}, %36, p, 1, 1, 0; }"                                          \
-      : NIBBLE_C8(0), NIBBLE_C8(8), NIBBLE_C8(16), NIBBLE_C8(24)                          \
+#define NIBBLE_WGMMA_64(types)                                             \
+  asm volatile(                                                            \
+      "{ .reg .pred p; setp.ne.b32 p, %37, 0;"                             \
+      " wgmma.mma_async.sync.aligned.m64n64k16.f32." types " {" NIBBLE_N32 \
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0; }"                        \
+      : NIBBLE_C32(NIBBLE_C)                                               \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}))
 
-#define NIBBLE_WGMMA_128(types)                                                                 \
-  asm volatile(                                                                                 \
-      "{ .reg .pred p; setp.ne.b32 p, %69, 0;"                                                  \
-      " wgmma.mma_async.sync.aligned.m64n128k16.f32." types                                     \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "        \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "        \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "       \
-      "{%64, %65, %66, %67}, %68, p, 1, 1, 0; }"                                                \
-      : NIBBLE_C8(0), NIBBLE_C8(8), NIBBLE_C8(16), NIBBLE_C8(24), NIBBLE_C8(32), NIBBLE_C8(40), \
-        NIBBLE_C8(48), NIBBLE_C8(56)                                                            \
+#define NIBBLE_WGMMA_128(types)                                             \
+  asm volatile(                                                             \
+      "{ .reg .pred p; setp.ne.b32 p, %69, 0;"                              \
+      " wgmma.mma_async.sync.aligned.m64n128k16.f32." types " {" NIBBLE_N64 \
+      "}, {%64, %65, %66, %67}, %68, p, 1, 1, 0; }"                         \
+      : NIBBLE_C64(NIBBLE_C)                                                \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}))
 
 /// keep = false overwrites the accumulators.
@@ -80,7 +70,6 @@ __device__ __forceinline__ void wgmma_halves(float (&c)[64], const uint32_t (&a)
 #undef NIBBLE_WGMMA_128
 #undef NIBBLE_WGMMA_64
 #undef NIBBLE_WGMMA_32
-#undef NIBBLE_C8
 #undef NIBBLE_C
 
 }  // namespace nibble::cuda

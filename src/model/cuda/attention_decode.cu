@@ -355,8 +355,9 @@ cudaError_t launch_attention_decode(const DecodeArgs& args, cudaStream_t stream)
        rope.sine == nullptr || rope.faults == nullptr)) {
     return cudaErrorInvalidValue;
   }
-  return launch_for_pages(args.attention.kv,
-                          [&]<Element type, int kDim>() { return launch<type, kDim>(args, stream); });
+  return launch_for_pages(args.attention.kv, [&]<Element type, int kDim>() {
+    return launch<type, kDim>(args, stream);
+  });
 }
 
 }  // namespace nibble::cuda

@@ -220,8 +220,9 @@ cudaError_t launch(const PrefillArgs& a, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_attention_prefill_sm80(const PrefillArgs& args, cudaStream_t stream) {
-  return launch_for_pages(args.attention.kv,
-                          [&]<Element type, int kDim>() { return launch<type, kDim>(args, stream); });
+  return launch_for_pages(args.attention.kv, [&]<Element type, int kDim>() {
+    return launch<type, kDim>(args, stream);
+  });
 }
 
 }  // namespace nibble::cuda

@@ -28,7 +28,7 @@ inline bool attention_is_valid(const AttentionArgs& a) {
          is_rows(a.out, a.out_stride);
 }
 
-/// launch.operator()<type, dim>() for the type of the pages and the head_dim that theirs is padded to.
+/// launch.operator()<type, dim>() for the type of the pages and what their head_dim is padded to.
 template <class Launch>
 cudaError_t launch_for_pages(const KvPages& kv, const Launch& launch) {
   const auto of_type = [&]<Element type>() {
