@@ -1,12 +1,12 @@
 // See cublas_fp8.h.
 #include "cublas_fp8.h"
 
-#include <dlfcn.h>
 #include <fmt/format.h>
 
 #include <filesystem>
 #include <vector>
 
+#include "base/shared_library.h"
 #include "cuda_bench.h"
 
 namespace nibble::cli {
@@ -32,7 +32,7 @@ using Handle = void*;
 }  // namespace
 
 struct CublasFp8::State {
-  void* library = nullptr;
+  SharedLibrary library;
   Handle handle = nullptr;
   DeviceMemory workspace{kWorkspaceBytes};
   int (*create)(Handle*) = nullptr;
@@ -54,24 +54,19 @@ struct CublasFp8::State {
 
   ~State() {
     if (handle != nullptr) destroy(handle);
-    if (library != nullptr) dlclose(library);
-  }
-  template <class Function>
-  bool find(Function& function, const char* name) {
-    function = reinterpret_cast<Function>(dlsym(library, name));
-    return function != nullptr;
   }
   bool find_all() {
-    return find(create, "cublasLtCreate") && find(destroy, "cublasLtDestroy") &&
-           find(create_product, "cublasLtMatmulDescCreate") &&
-           find(set_product, "cublasLtMatmulDescSetAttribute") &&
-           find(destroy_product, "cublasLtMatmulDescDestroy") &&
-           find(create_layout, "cublasLtMatrixLayoutCreate") &&
-           find(destroy_layout, "cublasLtMatrixLayoutDestroy") &&
-           find(create_preference, "cublasLtMatmulPreferenceCreate") &&
-           find(set_preference, "cublasLtMatmulPreferenceSetAttribute") &&
-           find(destroy_preference, "cublasLtMatmulPreferenceDestroy") &&
-           find(choose, "cublasLtMatmulAlgoGetHeuristic") && find(multiply, "cublasLtMatmul");
+    return library.find(create, "cublasLtCreate") && library.find(destroy, "cublasLtDestroy") &&
+           library.find(create_product, "cublasLtMatmulDescCreate") &&
+           library.find(set_product, "cublasLtMatmulDescSetAttribute") &&
+           library.find(destroy_product, "cublasLtMatmulDescDestroy") &&
+           library.find(create_layout, "cublasLtMatrixLayoutCreate") &&
+           library.find(destroy_layout, "cublasLtMatrixLayoutDestroy") &&
+           library.find(create_preference, "cublasLtMatmulPreferenceCreate") &&
+           library.find(set_preference, "cublasLtMatmulPreferenceSetAttribute") &&
+           library.find(destroy_preference, "cublasLtMatmulPreferenceDestroy") &&
+           library.find(choose, "cublasLtMatmulAlgoGetHeuristic") &&
+           library.find(multiply, "cublasLtMatmul");
   }
 };
 
@@ -85,15 +80,12 @@ Result<std::unique_ptr<CublasFp8>> CublasFp8::open(const std::string& cublas) {
     const std::filesystem::path folder = std::filesystem::path(cublas).parent_path();
     for (std::string& name : names) name = (folder / name).string();
   }
-  std::string problem;
-  for (const std::string& name : names) {
-    state->library = dlopen(name.c_str(), RTLD_NOW);
-    if (state->library != nullptr) break;
-    problem += std::string(problem.empty() ? "" : "; ") + dlerror();
+  Result<SharedLibrary> library = SharedLibrary::open(names);
+  if (!library.ok()) {
+    return Status(Code::unsupported,
+                  fmt::format("cuBLASLt was not found ({})", library.status().message()));
   }
-  if (state->library == nullptr) {
-    return Status(Code::unsupported, fmt::format("cuBLASLt was not found ({})", problem));
-  }
+  state->library = std::move(*library);
   if (!state->find_all()) {
     return Status(Code::unsupported, "cuBLASLt lacks a function that is needed");
   }

@@ -1,11 +1,11 @@
 // See cublas.h.
 #include "gemm/cuda/cublas.h"
 
-#include <dlfcn.h>
 #include <fmt/format.h>
 
 #include <vector>
 
+#include "base/shared_library.h"
 #include "gemm/cuda/device_buffer.h"
 #include "gemm/cuda/runtime.h"
 
@@ -24,7 +24,7 @@ using Handle = void*;
 }  // namespace
 
 struct Cublas::State {
-  void* library = nullptr;
+  SharedLibrary library;
   Handle handle = nullptr;
   DeviceBuffer workspace;
   int (*create)(Handle*) = nullptr;
@@ -36,13 +36,6 @@ struct Cublas::State {
 
   ~State() {
     if (handle != nullptr) destroy(handle);
-    if (library != nullptr) dlclose(library);
-  }
-
-  template <class Function>
-  bool find(Function& function, const char* name) {
-    function = reinterpret_cast<Function>(dlsym(library, name));
-    return function != nullptr;
   }
 };
 
@@ -55,21 +48,19 @@ Result<std::unique_ptr<Cublas>> Cublas::open(const DeviceInfo& device, const std
   const std::vector<std::string> names =
       path.empty() ? std::vector<std::string>{"libcublas.so.13", "libcublas.so.12"}
                    : std::vector<std::string>{path};
-  std::string problem;
-  for (const std::string& name : names) {
-    s.library = dlopen(name.c_str(), RTLD_NOW);
-    if (s.library != nullptr) break;
-    problem += std::string(problem.empty() ? "" : "; ") + dlerror();
-  }
-  if (s.library == nullptr) {
+  Result<SharedLibrary> library = SharedLibrary::open(names);
+  if (!library.ok()) {
     return Status(Code::unsupported,
                   fmt::format("cuBLAS, which multiplies 16-bit weights, was not found ({}): "
                               "LD_LIBRARY_PATH can name its folder",
-                              problem));
+                              library.status().message()));
   }
-  if (!s.find(s.create, "cublasCreate_v2") || !s.find(s.destroy, "cublasDestroy_v2") ||
-      !s.find(s.set_stream, "cublasSetStream_v2") ||
-      !s.find(s.set_workspace, "cublasSetWorkspace_v2") || !s.find(s.gemm, "cublasGemmEx")) {
+  s.library = std::move(*library);
+  if (!s.library.find(s.create, "cublasCreate_v2") ||
+      !s.library.find(s.destroy, "cublasDestroy_v2") ||
+      !s.library.find(s.set_stream, "cublasSetStream_v2") ||
+      !s.library.find(s.set_workspace, "cublasSetWorkspace_v2") ||
+      !s.library.find(s.gemm, "cublasGemmEx")) {
     return Status(Code::unsupported, "cuBLAS lacks a function that is needed");
   }
   if (const int error = s.create(&s.handle); error != 0) {
