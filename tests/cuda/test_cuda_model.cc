@@ -261,6 +261,75 @@ TEST(CudaModel, DecodingByGraphsChoosesWhatReadingChooses) {
   }
 }
 
+/// Tokens chosen after `text`, one by one, the cache going on from one to the next.
+std::vector<int32_t> greedy_tokens(Runner& runner, SequenceCache& cache,
+                                   const std::vector<int32_t>& text, int count) {
+  std::vector<int32_t> tokens;
+  int32_t next = 0;
+  SequenceItem item{&cache, text};
+  for (int i = 0; i < count; ++i) {
+    const Status status = runner.greedy({&item, 1}, {&next, 1});
+    EXPECT_TRUE(status.ok()) << status.message();
+    tokens.push_back(next);
+    item.tokens = {&next, 1};
+  }
+  return tokens;
+}
+
+/// The same by forward() and logits(), which begin nothing ahead.
+std::vector<int32_t> likeliest_tokens(Runner& runner, SequenceCache& cache,
+                                      const std::vector<int32_t>& text, int count) {
+  std::vector<int32_t> tokens;
+  std::vector<float> hidden(static_cast<size_t>(runner.config().hidden));
+  std::vector<float> logits(static_cast<size_t>(runner.config().vocab));
+  int32_t next = 0;
+  SequenceItem item{&cache, text};
+  for (int i = 0; i < count; ++i) {
+    EXPECT_TRUE(runner.forward({&item, 1}, HiddenRows::last, hidden.data()).ok());
+    EXPECT_TRUE(runner.logits(hidden.data(), 1, logits.data()).ok());
+    next = static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
+    tokens.push_back(next);
+    item.tokens = {&next, 1};
+  }
+  return tokens;
+}
+
+// The step after that of a single sequence is begun before anybody asks for it.
+TEST(CudaModel, AStepBegunAheadLeavesNothingBehind) {
+  NIBBLE_NEEDS_GPU();
+  Pair pair;
+  ASSERT_NO_FATAL_FAILURE(load("llama_awq", {.threads = 2, .context = 96}, pair));
+  Runner& gpu = *pair.gpu;
+  ASSERT_TRUE(set_mode(gpu, Mode::w4a8).ok());
+  const std::vector<int32_t> prompt = random_tokens(60, 80, 11), other = random_tokens(80, 80, 12);
+  // After a prompt, up to a token that is not the one that was begun with, and on from there.
+  const auto turned = [&](const auto& choose) {
+    const std::unique_ptr<SequenceCache> cache = gpu.make_cache();
+    std::vector<int32_t> tokens = choose(gpu, *cache, prompt, 6);
+    const std::vector<int32_t> after = choose(gpu, *cache, {(tokens.back() + 1) % 80}, 5);
+    EXPECT_EQ(cache->length(), 60 + 5 + 5);
+    tokens.insert(tokens.end(), after.begin(), after.end());
+    return tokens;
+  };
+  const auto fresh = [&](const auto& choose) {
+    const std::unique_ptr<SequenceCache> cache = gpu.make_cache();
+    return choose(gpu, *cache, other, 3);
+  };
+  const std::vector<int32_t> expected = turned(likeliest_tokens);
+  const std::vector<int32_t> expected_fresh = fresh(likeliest_tokens);
+  for (int i = 0; i < 3; ++i) {  // kernel by kernel, then by graphs
+    EXPECT_EQ(turned(greedy_tokens), expected) << i;
+    EXPECT_EQ(fresh(greedy_tokens), expected_fresh) << i;  // in pages of one that is gone
+  }
+  // Over the border of a page and up to the last position that there is memory for.
+  const std::unique_ptr<SequenceCache> cache = gpu.make_cache();
+  EXPECT_EQ(greedy_tokens(gpu, *cache, prompt, 37).size(), 37u);
+  EXPECT_EQ(cache->length(), 96);
+  int32_t next = 0;
+  const SequenceItem beyond{cache.get(), {&next, 1}};
+  EXPECT_EQ(gpu.greedy({&beyond, 1}, {&next, 1}).code(), Code::out_of_memory);
+}
+
 TEST(CudaModel, SameInputSameBits) {
   NIBBLE_NEEDS_GPU();
   Pair pair;

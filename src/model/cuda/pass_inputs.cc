@@ -29,7 +29,7 @@ Result<std::unique_ptr<PassStaging>> PassStaging::create(const DeviceInfo& devic
     return to_status(error, "cudaMallocHost");
   };
   NIBBLE_TRY(pin(s->host_, bytes));
-  NIBBLE_TRY(pin(s->results_, 2 * static_cast<size_t>(s->capacity_) * sizeof(int32_t)));
+  NIBBLE_TRY(pin(s->results_, 2 * kTurns * static_cast<size_t>(s->capacity_) * sizeof(int32_t)));
   return s;
 }
 
@@ -85,14 +85,16 @@ Result<PassInputs> PassStaging::stage(std::span<const SequenceItem> items,
   return inputs;
 }
 
-Status PassStaging::fetch_chosen(int64_t count, cudaStream_t stream) {
-  return to_status(cudaMemcpyAsync(results_, chosen(), static_cast<size_t>(count) * sizeof(int32_t),
-                                   cudaMemcpyDeviceToHost, stream),
-                   "copying tokens");
+Status PassStaging::fetch_chosen(int64_t count, int turn, cudaStream_t stream) {
+  return to_status(
+      cudaMemcpyAsync(results_ + 2 * turn * capacity_, chosen(),
+                      static_cast<size_t>(count) * sizeof(int32_t), cudaMemcpyDeviceToHost, stream),
+      "copying tokens");
 }
 
-Status PassStaging::fetch_faults(const int32_t* faults, int64_t sequences, cudaStream_t stream) {
-  return to_status(cudaMemcpyAsync(results_ + capacity_, faults,
+Status PassStaging::fetch_faults(const int32_t* faults, int64_t sequences, int turn,
+                                 cudaStream_t stream) {
+  return to_status(cudaMemcpyAsync(results_ + (2 * turn + 1) * capacity_, faults,
                                    static_cast<size_t>(sequences) * sizeof(int32_t),
                                    cudaMemcpyDeviceToHost, stream),
                    "copying faults");

@@ -22,6 +22,8 @@ struct PassSpan {
 
 class PassStaging {
  public:
+  static constexpr int kTurns = 2;  // places for results
+
   static Result<std::unique_ptr<PassStaging>> create(const DeviceInfo& device, int64_t rows);
   ~PassStaging();
 
@@ -39,10 +41,11 @@ class PassStaging {
   /// Where argmax puts its tokens: where the next decoding step reads them.
   int32_t* chosen() { return tokens(); }
   void* argmax_scratch() { return argmax_scratch_.as<>(); }
-  Status fetch_chosen(int64_t count, cudaStream_t stream);
-  Status fetch_faults(const int32_t* faults, int64_t sequences, cudaStream_t stream);
-  const int32_t* host_chosen() const { return results_; }  // once the stream has been waited for
-  const int32_t* faults() const { return results_ + capacity_; }
+  Status fetch_chosen(int64_t count, int turn, cudaStream_t stream);
+  Status fetch_faults(const int32_t* faults, int64_t sequences, int turn, cudaStream_t stream);
+  // Once what was fetched for that turn has been waited for:
+  const int32_t* host_chosen(int turn) const { return results_ + 2 * turn * capacity_; }
+  const int32_t* faults(int turn) const { return host_chosen(turn) + capacity_; }
 
  private:
   PassStaging() = default;
@@ -53,7 +56,7 @@ class PassStaging {
   // tokens, sequence, position, gather, capacity_ ints each; then tiles
   DeviceBuffer device_, argmax_scratch_;
   int32_t* host_ = nullptr;     // pinned, as device_
-  int32_t* results_ = nullptr;  // pinned: chosen tokens; faults
+  int32_t* results_ = nullptr;  // pinned, of each turn: chosen tokens; faults
 };
 
 }  // namespace nibble::cuda

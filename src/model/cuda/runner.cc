@@ -8,51 +8,21 @@
 #include <cmath>
 #include <map>
 #include <set>
-#include <utility>
 
 #include "gemm/cuda/runtime.h"
 #include "model/cuda/forward.h"
+#include "model/cuda/graph.h"
 #include "model/cuda/load.h"
 #include "model/cuda/pass_inputs.h"
 
 namespace nibble::cuda {
 namespace {
 
-/// A graph that is launched instead of its kernels one by one.
-class Graph {
- public:
-  ~Graph() {
-    if (graph_ != nullptr) (void)cudaGraphExecDestroy(graph_);
-  }
-  Graph() = default;
-  Graph(Graph&& other) noexcept : graph_(std::exchange(other.graph_, nullptr)) {}
-
-  template <class Function>
-  Status capture(cudaStream_t stream, const Function& enqueue) {
-    NIBBLE_TRY(to_status(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed),
-                         "cudaStreamBeginCapture"));
-    const Status status = enqueue();
-    cudaGraph_t captured = nullptr;
-    const cudaError_t ended = cudaStreamEndCapture(stream, &captured);
-    if (!status.ok() || ended != cudaSuccess) {
-      if (captured != nullptr) (void)cudaGraphDestroy(captured);
-      (void)cudaGetLastError();
-      return status.ok() ? to_status(ended, "cudaStreamEndCapture") : status;
-    }
-    const cudaError_t error = cudaGraphInstantiate(&graph_, captured, 0);
-    (void)cudaGraphDestroy(captured);
-    return to_status(error, "cudaGraphInstantiate");
-  }
-  Status launch(cudaStream_t stream) const {
-    return to_status(cudaGraphLaunch(graph_, stream), "cudaGraphLaunch");
-  }
-
- private:
-  cudaGraphExec_t graph_ = nullptr;
-};
-
 /// Rows of a step that are decoded by a graph; more are launched kernel by kernel.
 constexpr int64_t kGraphRows = 64;
+/// Sequences whose next step is begun before the caller asks for it. One that ends costs a step
+/// that nobody wants; of several, one ends too often.
+constexpr size_t kAheadItems = 1;
 
 class CudaRunner : public Runner {
  public:
@@ -66,6 +36,9 @@ class CudaRunner : public Runner {
     const CurrentDevice current(model_.device.ordinal);
     if (stream_ != nullptr) (void)cudaStreamSynchronize(stream_);
     graphs_.clear();
+    for (cudaEvent_t event : chosen_) {
+      if (event != nullptr) (void)cudaEventDestroy(event);
+    }
     if (stream_ != nullptr) (void)cudaStreamDestroy(stream_);
   }
 
@@ -103,6 +76,13 @@ class CudaRunner : public Runner {
   /// Everything of a pass of prompts up to the layers' end.
   Status run_pass(std::span<const SequenceItem> items, const Pass& pass);
   Status decode_step(std::span<const SequenceItem> items, bool choose);
+  /// One token of every item by a graph, from what has been staged or the step before has left.
+  Status launch_step(int64_t rows, bool choose);
+  /// The step behind the one that has just been launched: the host's way from one to the next is
+  /// then hidden.
+  Status go_ahead(std::span<const SequenceItem> items);
+  /// Before anything but the step that was begun ahead: forgets it.
+  Status settle();
   Status enqueue_choice(const int32_t* gather, int64_t count);
   Status prepare(int64_t rows);
   Status wait(const char* what);
@@ -110,8 +90,11 @@ class CudaRunner : public Runner {
     seen_.clear();
     graphs_.clear();
   }
-  Status check_faults(std::span<const SequenceItem> items);
+  Status check_faults(std::span<const SequenceItem> items, int turn);
   Status copy_states(float* hidden, int64_t rows);
+  Status fetch_faults() {
+    return staging_->fetch_faults(forward_->faults(), pool_->shape().sequences, turn_, stream_);
+  }
   bool is_step(std::span<const SequenceItem> items) const;
   static Pass step_pass(std::span<const SequenceItem> items);
   int64_t step_rows(std::span<const SequenceItem> items) const {
@@ -131,9 +114,8 @@ class CudaRunner : public Runner {
   struct Step {
     int64_t rows = 0;
     bool choose = false;
-    bool operator<(const Step& other) const {
-      return rows != other.rows ? rows < other.rows : choose < other.choose;
-    }
+    int turn = 0;  // where its results go
+    auto operator<=>(const Step&) const = default;
   };
   std::set<Step> seen_;  // steps that have been run
   std::map<Step, Graph> graphs_;
@@ -142,6 +124,10 @@ class CudaRunner : public Runner {
   std::vector<const SequenceCache*> last_;
   std::vector<int32_t> last_tokens_;
   std::vector<int64_t> last_lengths_;
+  // Results of steps lie in two places in turn, so that one can be read while the next is made.
+  int turn_ = 0;
+  bool ahead_ = false;  // the step after last_ is under way; its results go to turn_
+  cudaEvent_t chosen_[PassStaging::kTurns] = {};  // behind a step that chooses
 };
 
 Status CudaRunner::load(const Checkpoint& checkpoint, const ModelOptions& options,
@@ -169,12 +155,17 @@ Status CudaRunner::load(const Checkpoint& checkpoint, const ModelOptions& option
   Result<std::unique_ptr<PassStaging>> staging = PassStaging::create(model_.device, pass_rows_);
   if (!staging.ok()) return staging.status();
   staging_ = std::move(*staging);
+  for (cudaEvent_t& event : chosen_) {
+    NIBBLE_TRY(to_status(cudaEventCreateWithFlags(&event, cudaEventDisableTiming),
+                         "cudaEventCreateWithFlags"));
+  }
   return to_status(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
 }
 
 Status CudaRunner::set_plan(const ModelPlan& plan) {
   const CurrentDevice current(model_.device.ordinal);
   NIBBLE_TRY(current.status());
+  NIBBLE_TRY(settle());
   NIBBLE_TRY(wait("before another plan"));
   drop_graphs();
   return forward_->set_plan(plan);
@@ -250,8 +241,8 @@ Status CudaRunner::run_pass(std::span<const SequenceItem> items, const Pass& pas
   return {};
 }
 
-Status CudaRunner::check_faults(std::span<const SequenceItem> items) {
-  const int32_t* faults = staging_->faults();
+Status CudaRunner::check_faults(std::span<const SequenceItem> items, int turn) {
+  const int32_t* faults = staging_->faults(turn);
   for (size_t i = 0; i < items.size(); ++i) {
     const auto slot = static_cast<PagedSequence*>(items[i].cache)->slot();
     if (slot < 0 || faults[slot] == 0) continue;
@@ -275,14 +266,15 @@ Status CudaRunner::copy_states(float* hidden, int64_t rows) {
 Status CudaRunner::forward(std::span<const SequenceItem> items, HiddenRows rows, float* hidden) {
   const CurrentDevice current(model_.device.ordinal);
   NIBBLE_TRY(current.status());
+  NIBBLE_TRY(settle());
   NIBBLE_TRY(check_items(items));
   last_.clear();
   if (rows == HiddenRows::last && is_step(items)) {
     NIBBLE_TRY(decode_step(items, false));
     NIBBLE_TRY(copy_states(hidden, static_cast<int64_t>(items.size())));
-    NIBBLE_TRY(staging_->fetch_faults(forward_->faults(), pool_->shape().sequences, stream_));
+    NIBBLE_TRY(fetch_faults());
     NIBBLE_TRY(wait("decoding"));
-    return check_faults(items);
+    return check_faults(items, turn_);
   }
   int64_t rows_before = 0;
   for (const Pass& pass : cut(items)) {
@@ -301,14 +293,15 @@ Status CudaRunner::forward(std::span<const SequenceItem> items, HiddenRows rows,
     rows_before += count;
   }
   if (rows == HiddenRows::none) return {};
-  NIBBLE_TRY(staging_->fetch_faults(forward_->faults(), pool_->shape().sequences, stream_));
+  NIBBLE_TRY(fetch_faults());
   NIBBLE_TRY(wait("forward"));
-  return check_faults(items);
+  return check_faults(items, turn_);
 }
 
 Status CudaRunner::logits(const float* hidden, int64_t rows, float* logits) {
   const CurrentDevice current(model_.device.ordinal);
   NIBBLE_TRY(current.status());
+  NIBBLE_TRY(settle());
   const ModelConfig& c = model_.config;
   last_.clear();
   for (int64_t first = 0; first < rows; first += kHeadRows) {
@@ -358,8 +351,8 @@ Status CudaRunner::enqueue_choice(const int32_t* gather, int64_t count) {
     NIBBLE_TRY(to_status(launch_argmax(args, stream_), "argmax"));
     NIBBLE_TRY(forward_->mark("argmax", stream_));
   }
-  NIBBLE_TRY(staging_->fetch_faults(forward_->faults(), pool_->shape().sequences, stream_));
-  return staging_->fetch_chosen(count, stream_);
+  NIBBLE_TRY(fetch_faults());
+  return staging_->fetch_chosen(count, turn_, stream_);
 }
 
 /// One token of every item.
@@ -386,22 +379,13 @@ bool CudaRunner::follows_last_step(std::span<const SequenceItem> items) const {
   return true;
 }
 
-/// One token of every item, by a graph; `choose`: the next ones too.
-Status CudaRunner::decode_step(std::span<const SequenceItem> items, bool choose) {
-  const int64_t rows = step_rows(items);
-  NIBBLE_TRY(prepare(rows));
-  NIBBLE_TRY(pool_->sync_table(stream_));
-  if (!choose || !follows_last_step(items)) {
-    NIBBLE_TRY(wait("the step before"));
-    Result<PassInputs> staged = staging_->stage(items, step_pass(items), rows, stream_);
-    if (!staged.ok()) return staged.status();
-  }
+Status CudaRunner::launch_step(int64_t rows, bool choose) {
   const auto enqueue = [&]() -> Status {
     NIBBLE_TRY(forward_->layers(staging_->decode_inputs(), rows, stream_));
     if (choose) return enqueue_choice(nullptr, rows);
     return forward_->finish(nullptr, rows, stream_);
   };
-  const Step step{rows, choose};
+  const Step step{rows, choose, choose ? turn_ : 0};
   if (rows > kGraphRows || seen_.insert(step).second) {
     // The first time, the driver and cuBLAS may load code, which they do not while capturing.
     NIBBLE_TRY(enqueue());
@@ -414,18 +398,68 @@ Status CudaRunner::decode_step(std::span<const SequenceItem> items, bool choose)
     }
     NIBBLE_TRY(found->second.launch(stream_));
   }
+  if (!choose) return {};
+  return to_status(cudaEventRecord(chosen_[turn_], stream_), "cudaEventRecord");
+}
+
+/// `choose`: the next tokens too.
+Status CudaRunner::decode_step(std::span<const SequenceItem> items, bool choose) {
+  if (ahead_) {
+    ahead_ = false;
+  } else {
+    const int64_t rows = step_rows(items);
+    NIBBLE_TRY(prepare(rows));
+    NIBBLE_TRY(pool_->sync_table(stream_));
+    if (!choose || !follows_last_step(items)) {
+      NIBBLE_TRY(wait("the step before"));
+      Result<PassInputs> staged = staging_->stage(items, step_pass(items), rows, stream_);
+      if (!staged.ok()) return staged.status();
+    }
+    NIBBLE_TRY(launch_step(rows, choose));
+  }
   for (const SequenceItem& item : items) item.cache->set_length(item.cache->length() + 1);
   return {};
+}
+
+Status CudaRunner::go_ahead(std::span<const SequenceItem> items) {
+  if (items.size() > kAheadItems) return {};
+  for (const SequenceItem& item : items) {
+    const int64_t length = item.cache->length() + 1;
+    if (length > std::min(model_.config.max_positions, pool_->shape().context)) return {};
+    NIBBLE_TRY(pool_->reserve(static_cast<PagedSequence&>(*item.cache), length));
+  }
+  NIBBLE_TRY(pool_->sync_table(stream_));
+  turn_ ^= 1;
+  const Status launched = launch_step(step_rows(items), true);
+  ahead_ = launched.ok();
+  return launched;
+}
+
+Status CudaRunner::settle() {
+  if (!ahead_) return {};
+  ahead_ = false;
+  last_.clear();
+  // What it has written to pages lies behind the ends of sequences. Faults are its own: those of
+  // steps before it have been looked at.
+  NIBBLE_TRY(wait("a step that was begun ahead"));
+  return to_status(
+      cudaMemsetAsync(forward_->faults(), 0,
+                      static_cast<size_t>(pool_->shape().sequences) * sizeof(int32_t), stream_),
+      "clearing faults");
 }
 
 Status CudaRunner::greedy(std::span<const SequenceItem> items, std::span<int32_t> next) {
   const CurrentDevice current(model_.device.ordinal);
   NIBBLE_TRY(current.status());
+  const bool step = is_step(items);
+  if (!step || !follows_last_step(items)) NIBBLE_TRY(settle());
   NIBBLE_TRY(check_items(items));
-  if (is_step(items)) {
+  if (step) {
     NIBBLE_TRY(decode_step(items, true));
-    NIBBLE_TRY(wait("decoding"));
-    std::copy_n(staging_->host_chosen(), items.size(), next.begin());
+    const int turn = turn_;
+    NIBBLE_TRY(go_ahead(items));
+    NIBBLE_TRY(to_status(cudaEventSynchronize(chosen_[turn]), "decoding"));
+    std::copy_n(staging_->host_chosen(turn), items.size(), next.begin());
     last_.clear();
     last_tokens_.assign(next.begin(), next.begin() + static_cast<int64_t>(items.size()));
     last_lengths_.clear();
@@ -433,6 +467,9 @@ Status CudaRunner::greedy(std::span<const SequenceItem> items, std::span<int32_t
       last_.push_back(item.cache);
       last_lengths_.push_back(item.cache->length());
     }
+    const Status sound = check_faults(items, turn);
+    if (!sound.ok()) last_.clear();
+    NIBBLE_TRY(sound);
   } else {
     last_.clear();
     for (const Pass& pass : cut(items)) {
@@ -440,11 +477,11 @@ Status CudaRunner::greedy(std::span<const SequenceItem> items, std::span<int32_t
       const auto count = static_cast<int64_t>(pass.size());
       NIBBLE_TRY(enqueue_choice(staging_->gather(), count));
       NIBBLE_TRY(wait("reading a prompt"));
-      std::copy_n(staging_->host_chosen(), count,
+      std::copy_n(staging_->host_chosen(turn_), count,
                   next.begin() + static_cast<int64_t>(pass.front().item));
     }
+    NIBBLE_TRY(check_faults(items, turn_));
   }
-  NIBBLE_TRY(check_faults(items));
   for (size_t i = 0; i < items.size(); ++i) {
     if (next[i] >= 0) continue;
     last_.clear();
@@ -456,6 +493,7 @@ Status CudaRunner::greedy(std::span<const SequenceItem> items, std::span<int32_t
 Result<std::vector<OperationTime>> CudaRunner::profile(std::span<const SequenceItem> items) {
   const CurrentDevice current(model_.device.ordinal);
   NIBBLE_TRY(current.status());
+  NIBBLE_TRY(settle());
   NIBBLE_TRY(check_items(items));
   last_.clear();
   const bool decode = is_step(items);

@@ -115,6 +115,8 @@ struct CUgraphExec_st {
 struct CUstream_st {};
 struct CUevent_st {
   double time = 0;
+  cudaStream_t stream = nullptr;  // of the last record
+  int waiting = 0;                // records that the stream has not come to
 };
 
 extern "C" {
@@ -189,6 +191,10 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
 
 cudaError_t cudaMemset(void* data, int value, size_t bytes) {
   host::enqueue(nullptr, [=] { std::memset(data, value, bytes); });
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
+  host::enqueue(stream, [=] { std::memset(data, value, bytes); });
   return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
@@ -268,12 +274,29 @@ cudaError_t cudaEventCreate(cudaEvent_t* event) {
   *event = new CUevent_st;
   return cudaSuccess;
 }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  return cudaEventCreate(event);
+}
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
   delete event;
   return cudaSuccess;
 }
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
   host::enqueue(stream, [=] { event->time = state().clock; });
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  event->stream = stream;
+  event->waiting += 1;
+  host::enqueue(stream, [=] { event->waiting -= 1; });
+  return cudaSuccess;
+}
+/// No further than the event: what lies behind it is still to come.
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  host::Work& work = state().waiting[event->stream];
+  size_t done = 0;
+  while (event->waiting > 0) work[done++]();
+  work.erase(work.begin(), work.begin() + static_cast<std::ptrdiff_t>(done));
   return cudaSuccess;
 }
 cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) {
