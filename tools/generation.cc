@@ -17,13 +17,7 @@ constexpr int64_t kCompareRows = 64;
 class Generator {
  public:
   Generator(Runner& model, std::span<Sequence> sequences, const GenerateOptions& options)
-      : model_(model), sequences_(sequences), options_(options), caches_(sequences.size()) {
-    for (size_t i = 0; i < sequences.size(); ++i) {
-      SamplerOptions sampler = options.sampler;
-      sampler.seed += i;
-      samplers_.emplace_back(sampler);
-    }
-  }
+      : model_(model), sequences_(sequences), options_(options), caches_(sequences.size()) {}
 
   Status run(GenerateTimes& times) {
     while (!stopped_ && !(options_.stop && options_.stop())) {
@@ -63,7 +57,12 @@ class Generator {
     NIBBLE_TRY(model_.logits(states.data(), static_cast<int64_t>(count), logits_.data()));
     std::vector<size_t> admitted;
     for (size_t i = first; i < next_sequence_; ++i) admitted.push_back(i);
-    sample(admitted);
+    next_.clear();
+    for (size_t row = 0; row < count; ++row) {
+      const std::span<const float> logits(logits_.data() + row * vocab(), vocab());
+      const auto length = static_cast<int64_t>(sequences_[first + row].prompt.size());
+      next_.push_back(sample_token(logits, sampler(first + row), length));
+    }
     std::vector<size_t> still = take(admitted, next_);
     active_.insert(active_.end(), still.begin(), still.end());
     return {};
@@ -109,28 +108,20 @@ class Generator {
       items.push_back({caches_[i].get(), {&sequences_[i].tokens.back(), 1}});
     }
     times.decode_tokens += static_cast<int64_t>(active_.size());
-    if (options_.sampler.temperature == 0) {
-      next_.resize(active_.size());
-      NIBBLE_TRY(model_.greedy(items, next_));
-      active_ = take(active_, next_);
-      return {};
+    how_.clear();
+    if (options_.sampler.temperature > 0) {
+      for (const size_t i : active_) how_.push_back(sampler(i));
     }
-    hidden_.resize(active_.size() * static_cast<size_t>(width()));
-    NIBBLE_TRY(model_.forward(items, HiddenRows::last, hidden_.data()));
-    logits_.resize(active_.size() * vocab());
-    NIBBLE_TRY(model_.logits(hidden_.data(), static_cast<int64_t>(active_.size()), logits_.data()));
-    sample(active_);
+    next_.resize(active_.size());
+    NIBBLE_TRY(model_.choose(items, how_, next_));
     active_ = take(active_, next_);
     return {};
   }
 
-  /// A token for each of these sequences from its row of logits, into next_.
-  void sample(const std::vector<size_t>& of) {
-    next_.clear();
-    for (size_t row = 0; row < of.size(); ++row) {
-      const std::span<const float> logits(logits_.data() + row * vocab(), vocab());
-      next_.push_back(samplers_[of[row]].sample(logits));
-    }
+  SamplerOptions sampler(size_t sequence) const {
+    SamplerOptions options = options_.sampler;
+    options.seed += sequence;
+    return options;
   }
 
   /// Appends the tokens that were chosen for these sequences; those that go on.
@@ -164,11 +155,11 @@ class Generator {
   Runner& model_;
   std::span<Sequence> sequences_;
   const GenerateOptions& options_;
-  std::vector<Sampler> samplers_;
   std::vector<std::unique_ptr<SequenceCache>> caches_;
   size_t next_sequence_ = 0;    // the first that has not been admitted
   std::vector<size_t> active_;  // sequences that go on
-  std::vector<float> hidden_, logits_;
+  std::vector<float> logits_;
+  std::vector<SamplerOptions> how_;
   std::vector<int32_t> next_;
   bool stopped_ = false;
 };
@@ -209,7 +200,7 @@ Status generate(Runner& model, std::span<Sequence> sequences, const GenerateOpti
 
 Result<std::optional<Divergence>> first_divergence(Runner& model, const ModelPlan& plan,
                                                    const ModelPlan& other, const Sequence& sequence,
-                                                   const SamplerOptions& sampler_options,
+                                                   const SamplerOptions& sampler,
                                                    const std::function<bool()>& stop) {
   const auto choices = static_cast<int64_t>(sequence.tokens.size());
   if (choices == 0) return std::optional<Divergence>();
@@ -222,7 +213,6 @@ Result<std::optional<Divergence>> first_divergence(Runner& model, const ModelPla
   const int64_t width = model.config().hidden;
   const auto vocab = static_cast<size_t>(model.config().vocab);
   std::vector<float> logits(static_cast<size_t>(std::min(kCompareRows, choices)) * vocab);
-  Sampler sampler(sampler_options);
   for (int64_t at = 0; at < choices; at += kCompareRows) {
     const int64_t rows = std::min(kCompareRows, choices - at);
     NIBBLE_TRY(model.logits(hidden->data() + at * width, rows, logits.data()));
@@ -231,7 +221,8 @@ Result<std::optional<Divergence>> first_divergence(Runner& model, const ModelPla
       Divergence found;
       found.index = at + row;
       found.token = sequence.tokens[static_cast<size_t>(found.index)];
-      found.other_token = sampler.sample(theirs);
+      found.other_token =
+          sample_token(theirs, sampler, static_cast<int64_t>(sequence.prompt.size()) + found.index);
       if (found.token == found.other_token) continue;
       found.other_margin =
           theirs[static_cast<size_t>(found.other_token)] - theirs[static_cast<size_t>(found.token)];

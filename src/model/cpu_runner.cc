@@ -40,14 +40,16 @@ Status CpuRunner::logits(const float* hidden, int64_t rows, float* logits) {
   return model_->logits(hidden, rows, logits);
 }
 
-Status CpuRunner::greedy(std::span<const SequenceItem> items, std::span<int32_t> next) {
+Status CpuRunner::choose(std::span<const SequenceItem> items, std::span<const SamplerOptions> how,
+                         std::span<int32_t> next) {
   const auto vocab = static_cast<size_t>(config().vocab);
   std::vector<float> last(items.size() * static_cast<size_t>(config().hidden));
   NIBBLE_TRY(forward(items, HiddenRows::last, last.data()));
   logits_.resize(items.size() * vocab);
   NIBBLE_TRY(model_->logits(last.data(), static_cast<int64_t>(items.size()), logits_.data()));
   for (size_t i = 0; i < items.size(); ++i) {
-    next[i] = argmax({logits_.data() + i * vocab, vocab});
+    const std::span<const float> logits(logits_.data() + i * vocab, vocab);
+    next[i] = how.empty() ? argmax(logits) : sample_token(logits, how[i], items[i].cache->length());
   }
   return {};
 }

@@ -17,7 +17,8 @@ class CpuRunner : public Runner {
   std::unique_ptr<SequenceCache> make_cache() override;
   Status forward(std::span<const SequenceItem> items, HiddenRows rows, float* hidden) override;
   Status logits(const float* hidden, int64_t rows, float* logits) override;
-  Status greedy(std::span<const SequenceItem> items, std::span<int32_t> next) override;
+  Status choose(std::span<const SequenceItem> items, std::span<const SamplerOptions> how,
+                std::span<int32_t> next) override;
   Result<std::vector<OperationTime>> profile(std::span<const SequenceItem> items) override;
   uint64_t weight_bytes() const override { return model_->weight_bytes(); }
   uint64_t head_bytes() const override { return model_->head_bytes(); }

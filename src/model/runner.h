@@ -12,6 +12,7 @@
 #include "base/status.h"
 #include "model/config.h"
 #include "model/linear.h"
+#include "model/sampler.h"
 #include "model/sequence_cache.h"
 
 namespace nibble {
@@ -54,9 +55,14 @@ class Runner {
   virtual Status forward(std::span<const SequenceItem> items, HiddenRows rows, float* hidden) = 0;
   /// logits (rows, config().vocab) of rows of hidden states. non_finite names a row.
   virtual Status logits(const float* hidden, int64_t rows, float* logits) = 0;
-  /// forward(), logits() of the last row of every item, and the most probable token of each (the
-  /// lowest of several) into next (items). Only tokens need leave the device.
-  virtual Status greedy(std::span<const SequenceItem> items, std::span<int32_t> next) = 0;
+  /// forward(), logits() of the last row of every item, and a token for each into next (items):
+  /// what sample_token() draws by `how` (items) at the position behind the item's; the most
+  /// probable one (the lowest of several) if `how` is empty. Only tokens need leave the device.
+  virtual Status choose(std::span<const SequenceItem> items, std::span<const SamplerOptions> how,
+                        std::span<int32_t> next) = 0;
+  Status greedy(std::span<const SequenceItem> items, std::span<int32_t> next) {
+    return choose(items, {}, next);
+  }
 
   /// greedy(), with the time of every operation: they add up to the call's time on the device,
   /// and are together a little longer than without being timed. unsupported on a CPU.

@@ -261,14 +261,16 @@ TEST(CudaModel, DecodingByGraphsChoosesWhatReadingChooses) {
   }
 }
 
+using Rules = std::vector<SamplerOptions>;  // none: greedy
+
 /// Tokens chosen after `text`, one by one, the cache going on from one to the next.
-std::vector<int32_t> greedy_tokens(Runner& runner, SequenceCache& cache,
+std::vector<int32_t> chosen_tokens(Runner& runner, SequenceCache& cache, const Rules& how,
                                    const std::vector<int32_t>& text, int count) {
   std::vector<int32_t> tokens;
   int32_t next = 0;
   SequenceItem item{&cache, text};
   for (int i = 0; i < count; ++i) {
-    const Status status = runner.greedy({&item, 1}, {&next, 1});
+    const Status status = runner.choose({&item, 1}, how, {&next, 1});
     EXPECT_TRUE(status.ok()) << status.message();
     tokens.push_back(next);
     item.tokens = {&next, 1};
@@ -277,8 +279,8 @@ std::vector<int32_t> greedy_tokens(Runner& runner, SequenceCache& cache,
 }
 
 /// The same by forward() and logits(), which begin nothing ahead.
-std::vector<int32_t> likeliest_tokens(Runner& runner, SequenceCache& cache,
-                                      const std::vector<int32_t>& text, int count) {
+std::vector<int32_t> tokens_from_logits(Runner& runner, SequenceCache& cache, const Rules& how,
+                                        const std::vector<int32_t>& text, int count) {
   std::vector<int32_t> tokens;
   std::vector<float> hidden(static_cast<size_t>(runner.config().hidden));
   std::vector<float> logits(static_cast<size_t>(runner.config().vocab));
@@ -287,7 +289,7 @@ std::vector<int32_t> likeliest_tokens(Runner& runner, SequenceCache& cache,
   for (int i = 0; i < count; ++i) {
     EXPECT_TRUE(runner.forward({&item, 1}, HiddenRows::last, hidden.data()).ok());
     EXPECT_TRUE(runner.logits(hidden.data(), 1, logits.data()).ok());
-    next = static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
+    next = how.empty() ? argmax(logits) : sample_token(logits, how[0], cache.length());
     tokens.push_back(next);
     item.tokens = {&next, 1};
   }
@@ -302,32 +304,67 @@ TEST(CudaModel, AStepBegunAheadLeavesNothingBehind) {
   Runner& gpu = *pair.gpu;
   ASSERT_TRUE(set_mode(gpu, Mode::w4a8).ok());
   const std::vector<int32_t> prompt = random_tokens(60, 80, 11), other = random_tokens(80, 80, 12);
-  // After a prompt, up to a token that is not the one that was begun with, and on from there.
-  const auto turned = [&](const auto& choose) {
-    const std::unique_ptr<SequenceCache> cache = gpu.make_cache();
-    std::vector<int32_t> tokens = choose(gpu, *cache, prompt, 6);
-    const std::vector<int32_t> after = choose(gpu, *cache, {(tokens.back() + 1) % 80}, 5);
-    EXPECT_EQ(cache->length(), 60 + 5 + 5);
-    tokens.insert(tokens.end(), after.begin(), after.end());
-    return tokens;
-  };
-  const auto fresh = [&](const auto& choose) {
-    const std::unique_ptr<SequenceCache> cache = gpu.make_cache();
-    return choose(gpu, *cache, other, 3);
-  };
-  const std::vector<int32_t> expected = turned(likeliest_tokens);
-  const std::vector<int32_t> expected_fresh = fresh(likeliest_tokens);
-  for (int i = 0; i < 3; ++i) {  // kernel by kernel, then by graphs
-    EXPECT_EQ(turned(greedy_tokens), expected) << i;
-    EXPECT_EQ(fresh(greedy_tokens), expected_fresh) << i;  // in pages of one that is gone
+  for (const Rules& how : {Rules{}, Rules{{1.0f, 20, 0.9f, 4}}}) {
+    SCOPED_TRACE(how.empty() ? "greedy" : "sampled");
+    // After a prompt, up to a token that is not the one that was begun with, and on from there.
+    const auto turned = [&](const auto& choose) {
+      const std::unique_ptr<SequenceCache> cache = gpu.make_cache();
+      std::vector<int32_t> tokens = choose(gpu, *cache, how, prompt, 6);
+      const std::vector<int32_t> after = choose(gpu, *cache, how, {(tokens.back() + 1) % 80}, 5);
+      EXPECT_EQ(cache->length(), 60 + 5 + 5);
+      tokens.insert(tokens.end(), after.begin(), after.end());
+      return tokens;
+    };
+    const auto fresh = [&](const auto& choose) {
+      const std::unique_ptr<SequenceCache> cache = gpu.make_cache();
+      return choose(gpu, *cache, how, other, 3);
+    };
+    const std::vector<int32_t> expected = turned(tokens_from_logits);
+    const std::vector<int32_t> expected_fresh = fresh(tokens_from_logits);
+    for (int i = 0; i < 3; ++i) {  // kernel by kernel, then by graphs
+      EXPECT_EQ(turned(chosen_tokens), expected) << i;
+      EXPECT_EQ(fresh(chosen_tokens), expected_fresh) << i;  // in pages of one that is gone
+    }
   }
   // Over the border of a page and up to the last position that there is memory for.
   const std::unique_ptr<SequenceCache> cache = gpu.make_cache();
-  EXPECT_EQ(greedy_tokens(gpu, *cache, prompt, 37).size(), 37u);
+  EXPECT_EQ(chosen_tokens(gpu, *cache, {}, prompt, 37).size(), 37u);
   EXPECT_EQ(cache->length(), 96);
   int32_t next = 0;
   const SequenceItem beyond{cache.get(), {&next, 1}};
   EXPECT_EQ(gpu.greedy({&beyond, 1}, {&next, 1}).code(), Code::out_of_memory);
+}
+
+TEST(CudaModel, SamplingDrawsWhatTheHostDraws) {
+  NIBBLE_NEEDS_GPU();
+  Pair pair;
+  ASSERT_NO_FATAL_FAILURE(load("llama_awq", {.threads = 2, .context = 64, .sequences = 4}, pair));
+  Runner& gpu = *pair.gpu;
+  ASSERT_TRUE(set_mode(gpu, Mode::w4a8).ok());
+  const Rules how = {{1.0f, 0, 1.0f, 1}, {}, {0.7f, 10, 1.0f, 2}, {1.5f, 0, 0.8f, 3}};
+  std::vector<std::unique_ptr<SequenceCache>> caches;
+  std::vector<SequenceItem> items;
+  std::vector<int32_t> next = random_tokens(4, 80, 21);
+  for (size_t i = 0; i < how.size(); ++i) {
+    caches.push_back(gpu.make_cache());
+    items.push_back({caches.back().get(), {&next[i], 1}});
+  }
+  const auto width = static_cast<size_t>(gpu.config().hidden);
+  const auto vocab = static_cast<size_t>(gpu.config().vocab);
+  std::vector<float> hidden(how.size() * width), logits(how.size() * vocab);
+  for (int step = 0; step < 12; ++step) {
+    // The same step twice: what the first has written is written again.
+    ASSERT_TRUE(gpu.forward(items, HiddenRows::last, hidden.data()).ok());
+    ASSERT_TRUE(gpu.logits(hidden.data(), 4, logits.data()).ok());
+    std::vector<int32_t> expected;
+    for (size_t i = 0; i < how.size(); ++i) {
+      expected.push_back(
+          sample_token(std::span(logits).subspan(i * vocab, vocab), how[i], step + 1));
+      caches[i]->set_length(step);
+    }
+    ASSERT_TRUE(gpu.choose(items, how, next).ok());
+    EXPECT_EQ(next, expected) << step;
+  }
 }
 
 TEST(CudaModel, SameInputSameBits) {

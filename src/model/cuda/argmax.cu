@@ -6,6 +6,7 @@
 #include "gemm/cuda/launch.h"
 #include "gemm/cuda/quantize_rows.h"
 #include "model/cuda/kernels.h"
+#include "model/cuda/logit_key.h"
 
 namespace nibble::cuda {
 namespace {
@@ -13,31 +14,6 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kMostParts = 32;     // of a row
 constexpr int kPartFloats = 8192;  // the least that is worth a block
-constexpr uint64_t kFaulty = ~uint64_t{0};
-
-/// Larger keys are better: the float's bits in an order of unsigned integers, then the lower index.
-/// A NaN or an infinity is better than all.
-__device__ __forceinline__ uint64_t key_of(float v, uint32_t index) {
-  const uint32_t bits = __float_as_uint(v);
-  if ((bits & 0x7fffffffu) >= kInfinityBits) return kFaulty;
-  const uint32_t ordered = static_cast<int32_t>(bits) < 0 ? ~bits : bits | 0x80000000u;
-  return uint64_t{ordered} << 32 | (0xffffffffu - index);
-}
-
-/// Over the block, in thread 0.
-__device__ __forceinline__ uint64_t block_max(uint64_t key) {
-  __shared__ uint64_t of_warp[kThreads / 32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) key = max(key, __shfl_xor_sync(kAllLanes, key, d));
-  if (lane == 0) of_warp[warp] = key;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (const uint64_t other : of_warp) key = max(key, other);
-  }
-  return key;
-}
-
 /// Scratch of a row: (kMostParts) keys and a counter.
 constexpr int kRowWords = kMostParts + 2;
 
@@ -52,7 +28,7 @@ __global__ void __launch_bounds__(kThreads) argmax_rows(const __grid_constant__ 
   const auto* from = reinterpret_cast<const float4*>(logits);
   uint64_t key = 0;
   const auto look = [&](float v, int64_t index) {
-    key = max(key, key_of(v, static_cast<uint32_t>(index)));
+    key = max(key, logit_key(v, static_cast<uint32_t>(index)));
   };
   for (int64_t i = first + threadIdx.x; i < end; i += kThreads) {
     if (4 * i + 4 <= a.vocab) {
@@ -65,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) argmax_rows(const __grid_constant__ 
       for (int64_t j = 4 * i; j < a.vocab; ++j) look(logits[j], j);
     }
   }
-  key = block_max(key);
+  key = block_best<kThreads>(key);
   if (threadIdx.x != 0) return;
   auto* words = static_cast<uint64_t*>(a.scratch) + row * kRowWords;
   if (parts > 1) {
@@ -78,9 +54,8 @@ __global__ void __launch_bounds__(kThreads) argmax_rows(const __grid_constant__ 
       if (i < parts) key = max(key, __ldcg(words + i));
     }
   }
-  a.tokens[row] =
-      key == kFaulty ? -1 : static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key));
-  if (a.position != nullptr && key != kFaulty && a.position[row] >= 0) a.position[row] += 1;
+  a.tokens[row] = key == kFaultyLogit ? -1 : index_of_key(key);
+  if (a.position != nullptr && key != kFaultyLogit && a.position[row] >= 0) a.position[row] += 1;
 }
 
 }  // namespace

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "gemm/cuda/fused_quantize.h"
+#include "model/sampling.h"
 
 namespace nibble::cuda {
 
@@ -189,5 +190,20 @@ struct ArgmaxArgs {
 };
 int64_t argmax_scratch_bytes(int64_t rows);
 cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream);
+
+// ---- sample.cu ---------------------------------------------------------------------------------
+
+/// What draw_token() (model/sampler.h) draws from every row of logits by its rule at the position
+/// behind the row's: the same token. A row with a NaN or an infinity gives token -1.
+struct SampleArgs {
+  const float* logits = nullptr;          // (rows, vocab)
+  int64_t stride = 0;                     // a multiple of 4
+  int64_t rows = 0, vocab = 0;            // fewer than sampling::kMostTokens
+  const sampling::Rule* rules = nullptr;  // (rows)
+  int32_t* tokens = nullptr;              // (rows)
+  int32_t* position = nullptr;            // (rows), moved on as by argmax
+  bool programmatic = false;
+};
+cudaError_t launch_sample(const SampleArgs& args, cudaStream_t stream);
 
 }  // namespace nibble::cuda

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "gemm/cuda/runtime.h"
 
@@ -22,19 +23,23 @@ Result<std::unique_ptr<PassStaging>> PassStaging::create(const DeviceInfo& devic
   NIBBLE_TRY(s->device_.allocate_zeroed(bytes, device));
   NIBBLE_TRY(s->argmax_scratch_.allocate_zeroed(
       static_cast<size_t>(argmax_scratch_bytes(s->capacity_)), device));
-  const auto pin = [](int32_t*& to, size_t size) {
+  const size_t rules_bytes = static_cast<size_t>(s->capacity_) * sizeof(sampling::Rule);
+  NIBBLE_TRY(s->rules_.allocate_zeroed(rules_bytes, device));
+  const auto pin = [](auto*& to, size_t size) {
     void* memory = nullptr;
     const cudaError_t error = cudaMallocHost(&memory, size);
-    to = static_cast<int32_t*>(memory);
+    to = static_cast<std::remove_reference_t<decltype(to)>>(memory);
     return to_status(error, "cudaMallocHost");
   };
   NIBBLE_TRY(pin(s->host_, bytes));
+  NIBBLE_TRY(pin(s->host_rules_, rules_bytes));
   NIBBLE_TRY(pin(s->results_, 2 * kTurns * static_cast<size_t>(s->capacity_) * sizeof(int32_t)));
   return s;
 }
 
 PassStaging::~PassStaging() {
   if (host_ != nullptr) (void)cudaFreeHost(host_);
+  if (host_rules_ != nullptr) (void)cudaFreeHost(host_rules_);
   if (results_ != nullptr) (void)cudaFreeHost(results_);
 }
 
@@ -83,6 +88,17 @@ Result<PassInputs> PassStaging::stage(std::span<const SequenceItem> items,
   inputs.tiles = device_tiles;
   inputs.num_tiles = static_cast<int64_t>(tiles.size());
   return inputs;
+}
+
+Status PassStaging::stage_rules(std::span<const SamplerOptions> how, int64_t rows,
+                                cudaStream_t stream) {
+  for (size_t row = 0; row < static_cast<size_t>(rows); ++row) {
+    host_rules_[row] = row < how.size() ? sampling_rule(how[row]) : sampling::Rule();
+  }
+  return to_status(cudaMemcpyAsync(rules_.as<>(), host_rules_,
+                                   static_cast<size_t>(rows) * sizeof(sampling::Rule),
+                                   cudaMemcpyHostToDevice, stream),
+                   "copying how to sample");
 }
 
 Status PassStaging::fetch_chosen(int64_t count, int turn, cudaStream_t stream) {

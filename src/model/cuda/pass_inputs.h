@@ -41,6 +41,10 @@ class PassStaging {
   /// Where argmax puts its tokens: where the next decoding step reads them.
   int32_t* chosen() { return tokens(); }
   void* argmax_scratch() { return argmax_scratch_.as<>(); }
+  /// How to draw the tokens of `rows` rows; those that `how` is too short for take the largest
+  /// logit. As stage().
+  Status stage_rules(std::span<const SamplerOptions> how, int64_t rows, cudaStream_t stream);
+  const sampling::Rule* rules() const { return rules_.as<sampling::Rule>(); }
   Status fetch_chosen(int64_t count, int turn, cudaStream_t stream);
   Status fetch_faults(const int32_t* faults, int64_t sequences, int turn, cudaStream_t stream);
   // Once what was fetched for that turn has been waited for:
@@ -54,9 +58,10 @@ class PassStaging {
 
   int64_t capacity_ = 0;  // rows, a multiple of 4
   // tokens, sequence, position, gather, capacity_ ints each; then tiles
-  DeviceBuffer device_, argmax_scratch_;
-  int32_t* host_ = nullptr;     // pinned, as device_
-  int32_t* results_ = nullptr;  // pinned, of each turn: chosen tokens; faults
+  DeviceBuffer device_, rules_, argmax_scratch_;
+  int32_t* host_ = nullptr;               // pinned, as device_
+  sampling::Rule* host_rules_ = nullptr;  // pinned
+  int32_t* results_ = nullptr;            // pinned, of each turn: chosen tokens; faults
 };
 
 }  // namespace nibble::cuda

@@ -6,23 +6,17 @@
 
 #include <algorithm>
 #include <cmath>
-#include <map>
-#include <set>
 
 #include "gemm/cuda/runtime.h"
 #include "model/cuda/forward.h"
-#include "model/cuda/graph.h"
 #include "model/cuda/load.h"
 #include "model/cuda/pass_inputs.h"
+#include "model/cuda/steps.h"
 
 namespace nibble::cuda {
 namespace {
 
-/// Rows of a step that are decoded by a graph; more are launched kernel by kernel.
-constexpr int64_t kGraphRows = 64;
-/// Sequences whose next step is begun before the caller asks for it. One that ends costs a step
-/// that nobody wants; of several, one ends too often.
-constexpr size_t kAheadItems = 1;
+using Choice = DecodeSteps::Choice;
 
 class CudaRunner : public Runner {
  public:
@@ -35,10 +29,7 @@ class CudaRunner : public Runner {
   ~CudaRunner() override {
     const CurrentDevice current(model_.device.ordinal);
     if (stream_ != nullptr) (void)cudaStreamSynchronize(stream_);
-    graphs_.clear();
-    for (cudaEvent_t event : chosen_) {
-      if (event != nullptr) (void)cudaEventDestroy(event);
-    }
+    steps_.reset();
     if (stream_ != nullptr) (void)cudaStreamDestroy(stream_);
   }
 
@@ -48,11 +39,12 @@ class CudaRunner : public Runner {
   Status set_plan(const ModelPlan& plan) override;
   void set_batch_invariant(bool wanted) override {
     invariant_rows_ = wanted ? pool_->shape().sequences : 0;
-    last_.clear();  // the next step may have other rows
+    if (steps_ != nullptr) (void)steps_->settle();  // the next step may have other rows
   }
   Status forward(std::span<const SequenceItem> items, HiddenRows rows, float* hidden) override;
   Status logits(const float* hidden, int64_t rows, float* logits) override;
-  Status greedy(std::span<const SequenceItem> items, std::span<int32_t> next) override;
+  Status choose(std::span<const SequenceItem> items, std::span<const SamplerOptions> how,
+                std::span<int32_t> next) override;
 
   Result<std::vector<OperationTime>> profile(std::span<const SequenceItem> items) override;
 
@@ -75,33 +67,16 @@ class CudaRunner : public Runner {
   std::vector<Pass> cut(std::span<const SequenceItem> items) const;
   /// Everything of a pass of prompts up to the layers' end.
   Status run_pass(std::span<const SequenceItem> items, const Pass& pass);
-  Status decode_step(std::span<const SequenceItem> items, bool choose);
-  /// One token of every item by a graph, from what has been staged or the step before has left.
-  Status launch_step(int64_t rows, bool choose);
-  /// The step behind the one that has just been launched: the host's way from one to the next is
-  /// then hidden.
-  Status go_ahead(std::span<const SequenceItem> items);
-  /// Before anything but the step that was begun ahead: forgets it.
-  Status settle();
-  Status enqueue_choice(const int32_t* gather, int64_t count);
+  /// By the host, from states and logits that it asks for.
+  Status choose_on_host(std::span<const SequenceItem> items, std::span<const SamplerOptions> how,
+                        std::span<int32_t> next);
   Status prepare(int64_t rows);
   Status wait(const char* what);
-  void drop_graphs() {
-    seen_.clear();
-    graphs_.clear();
-  }
-  Status check_faults(std::span<const SequenceItem> items, int turn);
   Status copy_states(float* hidden, int64_t rows);
-  Status fetch_faults() {
-    return staging_->fetch_faults(forward_->faults(), pool_->shape().sequences, turn_, stream_);
-  }
   bool is_step(std::span<const SequenceItem> items) const;
-  static Pass step_pass(std::span<const SequenceItem> items);
   int64_t step_rows(std::span<const SequenceItem> items) const {
     return std::max(static_cast<int64_t>(items.size()), invariant_rows_);
   }
-  bool follows_last_step(std::span<const SequenceItem> items) const;
-
   DeviceModel model_;
   bool quantized_ = false;
   int64_t pass_rows_ = 0;
@@ -111,23 +86,7 @@ class CudaRunner : public Runner {
   std::unique_ptr<Forward> forward_;
   std::unique_ptr<PassStaging> staging_;
   cudaStream_t stream_ = nullptr;
-  struct Step {
-    int64_t rows = 0;
-    bool choose = false;
-    int turn = 0;  // where its results go
-    auto operator<=>(const Step&) const = default;
-  };
-  std::set<Step> seen_;  // steps that have been run
-  std::map<Step, Graph> graphs_;
-  // What the last call left on the device: its sequences, each one token longer, and the tokens
-  // that it chose for them.
-  std::vector<const SequenceCache*> last_;
-  std::vector<int32_t> last_tokens_;
-  std::vector<int64_t> last_lengths_;
-  // Results of steps lie in two places in turn, so that one can be read while the next is made.
-  int turn_ = 0;
-  bool ahead_ = false;  // the step after last_ is under way; its results go to turn_
-  cudaEvent_t chosen_[PassStaging::kTurns] = {};  // behind a step that chooses
+  std::unique_ptr<DecodeSteps> steps_;
 };
 
 Status CudaRunner::load(const Checkpoint& checkpoint, const ModelOptions& options,
@@ -155,19 +114,21 @@ Status CudaRunner::load(const Checkpoint& checkpoint, const ModelOptions& option
   Result<std::unique_ptr<PassStaging>> staging = PassStaging::create(model_.device, pass_rows_);
   if (!staging.ok()) return staging.status();
   staging_ = std::move(*staging);
-  for (cudaEvent_t& event : chosen_) {
-    NIBBLE_TRY(to_status(cudaEventCreateWithFlags(&event, cudaEventDisableTiming),
-                         "cudaEventCreateWithFlags"));
-  }
-  return to_status(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+  NIBBLE_TRY(
+      to_status(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate"));
+  Result<std::unique_ptr<DecodeSteps>> steps =
+      DecodeSteps::create(model_, *pool_, *forward_, *staging_, stream_);
+  if (!steps.ok()) return steps.status();
+  steps_ = std::move(*steps);
+  return {};
 }
 
 Status CudaRunner::set_plan(const ModelPlan& plan) {
   const CurrentDevice current(model_.device.ordinal);
   NIBBLE_TRY(current.status());
-  NIBBLE_TRY(settle());
+  NIBBLE_TRY(steps_->settle());
   NIBBLE_TRY(wait("before another plan"));
-  drop_graphs();
+  steps_->drop_graphs();
   return forward_->set_plan(plan);
 }
 
@@ -222,7 +183,7 @@ std::vector<CudaRunner::Pass> CudaRunner::cut(std::span<const SequenceItem> item
 Status CudaRunner::prepare(int64_t rows) {
   bool moved = false;
   NIBBLE_TRY(forward_->prepare(rows, &moved));
-  if (moved) drop_graphs();
+  if (moved) steps_->drop_graphs();
   return {};
 }
 
@@ -241,21 +202,6 @@ Status CudaRunner::run_pass(std::span<const SequenceItem> items, const Pass& pas
   return {};
 }
 
-Status CudaRunner::check_faults(std::span<const SequenceItem> items, int turn) {
-  const int32_t* faults = staging_->faults(turn);
-  for (size_t i = 0; i < items.size(); ++i) {
-    const auto slot = static_cast<PagedSequence*>(items[i].cache)->slot();
-    if (slot < 0 || faults[slot] == 0) continue;
-    (void)cudaMemset(forward_->faults(), 0,
-                     static_cast<size_t>(pool_->shape().sequences) * sizeof(int32_t));
-    return Status(Code::non_finite,
-                  fmt::format("sequence {}: a query, key or value is NaN, infinite or beyond the "
-                              "range of {}",
-                              i, dtype_name(static_cast<Dtype>(pool_->shape().type))));
-  }
-  return {};
-}
-
 Status CudaRunner::copy_states(float* hidden, int64_t rows) {
   return to_status(cudaMemcpyAsync(hidden, forward_->states(),
                                    static_cast<size_t>(rows * model_.config.hidden) * sizeof(float),
@@ -266,15 +212,16 @@ Status CudaRunner::copy_states(float* hidden, int64_t rows) {
 Status CudaRunner::forward(std::span<const SequenceItem> items, HiddenRows rows, float* hidden) {
   const CurrentDevice current(model_.device.ordinal);
   NIBBLE_TRY(current.status());
-  NIBBLE_TRY(settle());
+  NIBBLE_TRY(steps_->settle());
   NIBBLE_TRY(check_items(items));
-  last_.clear();
   if (rows == HiddenRows::last && is_step(items)) {
-    NIBBLE_TRY(decode_step(items, false));
+    const int64_t count = step_rows(items);
+    NIBBLE_TRY(prepare(count));
+    NIBBLE_TRY(steps_->run(items, count));
     NIBBLE_TRY(copy_states(hidden, static_cast<int64_t>(items.size())));
-    NIBBLE_TRY(fetch_faults());
+    NIBBLE_TRY(steps_->fetch_faults());
     NIBBLE_TRY(wait("decoding"));
-    return check_faults(items, turn_);
+    return steps_->check_faults(items);
   }
   int64_t rows_before = 0;
   for (const Pass& pass : cut(items)) {
@@ -293,17 +240,16 @@ Status CudaRunner::forward(std::span<const SequenceItem> items, HiddenRows rows,
     rows_before += count;
   }
   if (rows == HiddenRows::none) return {};
-  NIBBLE_TRY(fetch_faults());
+  NIBBLE_TRY(steps_->fetch_faults());
   NIBBLE_TRY(wait("forward"));
-  return check_faults(items, turn_);
+  return steps_->check_faults(items);
 }
 
 Status CudaRunner::logits(const float* hidden, int64_t rows, float* logits) {
   const CurrentDevice current(model_.device.ordinal);
   NIBBLE_TRY(current.status());
-  NIBBLE_TRY(settle());
+  NIBBLE_TRY(steps_->settle());
   const ModelConfig& c = model_.config;
-  last_.clear();
   for (int64_t first = 0; first < rows; first += kHeadRows) {
     const int64_t count = std::min<int64_t>(kHeadRows, rows - first);
     NIBBLE_TRY(prepare(count));
@@ -330,31 +276,6 @@ Status CudaRunner::logits(const float* hidden, int64_t rows, float* logits) {
   return {};
 }
 
-/// The most probable tokens of rows gather[0..count) of the pass that was run (null: 0, 1, ...),
-/// and their way to the host.
-Status CudaRunner::enqueue_choice(const int32_t* gather, int64_t count) {
-  NIBBLE_TRY(forward_->finish(gather, count, stream_));
-  NIBBLE_TRY(forward_->mark("last norm", stream_));
-  for (int64_t first = 0; first < count; first += kHeadRows) {
-    const int64_t rows = std::min<int64_t>(kHeadRows, count - first);
-    NIBBLE_TRY(forward_->head(first, rows, stream_));
-    NIBBLE_TRY(forward_->mark("head", stream_));
-    ArgmaxArgs args;
-    args.logits = forward_->logits();
-    args.stride = forward_->logits_stride();
-    args.rows = rows;
-    args.vocab = model_.config.vocab;
-    args.tokens = staging_->chosen() + first;
-    args.position = gather == nullptr ? staging_->position() + first : nullptr;
-    args.scratch = staging_->argmax_scratch();
-    args.programmatic = model_.device.programmatic();
-    NIBBLE_TRY(to_status(launch_argmax(args, stream_), "argmax"));
-    NIBBLE_TRY(forward_->mark("argmax", stream_));
-  }
-  NIBBLE_TRY(fetch_faults());
-  return staging_->fetch_chosen(count, turn_, stream_);
-}
-
 /// One token of every item.
 bool CudaRunner::is_step(std::span<const SequenceItem> items) const {
   return static_cast<int64_t>(items.size()) <= pass_rows_ &&
@@ -362,130 +283,49 @@ bool CudaRunner::is_step(std::span<const SequenceItem> items) const {
                      [](const SequenceItem& item) { return item.tokens.size() == 1; });
 }
 
-CudaRunner::Pass CudaRunner::step_pass(std::span<const SequenceItem> items) {
-  Pass pass;
-  for (size_t i = 0; i < items.size(); ++i) pass.push_back({i, 0, 1, static_cast<int64_t>(i)});
-  return pass;
-}
-
-bool CudaRunner::follows_last_step(std::span<const SequenceItem> items) const {
-  if (items.size() != last_.size()) return false;
-  for (size_t i = 0; i < items.size(); ++i) {
-    if (items[i].cache != last_[i] || items[i].cache->length() != last_lengths_[i] ||
-        items[i].tokens[0] != last_tokens_[i]) {
-      return false;
-    }
-  }
-  return true;
-}
-
-Status CudaRunner::launch_step(int64_t rows, bool choose) {
-  const auto enqueue = [&]() -> Status {
-    NIBBLE_TRY(forward_->layers(staging_->decode_inputs(), rows, stream_));
-    if (choose) return enqueue_choice(nullptr, rows);
-    return forward_->finish(nullptr, rows, stream_);
-  };
-  const Step step{rows, choose, choose ? turn_ : 0};
-  if (rows > kGraphRows || seen_.insert(step).second) {
-    // The first time, the driver and cuBLAS may load code, which they do not while capturing.
-    NIBBLE_TRY(enqueue());
-  } else {
-    auto found = graphs_.find(step);
-    if (found == graphs_.end()) {
-      Graph graph;
-      NIBBLE_TRY(graph.capture(stream_, enqueue));
-      found = graphs_.emplace(step, std::move(graph)).first;
-    }
-    NIBBLE_TRY(found->second.launch(stream_));
-  }
-  if (!choose) return {};
-  return to_status(cudaEventRecord(chosen_[turn_], stream_), "cudaEventRecord");
-}
-
-/// `choose`: the next tokens too.
-Status CudaRunner::decode_step(std::span<const SequenceItem> items, bool choose) {
-  if (ahead_) {
-    ahead_ = false;
-  } else {
-    const int64_t rows = step_rows(items);
-    NIBBLE_TRY(prepare(rows));
-    NIBBLE_TRY(pool_->sync_table(stream_));
-    if (!choose || !follows_last_step(items)) {
-      NIBBLE_TRY(wait("the step before"));
-      Result<PassInputs> staged = staging_->stage(items, step_pass(items), rows, stream_);
-      if (!staged.ok()) return staged.status();
-    }
-    NIBBLE_TRY(launch_step(rows, choose));
-  }
-  for (const SequenceItem& item : items) item.cache->set_length(item.cache->length() + 1);
-  return {};
-}
-
-Status CudaRunner::go_ahead(std::span<const SequenceItem> items) {
-  if (items.size() > kAheadItems) return {};
-  for (const SequenceItem& item : items) {
-    const int64_t length = item.cache->length() + 1;
-    if (length > std::min(model_.config.max_positions, pool_->shape().context)) return {};
-    NIBBLE_TRY(pool_->reserve(static_cast<PagedSequence&>(*item.cache), length));
-  }
-  NIBBLE_TRY(pool_->sync_table(stream_));
-  turn_ ^= 1;
-  const Status launched = launch_step(step_rows(items), true);
-  ahead_ = launched.ok();
-  return launched;
-}
-
-Status CudaRunner::settle() {
-  if (!ahead_) return {};
-  ahead_ = false;
-  last_.clear();
-  // What it has written to pages lies behind the ends of sequences. Faults are its own: those of
-  // steps before it have been looked at.
-  NIBBLE_TRY(wait("a step that was begun ahead"));
-  return to_status(
-      cudaMemsetAsync(forward_->faults(), 0,
-                      static_cast<size_t>(pool_->shape().sequences) * sizeof(int32_t), stream_),
-      "clearing faults");
-}
-
-Status CudaRunner::greedy(std::span<const SequenceItem> items, std::span<int32_t> next) {
+Status CudaRunner::choose(std::span<const SequenceItem> items, std::span<const SamplerOptions> how,
+                          std::span<int32_t> next) {
   const CurrentDevice current(model_.device.ordinal);
   NIBBLE_TRY(current.status());
   const bool step = is_step(items);
-  if (!step || !follows_last_step(items)) NIBBLE_TRY(settle());
+  const bool sampled = !how.empty();
+  if (sampled && (!step || model_.config.vocab >= sampling::kMostTokens)) {
+    return choose_on_host(items, how, next);
+  }
+  if (!step || !steps_->follows(items, how)) NIBBLE_TRY(steps_->settle());
   NIBBLE_TRY(check_items(items));
   if (step) {
-    NIBBLE_TRY(decode_step(items, true));
-    const int turn = turn_;
-    NIBBLE_TRY(go_ahead(items));
-    NIBBLE_TRY(to_status(cudaEventSynchronize(chosen_[turn]), "decoding"));
-    std::copy_n(staging_->host_chosen(turn), items.size(), next.begin());
-    last_.clear();
-    last_tokens_.assign(next.begin(), next.begin() + static_cast<int64_t>(items.size()));
-    last_lengths_.clear();
-    for (const SequenceItem& item : items) {
-      last_.push_back(item.cache);
-      last_lengths_.push_back(item.cache->length());
-    }
-    const Status sound = check_faults(items, turn);
-    if (!sound.ok()) last_.clear();
-    NIBBLE_TRY(sound);
+    const int64_t rows = step_rows(items);
+    NIBBLE_TRY(prepare(rows));
+    NIBBLE_TRY(
+        steps_->run_and_choose(items, rows, sampled ? Choice::sample : Choice::greedy, how, next));
   } else {
-    last_.clear();
     for (const Pass& pass : cut(items)) {
       NIBBLE_TRY(run_pass(items, pass));
       const auto count = static_cast<int64_t>(pass.size());
-      NIBBLE_TRY(enqueue_choice(staging_->gather(), count));
+      NIBBLE_TRY(steps_->enqueue_choice(staging_->gather(), count, Choice::greedy));
       NIBBLE_TRY(wait("reading a prompt"));
-      std::copy_n(staging_->host_chosen(turn_), count,
-                  next.begin() + static_cast<int64_t>(pass.front().item));
+      std::copy_n(steps_->chosen(), count, next.begin() + static_cast<int64_t>(pass.front().item));
     }
-    NIBBLE_TRY(check_faults(items, turn_));
+    NIBBLE_TRY(steps_->check_faults(items));
   }
   for (size_t i = 0; i < items.size(); ++i) {
     if (next[i] >= 0) continue;
-    last_.clear();
     return Status(Code::non_finite, fmt::format("NaN or infinity in the logits of row {}", i));
+  }
+  return {};
+}
+
+Status CudaRunner::choose_on_host(std::span<const SequenceItem> items,
+                                  std::span<const SamplerOptions> how, std::span<int32_t> next) {
+  const auto vocab = static_cast<size_t>(model_.config.vocab);
+  const auto rows = static_cast<int64_t>(items.size());
+  std::vector<float> hidden(items.size() * static_cast<size_t>(model_.config.hidden));
+  std::vector<float> of_rows(items.size() * vocab);
+  NIBBLE_TRY(forward(items, HiddenRows::last, hidden.data()));
+  NIBBLE_TRY(logits(hidden.data(), rows, of_rows.data()));
+  for (size_t i = 0; i < items.size(); ++i) {
+    next[i] = sample_token({of_rows.data() + i * vocab, vocab}, how[i], items[i].cache->length());
   }
   return {};
 }
@@ -493,11 +333,10 @@ Status CudaRunner::greedy(std::span<const SequenceItem> items, std::span<int32_t
 Result<std::vector<OperationTime>> CudaRunner::profile(std::span<const SequenceItem> items) {
   const CurrentDevice current(model_.device.ordinal);
   NIBBLE_TRY(current.status());
-  NIBBLE_TRY(settle());
+  NIBBLE_TRY(steps_->settle());
   NIBBLE_TRY(check_items(items));
-  last_.clear();
   const bool decode = is_step(items);
-  std::vector<Pass> passes = decode ? std::vector<Pass>{step_pass(items)} : cut(items);
+  std::vector<Pass> passes = decode ? std::vector<Pass>{DecodeSteps::pass_of(items)} : cut(items);
   if (passes.size() != 1) {
     return Status(Code::invalid_argument,
                   fmt::format("operations are timed in one pass of 1 to {} rows", pass_rows_));
@@ -514,8 +353,9 @@ Result<std::vector<OperationTime>> CudaRunner::profile(std::span<const SequenceI
   forward_->set_profile(&profile);
   const Status captured = graph.capture(stream_, [&]() -> Status {
     NIBBLE_TRY(forward_->layers(*inputs, rows, stream_));
-    if (decode) return enqueue_choice(nullptr, rows);
-    return enqueue_choice(staging_->gather(), static_cast<int64_t>(pass.size()));
+    if (decode) return steps_->enqueue_choice(nullptr, rows, Choice::greedy);
+    return steps_->enqueue_choice(staging_->gather(), static_cast<int64_t>(pass.size()),
+                                  Choice::greedy);
   });
   forward_->set_profile(nullptr);
   NIBBLE_TRY(captured);

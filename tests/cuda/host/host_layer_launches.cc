@@ -10,6 +10,7 @@
 #include "model/cuda/attention_prefill.h"
 #include "model/cuda/check.h"
 #include "model/cuda/kernels.h"
+#include "model/sampler.h"
 
 namespace nibble::cuda {
 namespace host {
@@ -236,6 +237,22 @@ cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream) {
       args.tokens[row] =
           good ? static_cast<int32_t>(std::max_element(logits, logits + args.vocab) - logits) : -1;
       if (args.position != nullptr && good && args.position[row] >= 0) ++args.position[row];
+    }
+  });
+  return cudaSuccess;
+}
+
+cudaError_t launch_sample(const SampleArgs& args, cudaStream_t stream) {
+  host::enqueue(stream, [=] {
+    for (int64_t row = 0; row < args.rows; ++row) {
+      const std::span logits(args.logits + row * args.stride, static_cast<size_t>(args.vocab));
+      if (!std::ranges::all_of(logits, [](float v) { return std::isfinite(v); })) {
+        args.tokens[row] = -1;
+        continue;
+      }
+      const sampling::Rule rule = args.rules[row];
+      args.tokens[row] = draw_token(logits, rule, args.position[row] + 1);
+      if (args.position[row] >= 0) ++args.position[row];
     }
   });
   return cudaSuccess;
