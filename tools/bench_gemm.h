@@ -64,6 +64,7 @@ struct GemmRow {
 /// peer's time over ours.
 struct GemmVersus {
   std::string kernel, mode, peer, type;
+  std::string candidate;  // of what the peer chose among, if it says
   int64_t m = 0, n = 0, k = 0;
   double our_us = 0, peer_us = 0;
   Samples ratios;  // round by round

@@ -26,6 +26,7 @@ GemmVersus versus_of(const CudaRow& ours, const CudaRow& theirs) {
   versus.mode = ours.mode;
   versus.peer = theirs.mode;
   versus.type = theirs.type;
+  versus.candidate = theirs.plan;
   versus.m = ours.m, versus.n = ours.n, versus.k = ours.k;
   versus.our_us = ours.samples.median();
   versus.peer_us = theirs.samples.median();
@@ -180,6 +181,7 @@ Status CudaContest::add_peers(PeerTeam& peers, CudaBench& bench) {
     if (entry.after != AfterLook::in_rounds) continue;
     CudaRow line = row(fmt::format("{} {}", label, entry.type->name), label, Side::peer);
     line.type = entry.type->name;
+    line.plan = entry.type->candidate;
     line.activations = entry.type->activations;
     line.bits_per_weight = entry.type->bits_per_weight;
     line.product_error = entry.type->product_error;

@@ -29,7 +29,7 @@ json to_json(const CudaRow& row, const DeviceInfo& device) {
                  {"sm_mhz", row.sm_mhz},
                  {"checked", row.side != Side::baseline}};
   result[ours ? "kernel" : "peer"] = row.kernel;
-  result["plan"] = ours ? json(row.plan) : json(nullptr);
+  result["plan"] = row.plan.empty() ? json(nullptr) : json(row.plan);
   result["gb_per_s"] = ours ? json(row.gb_per_s()) : json(nullptr);
   // the time of reading the packed weights over the time taken
   result["roofline_share"] = ours ? json(row.read_us / row.samples.median()) : json(nullptr);

@@ -14,7 +14,8 @@ namespace nibble::cli {
 
 /// One line of the result: a contestant at one M.
 struct CudaRow {
-  std::string kernel, mode, plan;  // of a peer's type: its label in place of a mode
+  std::string kernel, mode;  // of a peer's type: its label in place of a mode
+  std::string plan;          // of ours; of a peer, what it chose among, if it says
   Side side = Side::baseline;
   std::string type, activations;  // of a peer: its type, and what that multiplies with
   bool product_alone = true;      // without quantizing x

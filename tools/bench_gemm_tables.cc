@@ -15,6 +15,7 @@ json to_json(const GemmVersus& v) {
           {"mode", v.mode},
           {"peer", v.peer},
           {"type", v.type},
+          {"candidate", v.candidate.empty() ? json(nullptr) : json(v.candidate)},
           {"m", v.m},
           {"n", v.n},
           {"k", v.k},
@@ -76,12 +77,14 @@ void print_versus(const std::vector<GemmVersus>& versus, const std::string& whic
               "median of ratios", "p10..p90"},
              false);
   for (const GemmVersus& v : versus) {
-    print_line({v.kernel, v.mode, std::to_string(v.m), std::to_string(v.n), std::to_string(v.k),
-                fmt::format("{:.1f}", v.our_us), v.peer, printable_text(v.type),
-                fmt::format("{:.1f}", v.peer_us), fmt::format("{:.2f}x", v.ratio_of_medians()),
-                fmt::format("{:.2f}x", v.ratios.median()),
-                fmt::format("{:.2f}..{:.2f}", v.ratios.quantile(0.1), v.ratios.quantile(0.9))},
-               false);
+    print_line(
+        {v.kernel, v.mode, std::to_string(v.m), std::to_string(v.n), std::to_string(v.k),
+         fmt::format("{:.1f}", v.our_us), v.peer,
+         printable_text(v.candidate.empty() ? v.type : fmt::format("{}: {}", v.type, v.candidate)),
+         fmt::format("{:.1f}", v.peer_us), fmt::format("{:.2f}x", v.ratio_of_medians()),
+         fmt::format("{:.2f}x", v.ratios.median()),
+         fmt::format("{:.2f}..{:.2f}", v.ratios.quantile(0.1), v.ratios.quantile(0.9))},
+        false);
   }
 }
 

@@ -243,6 +243,9 @@ Status Peer::check(PeerType& type, const std::vector<float>& x, int64_t m, PeerF
   }
   const double found = error.relative(), most = peer_tolerance(w.k, type.activations);
   type.product_error = std::max(type.product_error, found);
+  const auto candidate = done->find("candidate");  // it may be anything
+  const bool says = candidate != done->end() && candidate->is_string();
+  type.candidate = says ? candidate->get<std::string>() : "";
   if (found <= most) return {};  // false for NaN
   return Status(Code::corrupt_file, fmt::format("{} is wrong: relative error {:.4f} against fp64 "
                                                 "on its own weight, tolerance {:.4f}",

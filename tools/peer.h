@@ -55,7 +55,8 @@ struct PeerType {
   double bits_per_weight = 0;
   double weight_error = 0;   // of the weight as this type holds it, relative, root mean square
   double product_error = 0;  // largest so far of y against fp64 on that weight
-  std::vector<float> held;   // columns of that weight to check against: (checked columns, k)
+  std::string candidate;    // what it chose among, at the M checked last; empty if it has no choice
+  std::vector<float> held;  // columns of that weight to check against: (checked columns, k)
 };
 
 /// What a type's activations may cost, relative. int8, or not said: rounding a normally distributed

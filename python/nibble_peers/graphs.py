@@ -58,6 +58,7 @@ class Graph:
     """Launches in turn over all copies, for about `microseconds`."""
 
     def __init__(self, launch, copies, microseconds):
+        self.keeps = launch, copies  # what the graph reads and writes
         launch(copies[0])
         torch.cuda.synchronize()
         once = self.capture(launch, copies, 1)

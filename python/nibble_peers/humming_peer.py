@@ -1,7 +1,7 @@
 """humming-kernels on the GPU: ordinary AWQ checkpoints by its own conversion, exact (its group
 scales as they are, not rounded to int16), f16 outputs.
 
-    python -m nibble_peers.humming_peer compile N,K M,M,...    kernels into its cache beforehand
+    python -m nibble_peers.humming_peer compile NxK,... M,...    kernels into its cache beforehand
 
 It compiles a kernel for every tile when it is first used. Needs the packages humming-kernels and
 torch (with a GPU), and what they need.
@@ -106,9 +106,14 @@ def compile_all(shapes, rows):
     print(f"{sum(handle is not None for handle in made)} of {len(made)} kernels", file=sys.stderr)
 
 
+def main(words):
+    if not words:
+        return serve(HummingPeer)
+    if len(words) != 3 or words[0] != "compile":
+        sys.exit(__doc__)
+    shapes = [tuple(map(int, shape.split("x"))) for shape in words[1].split(",")]
+    return compile_all(shapes, [int(m) for m in words[2].split(",")])
+
+
 if __name__ == "__main__":
-    if len(sys.argv) == 4 and sys.argv[1] == "compile":
-        numbers = [int(word) for word in sys.argv[2].split(",")]
-        compile_all(list(zip(numbers[::2], numbers[1::2])), [int(m) for m in sys.argv[3].split(",")])
-    else:
-        serve(HummingPeer)
+    main(sys.argv[1:])
