@@ -33,7 +33,7 @@ def words(path, count):
 
 
 def dequantize(n, k, group_size, checkpoint):
-    """w (n, k) of an AWQ checkpoint: qweight (k, n / 8), qzeros (groups, n / 8), scales (groups, n)."""
+    """w (n, k): qweight (k, n / 8), qzeros (groups, n / 8), scales (groups, n)."""
     groups = k // group_size
     codes, zeros = words(checkpoint["qweight"], k * n // 8), words(checkpoint["qzeros"],
                                                                    groups * n // 8)

@@ -105,6 +105,10 @@ Result<std::unique_ptr<PeerFiles>> PeerFiles::write(const ref::Weights& weights)
 Result<std::unique_ptr<PeerFiles>> PeerFiles::write(const AwqTensors& checkpoint,
                                                     const ref::Weights& sample,
                                                     std::vector<int64_t> columns) {
+  if (checkpoint.scale_dtype != Dtype::f16) {
+    return Status(Code::unsupported, fmt::format("scales of {}: peers on a GPU get those of f16",
+                                                 dtype_name(checkpoint.scale_dtype)));
+  }
   Result<std::unique_ptr<PeerFiles>> opened = open(sample);
   if (!opened.ok()) return opened;
   PeerFiles& files = **opened;

@@ -1,6 +1,6 @@
 """Which of humming's tiles are tried for one M: its heuristic's, those that it chooses for half and
-twice as many rows, and a handful more. Its own choice for int8 spills from 1024 or 2048 rows on, and
-reads a weight that L2 cannot hold again for each tile of rows.
+twice as many rows, and a handful more. Its own choice for int8 spills from 2048 rows on, and reads
+a weight that L2 cannot hold again for each tile of rows.
 """
 
 from humming.tune import get_heuristics_config
