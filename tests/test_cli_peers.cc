@@ -178,16 +178,42 @@ TEST(CliProbes, BenchAndDoctorReportTheMachinesLimits) {
   }
 }
 
-TEST(CliPeers, AreNotForAGpu) {
-  const std::vector<std::string> options[] = {
-      {"--peers", "ggml=DIR"}, {"--isa", "avx2"}, {"--threads", "2"}};
-  for (const auto& option : options) {
-    std::vector<std::string> words = {"bench", "gemm", "--device", "cuda"};
+TEST(CliPeers, OptionsOfTheOtherDeviceAreRefused) {
+  const auto refused = [](const std::string& device, const std::vector<std::string>& option) {
+    std::vector<std::string> words = {"bench", "gemm", "--device", device};
     words.insert(words.end(), option.begin(), option.end());
     const Outcome outcome = run_tool(words);
     EXPECT_EQ(outcome.code, 2) << option[0];
-    EXPECT_HAS(outcome.err, option[0] + " is for --device cpu");
+    EXPECT_HAS(outcome.err, option[0] + " is for --device " + (device == "cpu" ? "cuda" : "cpu"));
+  };
+  refused("cuda", {"--isa", "avx2"});
+  refused("cuda", {"--threads", "2"});
+  refused("cpu", {"--plans"});
+  refused("cpu", {"--cublas", "libcublas.so"});
+  const Outcome both = run_tool({"bench", "gemm", "--device", "cuda", "--plans", "--peers", "a=b"});
+  EXPECT_EQ(both.code, 2);
+  EXPECT_HAS(both.err, "without --peers");
+}
+
+TEST(CliPeers, AWorkerOfAGpuIsNoPeerOnTheCpu) {
+  TempDir dir;
+  const Outcome outcome = bench({"fake=exec:" + worker(dir, "works-on-cuda")}, "1");
+  EXPECT_EQ(outcome.code, 1);
+  EXPECT_HAS(outcome.err, "peer fake is for device cuda, this run for cpu");
+}
+
+// Where there is no GPU, the run says so and starts nobody.
+TEST(CliPeers, OnAGpuNeedAGpu) {
+  TempDir dir;
+  const Outcome outcome =
+      run_tool({"bench", "gemm", "--device", "cuda", "-m", "1", "-n", "16", "-k", "256", "--mode",
+                "w4a8", "--seconds", "0", "--peers", "fake=exec:" + worker(dir, "works")});
+  if (outcome.code == 1) {  // there is one, and that worker is not for it
+    EXPECT_HAS(outcome.err, "peer fake is for device cpu, this run for cuda");
+    return;
   }
+  EXPECT_EQ(outcome.code, 3);
+  EXPECT_EQ(outcome.err.find("peer fake"), std::string::npos) << outcome.err;
 }
 
 TEST(CliProbes, IsaHoldsOurSideToIt) {

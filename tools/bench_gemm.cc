@@ -49,7 +49,7 @@ Status measure_grid(const GemmBenchOptions& o, PeerTeam& peers, GemmBench& bench
 int run_bench(const GemmBenchOptions& o) {
   Result<std::vector<PeerSpec>> specs = parse_peers(o.peers);
   if (!specs.ok()) return fail(specs.status());
-  PeerTeam peers(*specs, o.used_threads(), o.peer_timeout);
+  PeerTeam peers(*specs, o.device, o.used_threads(), o.peer_timeout);
   GemmBench bench;
   for (const auto& peer : peers.peers()) {
     bench.peers.push_back({{"label", peer->label()}, {"about", peer->about()}});
@@ -114,15 +114,21 @@ void add_kernel_options(CLI::App& command, GemmBenchOptions& o) {
   command.add_flag("--symmetric", o.symmetric, "w4a4: int4 activations without zero points");
 }
 
-/// Options that mean nothing to a GPU are refused there: a run must not look as if they counted.
+/// Options that mean nothing to a device are refused there: a run must not look as if they counted.
 int run_on_device(const CLI::App& command, const GemmBenchOptions& o) {
-  if (o.device == "cpu") return run_bench(o);
-  for (const char* option : {"--peers", "--isa", "--threads"}) {
+  const bool cpu = o.device == "cpu";
+  const std::vector<const char*> others =
+      cpu ? std::vector{"--plans", "--cublas"} : std::vector{"--isa", "--threads"};
+  for (const char* option : others) {
     if (command.count(option) == 0) continue;
-    return fail(Status(Code::invalid_argument,
-                       fmt::format("{} is for --device cpu, not for {}", option, o.device)));
+    return fail(Status(
+        Code::invalid_argument,
+        fmt::format("{} is for --device {}, not for {}", option, cpu ? "cuda" : "cpu", o.device)));
   }
-  return run_cuda_gemm_bench(o);
+  if (o.plans && !o.peers.empty()) {
+    return fail(Status(Code::invalid_argument, "--plans compares our plans only: without --peers"));
+  }
+  return cpu ? run_bench(o) : run_cuda_gemm_bench(o);
 }
 
 }  // namespace
@@ -169,6 +175,9 @@ void add_bench_command(CLI::App& app, int& exit_code) {
   command->add_option("--device", o->device, "Where; cuda: GPU 0, beside cuBLAS and a pure read")
       ->check(one_device())
       ->capture_default_str();
+  command->add_flag("--plans", o->plans,
+                    "--device cuda: time every plan that there is for a shape against the one\n"
+                    "that is chosen");
   command->add_option("--cublas", o->cublas, "Path of libcublas, for --device cuda");
   add_peer_options(*command, *o);
   command->add_option("--output", o->output, "Format")
@@ -180,7 +189,8 @@ void add_bench_command(CLI::App& app, int& exit_code) {
       "Exit codes: 0 ok, 1 a result is wrong or a peer failed (the run goes on without it).\n"
       "\nExamples:\n"
       "  nibble bench gemm -m 1,8,64,512 -n 4096 -k 4096 --mode w4a8\n"
-      "  nibble bench gemm --mode w4a8 --isa avx2 --peers ggml=/path/to/ggml/lib --no-baseline");
+      "  nibble bench gemm --mode w4a8 --isa avx2 --peers ggml=/path/to/ggml/lib --no-baseline\n"
+      "  nibble bench gemm --device cuda --mode w4a8 -m 1,64,4096 --peers humming=python3");
   command->callback([o, command, &exit_code] { exit_code = run_on_device(*command, *o); });
   add_bench_model_command(*bench, exit_code);
 }

@@ -27,6 +27,7 @@ struct GemmBenchOptions {
   int threads = 0;
   double seconds = 2.0;
   bool no_baseline = false, explain = false;
+  bool plans = false;  // --device cuda: every plan that there is against the one that is chosen
   std::string device = "cpu", cublas;  // cublas: path of the library, or empty
 
   int used_threads() const;
@@ -59,9 +60,11 @@ struct GemmRow {
   double peak_share() const { return peak_tops > 0 ? tops() / peak_tops : 0; }
 };
 
-/// One of our kernels against the best type of one peer; ratios are the peer's time over ours.
+/// One of our kernels against a type of one peer, the best unless it says otherwise; ratios are the
+/// peer's time over ours.
 struct GemmVersus {
   std::string kernel, mode, peer, type;
+  std::string candidate;  // of what the peer chose among, if it says
   int64_t m = 0, n = 0, k = 0;
   double our_us = 0, peer_us = 0;
   Samples ratios;  // round by round

@@ -233,12 +233,7 @@ void Contest::compare(const std::vector<GemmRow>& rows, GemmBench& bench) const 
       versus.m = ours.m, versus.n = ours.n, versus.k = ours.k;
       versus.our_us = ours.samples.median();
       versus.peer_us = peer->samples.median();
-      const size_t rounds =
-          std::min(ours.samples.microseconds.size(), peer->samples.microseconds.size());
-      for (size_t i = 0; i < rounds; ++i) {
-        versus.ratios.microseconds.push_back(peer->samples.microseconds[i] /
-                                             ours.samples.microseconds[i]);
-      }
+      versus.ratios = ratios_by_round(peer->samples, ours.samples);
       bench.versus.push_back(std::move(versus));
     }
   }

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "bench_gemm.h"
+#include "bench_gemm_tables.h"
 #include "cli.h"
 #include "text.h"
 
@@ -47,22 +47,6 @@ json to_json(const GemmRow& row) {
   return result;
 }
 
-json to_json(const GemmVersus& v) {
-  return {{"kernel", v.kernel},
-          {"mode", v.mode},
-          {"peer", v.peer},
-          {"type", v.type},
-          {"m", v.m},
-          {"n", v.n},
-          {"k", v.k},
-          {"us", v.our_us},
-          {"peer_us", v.peer_us},
-          {"ratio_of_medians", v.ratio_of_medians()},
-          {"median_of_ratios", v.ratios.median()},
-          {"ratio_p10", v.ratios.quantile(0.1)},
-          {"ratio_p90", v.ratios.quantile(0.9)}};
-}
-
 json spread_json(const Samples& samples) {
   return {
       {"median", samples.median()}, {"p10", samples.quantile(0.1)}, {"p90", samples.quantile(0.9)}};
@@ -79,32 +63,6 @@ json to_json(const GemmLimits& l) {
     result["peak_tops"][peak.loop] = spread_json(peak.tops);
   }
   return result;
-}
-
-json to_json(const GemmLook& look) {
-  return {{"peer", look.peer},
-          {"type", look.type},
-          {"m", look.m},
-          {"n", look.n},
-          {"k", look.k},
-          {"us", look.us},
-          {"in_rounds", look.after == AfterLook::in_rounds},
-          {"failed", look.after == AfterLook::failed}};
-}
-
-using Cells = std::vector<std::string>;
-
-void print_line(const Cells& cells, bool csv) {
-  if (csv) {
-    fmt::print("{}\n", fmt::join(cells, ","));
-  } else {
-    fmt::print("| {} |\n", fmt::join(cells, " | "));
-  }
-}
-
-void print_head(const Cells& head, bool csv) {
-  print_line(head, csv);
-  if (!csv) fmt::print("|{}|\n", fmt::join(Cells(head.size(), "---"), "|"));
 }
 
 std::string percent(double share) { return share > 0 ? fmt::format("{:.0f}", 100 * share) : "-"; }
@@ -124,21 +82,6 @@ void print_rows(const std::vector<GemmRow>& rows, bool csv) {
                 ours ? percent(r.roofline_share()) : "-", ours ? percent(r.peak_share()) : "-",
                 r.best_baseline_us > 0 ? fmt::format("{:.2f}x", r.best_baseline_us / us) : "-"},
                csv);
-  }
-}
-
-void print_versus(const std::vector<GemmVersus>& versus) {
-  fmt::print("\nEach peer's fastest type; a ratio is its time over ours, over all rounds\n\n");
-  print_head({"kernel", "mode", "M", "N", "K", "us", "peer", "its fastest type", "us",
-              "ratio of medians", "median of ratios", "p10..p90"},
-             false);
-  for (const GemmVersus& v : versus) {
-    print_line({v.kernel, v.mode, std::to_string(v.m), std::to_string(v.n), std::to_string(v.k),
-                fmt::format("{:.1f}", v.our_us), v.peer, printable_text(v.type),
-                fmt::format("{:.1f}", v.peer_us), fmt::format("{:.2f}x", v.ratio_of_medians()),
-                fmt::format("{:.2f}x", v.ratios.median()),
-                fmt::format("{:.2f}..{:.2f}", v.ratios.quantile(0.1), v.ratios.quantile(0.9))},
-               false);
   }
 }
 
@@ -169,17 +112,6 @@ void print_types(const std::vector<GemmRow>& rows) {
   }
 }
 
-void print_looks(const std::vector<GemmLook>& looks, AfterLook after, const char* heading) {
-  Cells left_out;
-  for (const GemmLook& look : looks) {
-    if (look.after != after) continue;
-    left_out.push_back(fmt::format("{} {} M={} N={} K={}: {:.0f} us", look.peer,
-                                   printable_text(look.type), look.m, look.n, look.k, look.us));
-  }
-  if (left_out.empty()) return;
-  fmt::print("\n{}, not timed further: {}\n", heading, fmt::join(left_out, "; "));
-}
-
 std::string limits_text(const GemmLimits& l) {
   std::string text = fmt::format("M={} N={} K={}:", l.m, l.n, l.k);
   if (l.clock_ghz > 0) text += fmt::format(" clock {:.2f} GHz,", l.clock_ghz);
@@ -188,13 +120,6 @@ std::string limits_text(const GemmLimits& l) {
     text += fmt::format(", {} {:.2f} TOPS", peak.loop, peak.tops.median());
   }
   return text;
-}
-
-/// What a peer says of itself may be anything.
-std::string said(const json& about, const char* key) {
-  const auto value = about.find(key);
-  return value != about.end() && value->is_string() ? printable_text(value->get<std::string>())
-                                                    : "?";
 }
 
 void print_preamble(const GemmBench& bench) {
@@ -206,15 +131,7 @@ void print_preamble(const GemmBench& bench) {
   if (!header["clocks"]["cpu_mhz"].is_null()) {
     fmt::print("the system says {:.0f} MHz\n", header["clocks"]["cpu_mhz"].get<double>());
   }
-  for (const json& peer : bench.peers) {
-    const json& about = peer["about"];
-    fmt::print("peer {}: {} {}, {}", peer["label"].get<std::string>(), said(about, "name"),
-               said(about, "version"), said(about, "library"));
-    if (about.contains("features")) {
-      fmt::print(", built for {}", about["features"].dump(-1, ' ', true));
-    }
-    fmt::print("\n");
-  }
+  print_peers(bench.peers);
   fmt::print(
       "weights cold; us = median of interleaved rounds; measured in the same rounds, with "
       "the threads of the products:\n");
@@ -231,12 +148,7 @@ json gemm_bench_json(const GemmBench& bench, const std::vector<std::string>& fai
   document["limits"] = json::array();
   for (const GemmLimits& limits : bench.limits) document["limits"].push_back(to_json(limits));
   if (bench.peers.empty() && failures.empty()) return document;
-  document["peers"] = bench.peers;
-  document["versus"] = json::array();
-  for (const GemmVersus& versus : bench.versus) document["versus"].push_back(to_json(versus));
-  document["first_looks"] = json::array();
-  for (const GemmLook& look : bench.looks) document["first_looks"].push_back(to_json(look));
-  document["failures"] = failures;
+  add_peers_json(document, bench.peers, bench.versus, bench.looks, failures);
   return document;
 }
 
@@ -256,11 +168,10 @@ void print_gemm_bench(const GemmBenchOptions& options, const GemmBench& bench,
     print_preamble(bench);
     print_rows(bench.rows, false);
     if (!bench.versus.empty()) {
-      print_versus(bench.versus);
+      print_versus(bench.versus, "Each peer's fastest type");
       print_types(bench.rows);
     }
-    print_looks(bench.looks, AfterLook::slower, "Slower at a first look");
-    print_looks(bench.looks, AfterLook::failed, "Failed after a first look");
+    print_looks(bench.looks);
   }
 }
 

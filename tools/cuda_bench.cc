@@ -9,6 +9,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "cli.h"
+
 namespace nibble::cli {
 
 void check_cuda(cudaError_t error, const char* what) {
@@ -32,7 +34,6 @@ DeviceMemory::~DeviceMemory() {
 
 namespace {
 
-constexpr double kGraphMicroseconds = 3000;  // of one replay: long against its own start
 constexpr int64_t kMostLaunches = 2000;
 
 /// A stream, two events, and the graph of one contender.
@@ -76,31 +77,40 @@ class Replay {
   cudaGraphExec_t executable_ = nullptr;
 };
 
-/// Whole turns over the copies that last about kGraphMicroseconds.
-int64_t launches_for(const DeviceContender& contender) {
+/// Whole turns over the copies that last about graph_us.
+int64_t launches_for(const DeviceContender& contender, double graph_us) {
   const Replay once(contender, contender.copies);
   (void)once.run();
   const double us = std::max(0.5, once.run());
-  const auto wanted = static_cast<int64_t>(std::ceil(kGraphMicroseconds / us));
+  const auto wanted = static_cast<int64_t>(std::ceil(graph_us / us));
   const int64_t turns = std::max<int64_t>(1, wanted / contender.copies);
   return std::min(turns * contender.copies, std::max(kMostLaunches, contender.copies));
 }
 
 }  // namespace
 
-void time_on_device(std::vector<DeviceContender>& contenders, double seconds,
+void time_on_device(std::vector<DeviceContender>& contenders, const DeviceBudget& budget,
                     const std::function<void()>& each_round) {
-  constexpr int kLeastRounds = 7, kMostRounds = 200;
-  std::vector<std::unique_ptr<Replay>> replays;
+  std::vector<std::unique_ptr<Replay>> replays;  // null of those with a clock of their own
   for (const DeviceContender& contender : contenders) {
-    replays.push_back(std::make_unique<Replay>(contender, launches_for(contender)));
+    replays.push_back(nullptr);
+    if (contender.run_and_time) continue;
+    replays.back() = std::make_unique<Replay>(contender, launches_for(contender, budget.graph_us));
     (void)replays.back()->run();
   }
-  const double end = now_seconds() + seconds;
-  for (int round = 0; round < kMostRounds; ++round) {
-    if (round >= kLeastRounds && now_seconds() > end) break;
-    for (size_t i = 0; i < contenders.size(); ++i) {
-      contenders[i].samples.microseconds.push_back(replays[i]->run());
+  const size_t count = contenders.size();
+  const double end = now_seconds() + budget.seconds;
+  for (int round = 0; round < budget.most_rounds; ++round) {
+    if (round >= budget.least_rounds && now_seconds() > end) break;
+    for (size_t turn = 0; turn < count; ++turn) {
+      const size_t i = (static_cast<size_t>(round) + turn) % count;
+      DeviceContender& contender = contenders[i];
+      if (interrupted()) return;
+      if (contender.failed) continue;
+      const std::optional<double> us =
+          contender.run_and_time ? contender.run_and_time() : replays[i]->run();
+      contender.failed = !us;
+      if (us) contender.samples.microseconds.push_back(*us);
     }
     each_round();
   }

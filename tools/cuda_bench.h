@@ -7,6 +7,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -40,10 +41,21 @@ struct DeviceContender {
   std::function<void(int64_t index, cudaStream_t stream)> launch;
   int64_t copies = 1;
   Samples samples = {};  // microseconds of one launch
+  /// In place of `launch`, if it is set: microseconds by a clock of its own; nothing if it has
+  /// failed, which takes it out of the contest.
+  std::function<std::optional<double>()> run_and_time = {};
+  bool failed = false;
 };
 
-/// Graphs of many launches of each contender, replayed in turn until `seconds` are over.
-void time_on_device(std::vector<DeviceContender>& contenders, double seconds,
+struct DeviceBudget {
+  double seconds = 2;  // of all rounds; least_rounds has precedence
+  int least_rounds = 7, most_rounds = 200;
+  double graph_us = 3000;  // of one replay: long against its own start
+};
+
+/// Graphs of many launches of each contender, replayed in turn, each round from another on; stops
+/// early, with what it has, on Ctrl-C.
+void time_on_device(std::vector<DeviceContender>& contenders, const DeviceBudget& budget,
                     const std::function<void()>& each_round);
 
 /// Clock, power and temperature through NVML, which comes with the driver.

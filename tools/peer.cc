@@ -64,27 +64,64 @@ std::vector<int64_t> spread(int64_t count, int64_t most) {
 
 }  // namespace
 
-double peer_tolerance(int64_t k) {
+double peer_tolerance(int64_t k, const std::string& activations) {
+  if (activations == "e4m3") return 1.1 / 8 / std::sqrt(12.0);
+  if (activations == "16bit") return 3.0 / 512;
   const double largest = std::sqrt(2 * std::log(std::max<double>(2, static_cast<double>(k))));
   return 3 * largest / 127 / std::sqrt(12.0);
 }
 
-Result<std::unique_ptr<PeerFiles>> PeerFiles::write(const ref::Weights& weights) {
+Result<std::unique_ptr<PeerFiles>> PeerFiles::open(const ref::Weights& weights) {
   std::error_code error;
   std::string name = (fs::temp_directory_path(error) / "nibble-peers-XXXXXX").string();
   if (error || ::mkdtemp(name.data()) == nullptr) {
     return Status(Code::io_error, fmt::format("cannot make a directory {}", name));
   }
   std::unique_ptr<PeerFiles> files(new PeerFiles(name, weights));
+  files->request_ = {
+      {"op", "prepare"}, {"n", weights.n}, {"k", weights.k}, {"group_size", weights.group_size}};
+  return files;
+}
+
+Result<std::unique_ptr<PeerFiles>> PeerFiles::write(const ref::Weights& weights) {
+  Result<std::unique_ptr<PeerFiles>> opened = open(weights);
+  if (!opened.ok()) return opened;
+  PeerFiles& files = **opened;
   std::vector<float> values(weights.codes.size());
   for (int64_t n = 0; n < weights.n; ++n) {
     for (int64_t k = 0; k < weights.k; ++k) values[n * weights.k + k] = weight_value(weights, n, k);
   }
-  NIBBLE_TRY(write_file(files->path("values"), values));
-  NIBBLE_TRY(write_file(files->path("codes"), weights.codes));
-  NIBBLE_TRY(write_file(files->path("zeros"), weights.zeros));
-  NIBBLE_TRY(write_file(files->path("scales"), weights.scales));
-  return files;
+  NIBBLE_TRY(write_file(files.path("values"), values));
+  NIBBLE_TRY(write_file(files.path("codes"), weights.codes));
+  NIBBLE_TRY(write_file(files.path("zeros"), weights.zeros));
+  NIBBLE_TRY(write_file(files.path("scales"), weights.scales));
+  for (const char* form : {"values", "codes", "zeros", "scales"}) {
+    files.request_["weights"][form] = files.path(form);
+  }
+  files.columns_ = spread(weights.n, kCheckedColumns);
+  return opened;
+}
+
+Result<std::unique_ptr<PeerFiles>> PeerFiles::write(const AwqTensors& checkpoint,
+                                                    const ref::Weights& sample,
+                                                    std::vector<int64_t> columns) {
+  if (checkpoint.scale_dtype != Dtype::f16) {
+    return Status(Code::unsupported, fmt::format("scales of {}: peers on a GPU get those of f16",
+                                                 dtype_name(checkpoint.scale_dtype)));
+  }
+  Result<std::unique_ptr<PeerFiles>> opened = open(sample);
+  if (!opened.ok()) return opened;
+  PeerFiles& files = **opened;
+  NIBBLE_TRY(write_file(files.path("qweight"), checkpoint.qweight));
+  NIBBLE_TRY(write_file(files.path("qzeros"), checkpoint.qzeros));
+  NIBBLE_TRY(write_file(files.path("scales"), checkpoint.scales));
+  for (const char* tensor : {"qweight", "qzeros", "scales"}) {
+    files.request_["checkpoint"][tensor] = files.path(tensor);
+  }
+  files.request_["n"] = checkpoint.n;
+  files.sampled_ = true;
+  files.columns_ = std::move(columns);
+  return opened;
 }
 
 PeerFiles::~PeerFiles() {
@@ -128,17 +165,13 @@ Result<std::unique_ptr<Peer>> Peer::start(const std::string& label,
   return peer;
 }
 
+std::string Peer::device() const {
+  const auto device = about_.find("device");  // it may be anything
+  return device != about_.end() && device->is_string() ? device->get<std::string>() : "cpu";
+}
+
 Result<std::vector<PeerType>> Peer::prepare(const PeerFiles& files) {
-  const ref::Weights& w = files.weights();
-  Result<json> answer = ask({{"op", "prepare"},
-                             {"n", w.n},
-                             {"k", w.k},
-                             {"group_size", w.group_size},
-                             {"weights",
-                              {{"values", files.path("values")},
-                               {"codes", files.path("codes")},
-                               {"zeros", files.path("zeros")},
-                               {"scales", files.path("scales")}}}});
+  Result<json> answer = ask(files.request());
   if (!answer.ok()) return answer.status();
   std::vector<PeerType> types;
   try {
@@ -146,6 +179,7 @@ Result<std::vector<PeerType>> Peer::prepare(const PeerFiles& files) {
       PeerType& offer = types.emplace_back();
       offer.name = type.at("type");
       offer.bits_per_weight = type.at("bits_per_weight");
+      offer.activations = type.value("activations", "");
     }
   } catch (const json::exception& error) {
     return Status(Code::io_error, fmt::format("peer {}, prepare: {}", label_, error.what()));
@@ -155,6 +189,13 @@ Result<std::vector<PeerType>> Peer::prepare(const PeerFiles& files) {
 
 Status Peer::read_weight(PeerType& type, const PeerFiles& files) {
   const ref::Weights& w = files.weights();
+  if (files.sampled()) {
+    type.held.clear();
+    for (int64_t n = 0; n < w.n; ++n) {
+      for (int64_t k = 0; k < w.k; ++k) type.held.push_back(weight_value(w, n, k));
+    }
+    return {};
+  }
   const std::string path = files.path("held");
   fs::remove(path);  // what an earlier answer left must not pass for this one's
   Result<json> done = ask({{"op", "dequantize"}, {"type", type.name}, {"path", path}});
@@ -163,7 +204,7 @@ Status Peer::read_weight(PeerType& type, const PeerFiles& files) {
   std::vector<float> column(static_cast<size_t>(w.k));
   Error error;
   type.held.clear();
-  for (const int64_t n : spread(w.n, kCheckedColumns)) {
+  for (const int64_t n : files.checked_columns()) {
     if (const Status read = read_floats(file, n * w.k, column); !read.ok()) {
       return Status(read.code(), fmt::format("peer {}, dequantize {}: {}", label_,
                                              cli::printable_text(type.name), read.message()));
@@ -181,28 +222,34 @@ Status Peer::check(PeerType& type, const std::vector<float>& x, int64_t m, PeerF
   if (!x_path.ok()) return x_path.status();
   const std::string y_path = files.path("y");
   fs::remove(y_path);
-  Result<json> done =
-      ask({{"op", "check"}, {"type", type.name}, {"m", m}, {"x", *x_path}, {"y", y_path}});
+  const std::vector<int64_t> rows = spread(m, kCheckedRows), &columns = files.checked_columns();
+  json request = {{"op", "check"}, {"type", type.name}, {"m", m}, {"x", *x_path}, {"y", y_path}};
+  if (files.sampled()) request.update({{"rows", rows}, {"columns", columns}});
+  Result<json> done = ask(request);
   if (!done.ok()) return done.status();
   const std::string what =
       fmt::format("peer {}, {}, M={}", label_, cli::printable_text(type.name), m);
   std::ifstream file(y_path, std::ios::binary);
-  std::vector<float> y(static_cast<size_t>(m * w.n));
+  const size_t size = files.sampled() ? rows.size() * columns.size() : static_cast<size_t>(m * w.n);
+  std::vector<float> y(size);
   if (const Status read = read_floats(file, 0, y); !read.ok()) {
     return Status(read.code(), fmt::format("{}: {}", what, read.message()));
   }
   Error error;
   const float* held = type.held.data();
-  for (const int64_t n : spread(w.n, kCheckedColumns)) {
-    for (const int64_t row : spread(m, kCheckedRows)) {
+  for (size_t i = 0; i < columns.size(); ++i) {
+    for (size_t j = 0; j < rows.size(); ++j) {
       double sum = 0;
-      for (int64_t k = 0; k < w.k; ++k) sum += double{held[k]} * double{x[row * w.k + k]};
-      error.add(y[row * w.n + n], sum);
+      for (int64_t k = 0; k < w.k; ++k) sum += double{held[k]} * double{x[rows[j] * w.k + k]};
+      error.add(files.sampled() ? y[j * columns.size() + i] : y[rows[j] * w.n + columns[i]], sum);
     }
     held += w.k;
   }
-  const double found = error.relative(), most = peer_tolerance(w.k);
+  const double found = error.relative(), most = peer_tolerance(w.k, type.activations);
   type.product_error = std::max(type.product_error, found);
+  const auto candidate = done->find("candidate");  // it may be anything
+  const bool says = candidate != done->end() && candidate->is_string();
+  type.candidate = says ? candidate->get<std::string>() : "";
   if (found <= most) return {};  // false for NaN
   return Status(Code::corrupt_file, fmt::format("{} is wrong: relative error {:.4f} against fp64 "
                                                 "on its own weight, tolerance {:.4f}",

@@ -7,15 +7,23 @@
 #include <string>
 #include <vector>
 
+#include "format/quant_matrix.h"
 #include "gemm/ref.h"
 #include "peer_process.h"
 
 namespace nibble {
 
-/// One weight on disk in the forms that workers ask for, and inputs; removed when it ends.
+/// One weight on disk in the forms that workers ask for, and inputs; removed when it ends. What is
+/// passed to write() must outlive it.
 class PeerFiles {
  public:
+  /// For a worker on the CPU: the weight unpacked.
   static Result<std::unique_ptr<PeerFiles>> write(const ref::Weights& weights);
+  /// For a worker on a GPU: the tensors of a checkpoint as they are, scales of f16. `sample` are
+  /// those of its columns, `columns`, that products are checked on.
+  static Result<std::unique_ptr<PeerFiles>> write(const AwqTensors& checkpoint,
+                                                  const ref::Weights& sample,
+                                                  std::vector<int64_t> columns);
   ~PeerFiles();
   PeerFiles(const PeerFiles&) = delete;
   PeerFiles& operator=(const PeerFiles&) = delete;
@@ -23,27 +31,40 @@ class PeerFiles {
   /// x (m, k); the path, which names the same bytes as long as this lives.
   Result<std::string> add_input(const std::vector<float>& x, int64_t m);
   std::string path(const std::string& name) const { return directory_ + "/" + name; }
+  /// What `prepare` asks: n, k, group_size, and paths.
+  const nlohmann::json& request() const { return request_; }
+  /// All columns; or, if sampled(), those of checked_columns() alone.
   const ref::Weights& weights() const { return weights_; }
+  bool sampled() const { return sampled_; }
+  const std::vector<int64_t>& checked_columns() const { return columns_; }
 
  private:
   PeerFiles(std::string directory, const ref::Weights& weights)
       : directory_(std::move(directory)), weights_(weights) {}
+  static Result<std::unique_ptr<PeerFiles>> open(const ref::Weights& weights);
   std::string directory_;
   const ref::Weights& weights_;
+  nlohmann::json request_;
+  bool sampled_ = false;
+  std::vector<int64_t> columns_;
 };
 
 struct PeerType {
-  std::string name;  // "q4_0/AMX"
+  std::string name;         // "q4_0/AMX"
+  std::string activations;  // "16bit", "int8" or "e4m3"; empty if it does not say
   double bits_per_weight = 0;
   double weight_error = 0;   // of the weight as this type holds it, relative, root mean square
   double product_error = 0;  // largest so far of y against fp64 on that weight
-  std::vector<float> held;   // columns of that weight to check against: (checked columns, k)
+  std::string candidate;    // what it chose among, at the M checked last; empty if it has no choice
+  std::vector<float> held;  // columns of that weight to check against: (checked columns, k)
 };
 
-/// What 8-bit activations may cost, relative: rounding a normally distributed row with one scale
-/// for all of its K values errs by max / 127 / sqrt(12), max growing as sqrt(2 ln K); three times
-/// that, for activations in smaller blocks or finer types err less.
-double peer_tolerance(int64_t k);
+/// What a type's activations may cost, relative. int8, or not said: rounding a normally distributed
+/// row with one scale for all of its K values errs by max / 127 / sqrt(12), max growing as
+/// sqrt(2 ln K); three times that, for activations in smaller blocks or finer types err less. e4m3:
+/// steps of 1/8 of a power of two err by 1/8 / sqrt(12) at most, and a tenth for what else is
+/// rounded. 16bit: weights, sums and y in bf16, 2^-9 each.
+double peer_tolerance(int64_t k, const std::string& activations = "");
 
 class Peer {
  public:
@@ -54,12 +75,14 @@ class Peer {
                                              double timeout_seconds);
 
   const std::string& label() const { return label_; }
+  std::string device() const;                             // "cpu", "cuda"
   const nlohmann::json& about() const { return about_; }  // its answer to hello
   bool alive() const { return process_->alive(); }
 
   /// The next shape: from here on the types of the answer are meant. Forgets the one before.
   Result<std::vector<PeerType>> prepare(const PeerFiles& files);
-  /// Fills in `held` and the weight's error.
+  /// Fills in `held` and the weight's error. Of a checkpoint, `held` is its own weight: a type that
+  /// holds another fails its check.
   Status read_weight(PeerType& type, const PeerFiles& files);
   /// One product of `type`, compared with fp64 on what it holds. Fails if it is wrong.
   Status check(PeerType& type, const std::vector<float>& x, int64_t m, PeerFiles& files);

@@ -22,6 +22,7 @@ constexpr Kind kKinds[] = {
     {"ggml", "DIRECTORY of libggml-base.so and libggml-cpu.so", false},
     {"onnxruntime", "PYTHON that has onnxruntime, onnx and numpy", true},
     {"openvino", "PYTHON that has openvino and numpy", true},
+    {"humming", "PYTHON that has humming-kernels, torch and numpy; --device cuda", true},
 };
 
 Result<std::vector<std::string>> argv_of(const std::string& name, const std::string& argument) {

@@ -1,8 +1,11 @@
 #include "peer_team.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 
 #include "cli.h"
+#include "text.h"
 
 namespace nibble::cli {
 namespace {
@@ -24,14 +27,18 @@ Result<double> first_look(Peer& peer, const PeerType& type, int64_t m, const std
 
 }  // namespace
 
-PeerTeam::PeerTeam(const std::vector<PeerSpec>& specs, int threads, double timeout_seconds) {
+PeerTeam::PeerTeam(const std::vector<PeerSpec>& specs, const std::string& device, int threads,
+                   double timeout_seconds) {
   for (const PeerSpec& spec : specs) {
     if (interrupted()) return;
     auto peer = Peer::start(spec.label, spec.argv, threads, timeout_seconds);
-    if (peer.ok()) {
-      peers_.push_back(std::move(*peer));
-    } else {
+    if (!peer.ok()) {
       note(peer.status());
+    } else if (const std::string its = (*peer)->device(); its != device) {
+      note(Status(Code::unsupported, fmt::format("peer {} is for device {}, this run for {}",
+                                                 spec.label, printable_text(its), device)));
+    } else {
+      peers_.push_back(std::move(*peer));
     }
   }
 }
@@ -43,9 +50,16 @@ bool PeerTeam::survives(const Status& status) {
 }
 
 Status PeerTeam::prepare(const ref::Weights& weights) {
+  return peers_.empty() ? Status{} : offer(PeerFiles::write(weights));
+}
+
+Status PeerTeam::prepare(const AwqTensors& checkpoint, const ref::Weights& sample,
+                         const std::vector<int64_t>& columns) {
+  return peers_.empty() ? Status{} : offer(PeerFiles::write(checkpoint, sample, columns));
+}
+
+Status PeerTeam::offer(Result<std::unique_ptr<PeerFiles>> files) {
   offered_.clear();
-  if (peers_.empty()) return {};
-  Result<std::unique_ptr<PeerFiles>> files = PeerFiles::write(weights);
   if (!files.ok()) return files.status();
   files_ = std::move(*files);
   for (const auto& peer : peers_) {
@@ -55,17 +69,17 @@ Status PeerTeam::prepare(const ref::Weights& weights) {
       if (!survives(types.status())) return types.status();
       continue;
     }
-    Types offer = {peer.get(), {}};
+    Types of = {peer.get(), {}};
     for (PeerType& type : *types) {
       if (!peer->alive()) break;
       const Status read = peer->read_weight(type, *files_);
       if (read.ok()) {
-        offer.types.push_back(std::move(type));
+        of.types.push_back(std::move(type));
       } else if (!survives(read)) {
         return read;
       }
     }
-    offered_.push_back(std::move(offer));
+    offered_.push_back(std::move(of));
   }
   return {};
 }

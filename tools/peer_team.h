@@ -30,16 +30,21 @@ struct PeerEntry {
 
 class PeerTeam {
  public:
-  /// A peer that does not start is a failure of the run, not its end. Ctrl-C starts no more.
-  PeerTeam(const std::vector<PeerSpec>& specs, int threads, double timeout_seconds);
+  /// A peer that does not start, or is not for `device` ("cpu", "cuda"), is a failure of the run,
+  /// not its end. Ctrl-C starts no more.
+  PeerTeam(const std::vector<PeerSpec>& specs, const std::string& device, int threads,
+           double timeout_seconds);
 
   const std::vector<std::unique_ptr<Peer>>& peers() const { return peers_; }
   /// What went wrong so far, in the order it happened; the death of a peer once.
   const std::vector<std::string>& failures() const { return failures_; }
   void note(const Status& failure) { failures_.push_back(failure.message()); }
 
-  /// The next shape. `weights` must live until the next one.
+  /// The next shape. What is passed must live until the next one.
   Status prepare(const ref::Weights& weights);
+  /// The same of a GPU: see PeerFiles::write.
+  Status prepare(const AwqTensors& checkpoint, const ref::Weights& sample,
+                 const std::vector<int64_t>& columns);
   /// Every type that is right at this M, and of each peer the `most` fastest (0: all) ready for
   /// rounds: their weights held in enough copies to be cold.
   Result<std::vector<PeerEntry>> enter(const std::vector<float>& x, int64_t m, int most);
@@ -56,6 +61,7 @@ class PeerTeam {
  private:
   /// True if there is nothing to report but a failed peer; false ends the run (Ctrl-C).
   bool survives(const Status& status);
+  Status offer(Result<std::unique_ptr<PeerFiles>> files);
   /// Readies the `most` fastest (0: all) of one peer's entries for rounds, the fastest first.
   Status choose(std::vector<PeerEntry>& entries, int most);
 

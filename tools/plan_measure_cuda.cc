@@ -60,7 +60,7 @@ Result<std::vector<double>> time_slot(const cuda::DeviceInfo& device, Dtype type
          },
          copies});
   }
-  time_on_device(contenders, kTimingSeconds, [] {});
+  time_on_device(contenders, {.seconds = kTimingSeconds}, [] {});
   std::vector<double> medians;
   for (const DeviceContender& contender : contenders) {
     medians.push_back(contender.samples.median());

@@ -37,6 +37,15 @@ double Samples::quantile(double share) const {
   return sorted[below] + (at - static_cast<double>(below)) * (sorted[above] - sorted[below]);
 }
 
+Samples ratios_by_round(const Samples& a, const Samples& b) {
+  Samples ratios;
+  const size_t rounds = std::min(a.microseconds.size(), b.microseconds.size());
+  for (size_t i = 0; i < rounds; ++i) {
+    ratios.microseconds.push_back(a.microseconds[i] / b.microseconds[i]);
+  }
+  return ratios;
+}
+
 namespace {
 
 /// Flushing runs on one thread; this wakes the others, so that a sample does not start with theirs

@@ -23,6 +23,9 @@ struct Samples {
   double min() const { return quantile(0); }
 };
 
+/// Of each round that both were timed in: a's time over b's.
+Samples ratios_by_round(const Samples& a, const Samples& b);
+
 /// One thing that is timed. `prepare` is not timed: it makes the inputs cold.
 struct Contender {
   std::string name;

@@ -61,7 +61,7 @@ double microseconds_of(const cuda::Plan& plan, const cuda::DeviceInput& input,
                           (void)cuda::run_gemm(plan, input, weights, y, plan.problem.n, workspace,
                                                stream);
                         }});
-  time_on_device(contenders, 0.01, [] {});
+  time_on_device(contenders, {.seconds = 0.01}, [] {});
   return contenders[0].samples.median();
 }
 

@@ -1,0 +1,103 @@
+// Which plans `bench gemm --plans` times: the one that is chosen among them, all valid, none twice.
+// No GPU is needed.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <set>
+#include <string>
+
+#include "gemm/cuda/plan.h"
+#include "gemm/cuda/plan_candidates.h"
+
+namespace nibble::cuda {
+namespace {
+
+DeviceInfo device_of(int capability) {
+  DeviceInfo device;
+  device.name = "made up";
+  device.capability = capability;
+  device.multiprocessors = 132;
+  device.shared_bytes = capability == 90 ? 232448 : 99 << 10;
+  return device;
+}
+
+Problem problem(int64_t m, int64_t n, int64_t k, Mode mode) {
+  Problem p;
+  p.m = m;
+  p.n = n;
+  p.k = k;
+  p.group_size = 128;
+  p.mode = mode;
+  p.x_dtype = p.y_dtype = Dtype::bf16;
+  return p;
+}
+
+void expect_valid(const Plan& plan, const DeviceInfo& device) {
+  const Problem& p = plan.problem;
+  const PackedLayout layout = packed_layout(p.n, p.k, p.group_size);
+  EXPECT_EQ(plan.workspace_bytes, workspace_layout(plan).total) << plan.describe();
+  if (plan.family == KernelFamily::slab) {
+    EXPECT_LE(plan.slab.warps(), kSlabWarps) << plan.describe();
+    EXPECT_LE(slab_shared_bytes(layout, p.m, has_group_scales(p), plan.slab), device.shared_bytes);
+    if (plan.slab.form == SlabForm::registers) {
+      EXPECT_GE(plan.slab.k_warps, layout.slices) << plan.describe();
+    } else {
+      EXPECT_LE(plan.slab.k_warps, layout.slices) << plan.describe();
+    }
+  }
+  if (plan.family == KernelFamily::rs) {
+    const auto tiles = rs_tiles(layout, rs_activations(p));
+    EXPECT_TRUE(std::any_of(tiles.begin(), tiles.end(), [&](const RsTile& tile) {
+      return tile.tokens == plan.rs.token_tile && tile.math_groups == plan.rs.math_groups &&
+             tile.blocks == plan.rs.blocks;
+    })) << plan.describe();
+  }
+}
+
+TEST(PlanCandidates, TheChosenPlanIsFirstAndAllAreValid) {
+  const DeviceInfo device = device_of(90);
+  for (const Mode mode : {Mode::w4a8, Mode::w4a8_fp8, Mode::w4a16, Mode::w4a4}) {
+    for (const auto& [n, k] : {std::pair{4096, 4096}, {4096, 14336}, {57344, 8192}, {8, 128}}) {
+      for (const int64_t m : {1, 2, 8, 9, 16, 17, 64, 128, 1000, 4096}) {
+        const Problem p = problem(m, n, k, mode);
+        const std::vector<Plan> plans = plan_candidates(p, device);
+        ASSERT_FALSE(plans.empty());
+        EXPECT_EQ(plans[0].describe(), plan_gemm(p, device)->describe());
+        std::set<std::string> texts;
+        for (const Plan& plan : plans) {
+          expect_valid(plan, device);
+          EXPECT_TRUE(texts.insert(plan.describe()).second) << plan.describe();
+        }
+      }
+    }
+  }
+}
+
+TEST(PlanCandidates, EveryKernelTileAndSplitIsAmongThem) {
+  const Problem p = problem(100, 28672, 4096, Mode::w4a8);
+  const std::vector<Plan> plans = plan_candidates(p, device_of(90));
+  const auto count = [&](KernelFamily family) {
+    return std::count_if(plans.begin(), plans.end(),
+                         [&](const Plan& plan) { return plan.family == family; });
+  };
+  const auto tiles = rs_tiles(packed_layout(28672, 4096, 128), RsActivations::codes);
+  EXPECT_EQ(count(KernelFamily::rs), 2 * static_cast<int64_t>(tiles.size()));
+  EXPECT_EQ(count(KernelFamily::ss), 2);
+  EXPECT_EQ(count(KernelFamily::mma), 1);
+  EXPECT_EQ(count(KernelFamily::slab), 0);
+  EXPECT_GT(plan_candidates(problem(1, 28672, 4096, Mode::w4a8), device_of(90)).size(), 15u);
+}
+
+TEST(PlanCandidates, BeforeHopperThereIsOne) {
+  for (const int capability : {80, 86, 89, 100}) {
+    EXPECT_EQ(plan_candidates(problem(64, 4096, 4096, Mode::w4a8), device_of(capability)).size(),
+              1u);
+  }
+}
+
+TEST(PlanCandidates, NoneForWhatIsRefused) {
+  EXPECT_TRUE(plan_candidates(problem(1, 12, 4096, Mode::w4a8), device_of(90)).empty());
+}
+
+}  // namespace
+}  // namespace nibble::cuda
