@@ -7,6 +7,7 @@
 #include "gemm/cuda/operand.h"
 #include "gemm/cuda/plan.h"
 #include "gemm/cuda/runtime.h"
+#include "gemm/cuda/w4a4_mma_sm80.h"
 
 namespace nibble::cuda {
 namespace {
@@ -179,6 +180,9 @@ cudaError_t launch(const Plan& plan, const GemmArgs& args, void* workspace, cuda
       return launch_w4a8_ss_sm90(args, plan.ss, workspace_scratch(plan, workspace), stream);
     case KernelFamily::mma:
       return halves ? launch_w4a16_mma_sm80(args, stream) : launch_w4a8_mma_sm80(args, stream);
+    case KernelFamily::mma_int4:
+      return launch_w4a4_mma_sm80(args, plan.problem.symmetric, workspace_scratch(plan, workspace),
+                                  stream);
   }
   return cudaErrorInvalidValue;
 }
