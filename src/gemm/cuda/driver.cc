@@ -86,9 +86,8 @@ Status check_quantizes(const Plan& plan) {
 }
 
 Status check_operand(const Plan& plan, const Operand& operand) {
-  const bool has_sums = operand.sums != nullptr || plan.problem.mode == Mode::w4a8_fp8;
-  if (operand.codes == nullptr || operand.scales == nullptr || !has_sums) {
-    return invalid("codes, scales or sums of the activations are null");
+  if (operand.codes == nullptr || operand.scales == nullptr) {
+    return invalid("codes or scales of the activations are null");
   }
   if (reinterpret_cast<uintptr_t>(operand.codes) % kVectorBytes != 0) {
     return invalid(fmt::format("codes are not {}-byte aligned", kVectorBytes));

@@ -158,7 +158,8 @@ std::vector<KernelRow> kernel_table();
 struct Operand {
   int8_t* codes = nullptr;    // (m, padded_k) in the plan's order; k beyond K is 0
   float* scales = nullptr;    // (m) or (m, groups)
-  int32_t* sums = nullptr;    // (m, padded_k / promoted): sums of the codes; null if not wanted
+  int32_t* sums = nullptr;    // (m, padded_k / promoted): sums of the codes, which no kernel
+                              // reads; null if not wanted
   uint32_t* range = nullptr;  // Granularity::tensor: scratch of 4 words
 };
 
@@ -181,7 +182,7 @@ Status quantize_activations(const Plan& plan, const DeviceInput& input, const Op
 Status run_gemm_quantized(const Plan& plan, const Operand& operand, const DeviceWeights& weights,
                           void* y, int64_t y_stride, void* workspace, Stream stream);
 
-/// Where an Operand lies inside a plan's workspace.
+/// Where an Operand lies inside a plan's workspace; no sums.
 Operand workspace_operand(const Plan& plan, void* workspace);
 
 }  // namespace nibble::cuda

@@ -388,19 +388,17 @@ WorkspaceLayout workspace_layout(const Plan& plan) {
   const Problem& p = plan.problem;
   const auto m = static_cast<size_t>(p.m), depth = static_cast<size_t>(plan.padded_k);
   const auto groups = static_cast<size_t>(has_group_scales(p) ? p.k / p.group_size : 1);
-  const auto promoted = static_cast<size_t>(promoted_depth(p.group_size));
   WorkspaceLayout w;
   if (p.mode == Mode::w4a16) {  // x is read where it is, or reordered
     w.codes = aligned(scratch_bytes(plan));
     const bool reordered = plan.order == OperandOrder::wgmma;
-    w.scales = w.sums = w.range = w.total = w.codes + (reordered ? aligned(m * depth * 2) : 0);
+    w.scales = w.range = w.total = w.codes + (reordered ? aligned(m * depth * 2) : 0);
     return w;
   }
   // First, and in every plan, so that flags stay zero whatever plans share a workspace.
   w.codes = w.scratch + aligned(scratch_bytes(plan));
   w.scales = w.codes + aligned(m * depth * (multiplies_halves(plan) ? 2 : 1));
-  w.sums = w.scales + aligned(m * groups * sizeof(float));
-  w.range = w.sums + aligned(m * (depth / promoted) * sizeof(int32_t));
+  w.range = w.scales + aligned(m * groups * sizeof(float));
   w.total = w.range + aligned(4 * sizeof(uint32_t));
   return w;
 }
@@ -449,7 +447,7 @@ Operand workspace_operand(const Plan& plan, void* workspace) {
   const WorkspaceLayout w = workspace_layout(plan);
   auto* base = static_cast<std::byte*>(workspace);
   return {reinterpret_cast<int8_t*>(base + w.codes), reinterpret_cast<float*>(base + w.scales),
-          reinterpret_cast<int32_t*>(base + w.sums), reinterpret_cast<uint32_t*>(base + w.range)};
+          nullptr, reinterpret_cast<uint32_t*>(base + w.range)};
 }
 
 void* workspace_scratch(const Plan& plan, void* workspace) {
