@@ -312,8 +312,8 @@ typedef struct nibble_cuda_operand {
   int8_t* codes;  /* (M, K rounded up to 512), 16-byte aligned, in the kernel's order: natural for
                      w4a8_mma_sm80 */
   float* scales;  /* (M), or (M, K/group_size) for NIBBLE_GROUP and NIBBLE_STATIC_GROUP */
-  int32_t* sums;  /* (M, K rounded up to 512 / P): of the codes of each group of P = group_size if
-                     that is 32 or 64, else 128 */
+  int32_t* sums;  /* null, or (M, K rounded up to 512 / P): of the codes of each group of
+                     P = group_size if that is 32 or 64, else 128; written, never read */
   uint32_t* range; /* scratch of 4 words for NIBBLE_TENSOR, else null */
 } nibble_cuda_operand;
 

@@ -15,6 +15,7 @@ class Mode(enum.IntEnum):
     W4A16 = 0  # float activations
     W4A8 = 1   # int8 activations
     W4A4 = 2   # int4 activations
+    W4A8_FP8 = 3   # e4m3 activations; CUDA devices only
     W4A4_WIDE = 4  # W4A4 with some groups in int8; Spec.wide_groups implies it
 
 
@@ -28,7 +29,7 @@ class Granularity(enum.IntEnum):
     STATIC_GROUP = 4
 
 
-MODES = {"w4a16": Mode.W4A16, "w4a8": Mode.W4A8, "w4a4": Mode.W4A4}
+MODES = {"w4a16": Mode.W4A16, "w4a8": Mode.W4A8, "w4a8-fp8": Mode.W4A8_FP8, "w4a4": Mode.W4A4}
 GRANULARITIES = {"tensor": Granularity.TENSOR, "token": Granularity.TOKEN,
                  "group": Granularity.GROUP, "static-tensor": Granularity.STATIC_TENSOR,
                  "static-group": Granularity.STATIC_GROUP}
@@ -67,6 +68,10 @@ class Spec:
         for scale in self.static_scales:
             if not (math.isfinite(scale) and scale > 0):
                 raise InvalidArgument(f"static_scales: expected positive floats, found {scale!r}")
+        if self.mode == Mode.W4A8_FP8 and self.granularity in (Granularity.GROUP,
+                                                               Granularity.STATIC_GROUP):
+            raise InvalidArgument("granularity: expected token, tensor or static-tensor with "
+                                  f"w4a8-fp8, found {self.granularity_name}")
         if self.wide_groups and (self.mode, self.granularity) != (Mode.W4A4, Granularity.GROUP):
             raise InvalidArgument("wide_groups: expected none except in w4a4 per group")
 
@@ -80,7 +85,8 @@ class Spec:
         return Mode.W4A4_WIDE if any(self.wide_groups) else self.mode
 
     def __str__(self) -> str:
-        name = self.mode.name.lower()
+        name = next((name for name, mode in MODES.items() if mode == self.mode),
+                    self.mode.name.lower())
         if self.mode == Mode.W4A16:
             return name
         wide = sum(map(bool, self.wide_groups))

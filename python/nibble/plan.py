@@ -35,11 +35,12 @@ class ModelPlan:
 
     def spec(self, name: str) -> Spec:
         """The Spec of the linear `name`. With one mode for all and no granularity, the default
-        mix: per group for o and down, whose inputs AWQ has not smoothed, and for w4a4; else per
-        token."""
+        mix: per group for o and down, whose inputs AWQ has not smoothed, and for w4a4; else, and
+        in w4a8-fp8, per token."""
         place = slot_of(name)
         if self._layers is None:
-            rough = place is None or place[1] in ("o", "down") or self.mode == "w4a4"
+            rough = self.mode != "w4a8-fp8" and (place is None or place[1] in ("o", "down")
+                                                 or self.mode == "w4a4")
             return make_spec(self.mode, self._granularity or ("group" if rough else "token"))
         if place is None or place[0] >= len(self._layers):
             raise InvalidArgument(f"{name}: the plan in config.json has {len(self._layers)} layers "

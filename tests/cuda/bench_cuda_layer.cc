@@ -287,8 +287,7 @@ void rope(int64_t rows) {
   print(fmt::format("rope rows {}", rows), us, static_cast<double>(rows * width * 4));
 }
 
-QuantizeArgs codes_of(int64_t rows, int64_t k, const Memory& codes, const Memory& scales,
-                      const Memory& sums) {
+QuantizeArgs codes_of(int64_t rows, int64_t k, const Memory& codes, const Memory& scales) {
   QuantizeArgs to;
   to.m = rows;
   to.k = to.padded_k = k;
@@ -296,7 +295,6 @@ QuantizeArgs codes_of(int64_t rows, int64_t k, const Memory& codes, const Memory
   to.type = Element::bf16;
   to.codes = codes.as<int8_t>();
   to.scales = scales.as<float>();
-  to.sums = sums.as<int32_t>();
   to.programmatic = true;
   return to;
 }
@@ -305,14 +303,14 @@ void norm(int64_t rows, bool quantized) {
   const int64_t elements = rows * kHidden;
   const int copies = copies_of(elements * 11);
   const Memory hidden(elements * 4 * copies), delta(elements * 2 * copies), weight(kHidden * 4);
-  const Memory out(elements * 2 * copies), scales(rows * 4), sums(rows * kHidden / 128 * 4);
+  const Memory out(elements * 2 * copies), scales(rows * 4);
   NormArgs args;
   args.m = rows;
   args.k = kHidden;
   args.norm = weight.as<float>();
   args.eps = 1e-5f;
   args.programmatic = true;
-  const QuantizeArgs to = codes_of(rows, kHidden, out, scales, sums);
+  const QuantizeArgs to = codes_of(rows, kHidden, out, scales);
   const double us = microseconds(launches_of(copies), [&](int i) {
     NormArgs a = args;
     const int64_t at = i % copies * elements;
@@ -331,9 +329,8 @@ void gate(int64_t rows, bool quantized) {
   const int64_t elements = rows * kMlp;
   const int copies = copies_of(elements * 5);
   const Memory x(elements * 4 * copies), out(elements * 2 * copies), scales(rows * 4);
-  const Memory sums(rows * kMlp / 128 * 4);
   GateQuantizeArgs args;
-  args.to = codes_of(rows, kMlp, out, scales, sums);
+  args.to = codes_of(rows, kMlp, out, scales);
   args.to.x_stride = args.up_stride = 2 * kMlp;
   const double us = microseconds(launches_of(copies), [&](int i) {
     GateQuantizeArgs a = args;
@@ -346,6 +343,22 @@ void gate(int64_t rows, bool quantized) {
   });
   print(fmt::format("gate to {} rows {}", quantized ? "codes" : "16 bits", rows), us,
         static_cast<double>(elements) * (quantized ? 5 : 6));
+}
+
+/// Quantizing by itself: o's input, and what down's would be without the gate in front.
+void quantize(int64_t rows, int64_t k) {
+  const int64_t elements = rows * k;
+  const int copies = copies_of(elements * 3);
+  const Memory x(elements * 2 * copies), out(elements * copies), scales(rows * 4);
+  QuantizeArgs args = codes_of(rows, k, out, scales);
+  args.x_stride = k;
+  const double us = microseconds(launches_of(copies), [&](int i) {
+    QuantizeArgs a = args;
+    a.x = x.as<void>(i % copies * elements * 2);
+    a.codes = out.as<int8_t>(i % copies * elements);
+    return launch_quantize(a, stream());
+  });
+  print(fmt::format("quantize {} rows {}", k, rows), us, static_cast<double>(elements) * 3);
 }
 
 void tokens(int64_t rows) {
@@ -419,8 +432,9 @@ int run(const std::string& only, FlashinferPrefill* flashinfer) {
     prefill(p, false);
     if (flashinfer != nullptr) prefill(p, flashinfer);
   }
-  for (const int64_t rows : {1, 8, 32, 64, 512, 2048}) {
+  for (const int64_t rows : {1, 8, 32, 64, 512, 2048, 8192}) {
     if (wanted("rope")) rope(rows);
+    if (wanted("quantize")) quantize(rows, kHidden), quantize(rows, kMlp);
     if (wanted("norm")) norm(rows, true), norm(rows, false);
     if (wanted("gate")) gate(rows, true), gate(rows, false);
     if (wanted("tokens") && rows <= 64) tokens(rows);

@@ -210,7 +210,8 @@ bool keeps_the_order(const Plan& plan) {
       return plan.padded_k == kSlabDepth && plan.problem.m > 2;
     case KernelFamily::rs: return !plan.rs.split_tail;
     case KernelFamily::ss: return !plan.ss.split_tail;
-    case KernelFamily::mma: return true;
+    case KernelFamily::mma:
+    case KernelFamily::mma_int4: return true;
   }
   return false;
 }
@@ -238,12 +239,17 @@ Quantized random_quantized(const Problem& problem, std::mt19937& random) {
     q.scales.assign(static_cast<size_t>(problem.m), 1.0f);
     return q;
   }
-  q.codes = nibble::testing::random_codes(problem.mode, problem.m * problem.k, random);
-  if (problem.mode == Mode::w4a4 && problem.symmetric) {
-    for (int8_t& code : q.codes) code = std::clamp<int8_t>(code, -8, 7);
-  }
+  q.codes = nibble::testing::random_codes(Mode::w4a8, problem.m * problem.k, random);
   const int64_t per_row =
       scales_per_group(problem.granularity) ? problem.k / problem.group_size : 1;
+  if (problem.mode == Mode::w4a4) {  // asymmetric: 0..15 less the zero point of the scale
+    const int64_t span = problem.k / per_row;
+    int zero = 8;
+    for (int64_t i = 0; i < problem.m * problem.k; ++i) {
+      if (!problem.symmetric && i % span == 0) zero = static_cast<int>(random() % 16);
+      q.codes[i] = static_cast<int8_t>(static_cast<int>(random() % 16) - zero);
+    }
+  }
   q.scales.resize(static_cast<size_t>(problem.m * per_row));
   for (float& t : q.scales) t = std::uniform_real_distribution<float>(0.001f, 0.1f)(random);
   return q;

@@ -235,6 +235,93 @@ TEST_F(CudaGemm, SymmetricInt4CodesAreExactInFp8) {
   }
 }
 
+// All kernels of w4a4, the one for 4-bit tensor cores among them: both kinds of codes, groups of one
+// and of two runs in a product and of several blocks, rows and columns that fill no tile.
+TEST_F(CudaGemm, Int4CodesOfEveryGroupSizeAndGranularity) {
+  struct Size {
+    int64_t k, group_size;
+  };
+  for (const Size size :
+       {Size{576, 64}, {4096, 64}, {128, 128}, {1152, 128}, {1280, 640}, {200, 200}, {2048, 2048}}) {
+    const GpuWeight weight = make_gpu_weight(
+        {.k = size.k, .n = 392, .group_size = size.group_size, .bias = true}, random_);
+    for (const bool symmetric : {true, false}) {
+      for (const Granularity granularity : {Granularity::token, Granularity::group}) {
+        for (const int64_t m : {1, 127, 130}) {
+          if (HasFailure()) return;
+          expect_all_variants_right({.m = m,
+                                     .mode = Mode::w4a4,
+                                     .y_dtype = m == 130 ? Dtype::bf16 : Dtype::f32,
+                                     .granularity = granularity,
+                                     .symmetric = symmetric},
+                                    weight, random_);
+        }
+      }
+    }
+  }
+}
+
+// The largest sums of codes that have a zero point, and all that zero points take off again.
+TEST_F(CudaGemm, LargestInt4CodesWithZeroPoints) {
+  for (const int64_t group_size : {64, 128, 512}) {
+    for (const auto& [code, zero] : {std::pair{15, 0}, {0, 15}, {15, 15}}) {
+      const GpuWeight weight = make_gpu_weight(
+          {.k = 512, .n = 40, .group_size = group_size, .fixed_code = code, .fixed_zero = zero},
+          random_);
+      for (const int a : {15, 0, -15}) {
+        const Problem p = {.m = 20,
+                           .n = 40,
+                           .k = 512,
+                           .group_size = group_size,
+                           .mode = Mode::w4a4,
+                           .y_dtype = Dtype::f32,
+                           .symmetric = false};
+        Quantized input{std::vector<int8_t>(static_cast<size_t>(p.m * p.k), static_cast<int8_t>(a)),
+                        std::vector<float>(static_cast<size_t>(p.m), 1.0f)};
+        for (int64_t row = 0; row < p.m; ++row) input.codes[row * p.k + row] = 0;  // odd sums
+        const Expected expected = expected_of(p, weight, input);
+        for (const Variant& variant : variants(p)) {
+          ASSERT_EQ(run_and_compare(variant.plan, weight, input, expected), "") << variant.name;
+        }
+      }
+    }
+  }
+}
+
+// From floats to y by the kernel for 4-bit tensor cores, against the int8 one: the same bits.
+TEST_F(CudaGemm, Int4ProductsGiveTheBitsOfInt8Ones) {
+  const GpuWeight weight = make_gpu_weight({.k = 1152, .n = 264, .group_size = 128}, random_);
+  const int64_t m = 150, k = 1152, n = 264;
+  std::vector<float> x(static_cast<size_t>(m * k));
+  for (float& v : x) v = std::normal_distribution<float>(0.3f)(random_);
+  const Buffer device_x(x);
+  for (const bool symmetric : {true, false}) {
+    for (const Granularity granularity :
+         {Granularity::token, Granularity::group, Granularity::tensor}) {
+      const Problem p = {.m = m,
+                         .n = n,
+                         .k = k,
+                         .group_size = 128,
+                         .mode = Mode::w4a4,
+                         .granularity = granularity,
+                         .symmetric = symmetric};
+      std::vector<std::vector<float>> found;
+      for (const char* name : {"w4a4_mma_sm80", "w4a8_mma_sm80"}) {
+        const Result<Plan> plan = plan_gemm(p, *gpu(), name);
+        ASSERT_TRUE(plan.ok()) << plan.status().message();
+        const Buffer y(static_cast<size_t>(m * n * 4)), workspace(plan->workspace_bytes, 0);
+        const Status status = run_gemm(*plan, {device_x.as<>(), k}, weight.device, y.as<>(), n,
+                                       workspace.as<>(), nullptr);
+        ASSERT_TRUE(status.ok()) << status.message();
+        NIBBLE_CHECK_CUDA(cudaDeviceSynchronize());
+        ASSERT_TRUE(workspace.guard_is_intact());
+        found.push_back(y.download<float>());
+      }
+      ASSERT_EQ(found[0], found[1]) << granularity_name(granularity) << " " << symmetric;
+    }
+  }
+}
+
 // The largest sums that fp8 accumulation meets, odd so that every bit counts: 15 * (-8 * 127 - 7).
 TEST_F(CudaGemm, LargestInt4SumsAreExactInFp8) {
   for (const int zero : {0, 15}) {

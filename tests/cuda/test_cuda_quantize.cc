@@ -116,5 +116,47 @@ TEST(CudaQuantize, EqualsTheOracle) {
   }
 }
 
+// As many rows as get the launch for many: several chunks a thread; K is padded.
+TEST(CudaQuantize, ManyRowsEqualTheOracle) {
+  NIBBLE_NEEDS_GPU();
+  std::mt19937 random(8);
+  struct Many {
+    Case kind;
+    Dtype dtype;
+    int64_t m, k;
+    Granularity granularity;
+  };
+  for (const Many& many :
+       {Many{{}, Dtype::bf16, 500, 13960, Granularity::token},
+        Many{{.clip = 0.9f}, Dtype::f16, 1300, 4096, Granularity::static_tensor},
+        Many{{.mode = Mode::w4a4, .symmetric = false}, Dtype::f32, 1000, 7000, Granularity::token},
+        Many{{.mode = Mode::w4a4}, Dtype::bf16, 6500, 1024, Granularity::token}}) {
+    const int64_t m = many.m, k = many.k;
+    const std::vector<float> values = awkward_floats(m, k, random);
+    std::vector<std::byte> x(static_cast<size_t>(m * k * dtype_bytes(many.dtype)));
+    for (int64_t i = 0; i < m * k; ++i) store_from_float(x.data(), i, many.dtype, values[i]);
+    const Buffer device_x(x), device_scale(std::vector<float>{0.03f});
+    const float scale = 0.03f;
+    const Problem problem{.m = m,
+                          .n = 64,
+                          .k = k,
+                          .group_size = k % 128 == 0 ? 128 : k,
+                          .mode = many.kind.mode,
+                          .x_dtype = many.dtype,
+                          .granularity = many.granularity,
+                          .symmetric = many.kind.symmetric};
+    const GemmInput host{
+        .x = x.data(), .x_stride = k, .clip = many.kind.clip, .static_scales = &scale};
+    for (const char* kernel : {"w4a8_mma_sm80", "w4a8_rs_sm90"}) {  // both orders
+      const Result<Plan> plan = plan_gemm(problem, *gpu(), kernel);
+      if (!plan.ok() && gpu()->capability != 90) continue;
+      ASSERT_TRUE(plan.ok()) << plan.status().message();
+      SCOPED_TRACE(plan->describe());
+      expect_equals_oracle(*plan, host, device_x, device_scale);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace nibble::cuda::testing

@@ -253,6 +253,19 @@ class Malformed(unittest.TestCase):
                                                             name.replace(" ", ".")):
                 call()
 
+    def test_w4a8_fp8_is_refused_on_cpus(self):
+        x = rows(3, 256)
+        for call in (lambda: nibble.linear(x, self.weight, "w4a8-fp8"),
+                     lambda: nibble.quantize(x, 64, "w4a8-fp8")):
+            with self.assertRaisesRegex(nibble.Unsupported, "w4a8-fp8.*CUDA devices only"):
+                call()
+        for granularity in "group", "static-group":
+            with self.assertRaisesRegex(nibble.InvalidArgument, "granularity.*w4a8-fp8"):
+                nibble.make_spec("w4a8-fp8", granularity, static_scales=[0.1] * (
+                    granularity == "static-group"))
+        spec = nibble.make_spec("w4a8-fp8")
+        self.assertEqual((str(spec), int(spec.product_mode)), ("w4a8-fp8 token", 3))
+
     def test_random_calls_never_crash(self):
         choose = random.Random(20261123)
         refused = 0
@@ -361,6 +374,8 @@ class Plans(unittest.TestCase):
         plan = choose_plan("w4a8", None, {"nibble": self.BLOCK})
         self.assertEqual(str(plan.spec("model.layers.0.mlp.down_proj")), "w4a8 group")
         self.assertEqual(str(plan.spec("model.layers.0.mlp.up_proj")), "w4a8 token")
+        self.assertEqual(str(choose_plan("w4a8-fp8", None, {}).spec("model.layers.0.mlp.down_proj")),
+                         "w4a8-fp8 token")
         self.assertEqual(str(choose_plan("w4a4", None, {}).spec("model.layers.0.mlp.up_proj")),
                          "w4a4 group-asym")
 

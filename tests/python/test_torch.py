@@ -380,6 +380,22 @@ class Gpu(unittest.TestCase):
                             / expected.double().norm()
                         self.assertLess(gap.item(), 2e-3, f"{k} {n} {m} {dtype} {spec}")
 
+    def test_w4a8_fp8_is_the_product_of_e4m3_activations(self):
+        for k, n, group in self.CASES[1:]:
+            parts = weight(k, n, group, bias=True)
+            here, there = packed(parts, group), packed(parts, group, "cuda")
+            for m in 1, 16, 100, 600:
+                x = rows(m, k, dtype=torch.bfloat16)
+                for granularity in "token", "tensor":
+                    spec = nibble.make_spec("w4a8-fp8", granularity)
+                    y = OPS.linear(x.cuda(), there, *arguments(spec, n, group))
+                    largest = x.float().abs().amax(dim=1, keepdim=True)
+                    scale = (largest if granularity == "token" else largest.max()) / 448
+                    near = (x.float() / scale).to(torch.float8_e4m3fn).float() * scale
+                    exact = OPS.linear(near, here, *arguments(nibble.make_spec("w4a16"), n, group))
+                    gap = (y.cpu().double() - exact.double()).norm() / exact.double().norm()
+                    self.assertLess(gap.item(), 4e-3, f"{k} {n} {m} {spec}")
+
     def test_the_halves_make_the_whole(self):
         block, x = packed(weight(512, 256, 128), 128, "cuda"), rows(40, 512, dtype=torch.float16)
         for spec in SPECS[1:6]:

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_s
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from nibble.errors import InvalidArgument
-from nibble.modes import Spec
+from nibble.modes import Mode, Spec
 from nibble.plan import choose_plan
 from nibble.vllm.device import check_device
 
@@ -137,7 +137,11 @@ class NibbleConfig(QuantizationConfig):
         try:
             plan = choose_plan(options.get("mode"), options.get("granularity"),
                                self.quantization_config)
-            return plan.spec(prefix)
+            spec = plan.spec(prefix)
+            if spec.mode == Mode.W4A8_FP8:
+                raise InvalidArgument("mode: w4a8-fp8 runs on CUDA devices, and the plugin on CPUs "
+                                      "only; expected w4a16, w4a8 or w4a4")
+            return spec
         except InvalidArgument as error:
             raise ValueError(f"nibble: {error} (additional_config.nibble is {options})") from None
 

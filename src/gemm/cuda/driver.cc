@@ -7,6 +7,7 @@
 #include "gemm/cuda/operand.h"
 #include "gemm/cuda/plan.h"
 #include "gemm/cuda/runtime.h"
+#include "gemm/cuda/w4a4_mma_sm80.h"
 
 namespace nibble::cuda {
 namespace {
@@ -85,9 +86,8 @@ Status check_quantizes(const Plan& plan) {
 }
 
 Status check_operand(const Plan& plan, const Operand& operand) {
-  const bool has_sums = operand.sums != nullptr || plan.problem.mode == Mode::w4a8_fp8;
-  if (operand.codes == nullptr || operand.scales == nullptr || !has_sums) {
-    return invalid("codes, scales or sums of the activations are null");
+  if (operand.codes == nullptr || operand.scales == nullptr) {
+    return invalid("codes or scales of the activations are null");
   }
   if (reinterpret_cast<uintptr_t>(operand.codes) % kVectorBytes != 0) {
     return invalid(fmt::format("codes are not {}-byte aligned", kVectorBytes));
@@ -179,6 +179,9 @@ cudaError_t launch(const Plan& plan, const GemmArgs& args, void* workspace, cuda
       return launch_w4a8_ss_sm90(args, plan.ss, workspace_scratch(plan, workspace), stream);
     case KernelFamily::mma:
       return halves ? launch_w4a16_mma_sm80(args, stream) : launch_w4a8_mma_sm80(args, stream);
+    case KernelFamily::mma_int4:
+      return launch_w4a4_mma_sm80(args, plan.problem.symmetric, workspace_scratch(plan, workspace),
+                                  stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -113,6 +113,7 @@ enum class KernelFamily : int {
   rs,          // wgmma, weights expanded in registers, tokens as the N side
   ss,          // wgmma, weights expanded to 8 bits in scratch first: for many rows
   mma,         // mma.sync, any device from sm_80 on
+  mma_int4,    // mma.sync on 4-bit operands: native from 8.0 to 8.9, emulated later
 };
 
 /// Everything decided before a launch. A plain value, valid for its problem and device.
@@ -132,7 +133,7 @@ struct Plan {
   /// Whether the kernel reads these flags: those that split K over blocks.
   bool reads_flags() const {
     return family != KernelFamily::slab && family != KernelFamily::slab_fused &&
-           family != KernelFamily::mma;
+           family != KernelFamily::mma && family != KernelFamily::mma_int4;
   }
   const char* kernel_name() const;  // "w4a8_slab_sm90", "w4a8_rs_sm90", ...
   std::string describe() const;     // one line
@@ -152,12 +153,13 @@ struct KernelRow {
 std::vector<KernelRow> kernel_table();
 
 /// Quantized activations in device memory, as a kernel reads them: codes 16-byte aligned; of w4a4
-/// in -8..7 if symmetric, else in -15..15. Of w4a8-fp8: e4m3 bytes for a kernel of family ss, else
+/// in -8..7 if symmetric, else 0..15 less a zero point of 0..15 that all with one scale share. Of w4a8-fp8: e4m3 bytes for a kernel of family ss, else
 /// the same numbers as f16, twice the bytes; no sums.
 struct Operand {
   int8_t* codes = nullptr;    // (m, padded_k) in the plan's order; k beyond K is 0
   float* scales = nullptr;    // (m) or (m, groups)
-  int32_t* sums = nullptr;    // (m, padded_k / promoted): sums of the codes; null if not wanted
+  int32_t* sums = nullptr;    // (m, padded_k / promoted): sums of the codes, which no kernel
+                              // reads; null if not wanted
   uint32_t* range = nullptr;  // Granularity::tensor: scratch of 4 words
 };
 
@@ -180,7 +182,7 @@ Status quantize_activations(const Plan& plan, const DeviceInput& input, const Op
 Status run_gemm_quantized(const Plan& plan, const Operand& operand, const DeviceWeights& weights,
                           void* y, int64_t y_stride, void* workspace, Stream stream);
 
-/// Where an Operand lies inside a plan's workspace.
+/// Where an Operand lies inside a plan's workspace; no sums.
 Operand workspace_operand(const Plan& plan, void* workspace);
 
 }  // namespace nibble::cuda

@@ -7,6 +7,7 @@
 #include <limits>
 #include <string_view>
 
+#include "gemm/cuda/int4_operand.h"
 #include "gemm/cuda/limits.h"
 
 namespace nibble::cuda {
@@ -30,7 +31,11 @@ struct Candidate {
 constexpr int64_t kManyRows = 1536, kManyRowsOfGroups = 3072, kManyRowsOfInt4 = 1024,
                   kManyRowsOfE4m3 = 512;
 
-constexpr std::array<Candidate, 13> kCandidates = {{
+/// Up to 64 rows, reading the weights takes as long as int8 products do, and packing codes two a byte
+/// is a launch more. Reasoned from the data sheets of 8.0 and 8.9, not measured.
+constexpr int64_t kRowsOfNativeInt4 = 65;
+
+constexpr std::array<Candidate, 14> kCandidates = {{
     {{"w4a8_slab_sm90", Mode::w4a8, kHopper},
      KernelFamily::slab,
      OperandOrder::natural,
@@ -55,6 +60,12 @@ constexpr std::array<Candidate, 13> kCandidates = {{
      true,
      0,
      kManyRows},
+    {{"w4a4_mma_sm80", Mode::w4a4, kAmpere},
+     KernelFamily::mma_int4,
+     OperandOrder::natural,
+     false,
+     0,
+     kRowsOfNativeInt4},
     {{"w4a8_rs_sm90", Mode::w4a8, kHopper}, KernelFamily::rs, OperandOrder::wgmma, true, 0, 0},
     {{"w4a8_mma_sm80", Mode::w4a8, kAmpere}, KernelFamily::mma, OperandOrder::natural, false, 0, 0},
     {{"w4a16_slab_sm90", Mode::w4a16, kHopper},
@@ -123,7 +134,10 @@ std::string refusal(const Candidate& kernel, const Problem& p, const DeviceInfo&
   }
   const bool by_group = has_group_scales(p);
   const bool short_groups = promoted_depth(p.group_size) < kBlockDepth;
-  if (kernel.row.mode == Mode::w4a4 && (p.mode != Mode::w4a4 || !p.symmetric)) {
+  if (kernel.family == KernelFamily::mma_int4) {
+    if (p.mode != Mode::w4a4) return "it takes int4 codes";
+    if (promoted_depth(p.group_size) < 64) return "it takes groups of at least 64";
+  } else if (kernel.row.mode == Mode::w4a4 && (p.mode != Mode::w4a4 || !p.symmetric)) {
     return "it takes symmetric int4 codes, whose sums are exact in its fp8 products";
   }
   if (kernel.family == KernelFamily::ss && short_groups) {
@@ -148,6 +162,10 @@ int64_t worth_rows(const Candidate& kernel, const Problem& p) {
   return int8_ss && has_group_scales(p) ? kManyRowsOfGroups : kernel.worth_rows;
 }
 
+bool is_emulated(const Candidate& kernel, const DeviceInfo& device) {
+  return kernel.family == KernelFamily::mma_int4 && device.capability >= kHopper;
+}
+
 /// Nine rows and more of 16 bits, deep K: eight warps, which read x again for every four tiles.
 /// Past some tiles a multiprocessor, rs is faster (docs/notes.md).
 bool rereads_too_much(const Candidate& kernel, const Problem& p, const DeviceInfo& device) {
@@ -169,6 +187,9 @@ Result<Candidate> choose(const Problem& problem, const DeviceInfo& device, const
     std::string reason = refusal(kernel, problem, device);
     if (reason.empty() && force == nullptr && problem.m < worth_rows(kernel, problem)) {
       reason = fmt::format("it is slower than others below {} rows", worth_rows(kernel, problem));
+    }
+    if (reason.empty() && force == nullptr && is_emulated(kernel, device)) {
+      reason = "4-bit products are emulated from compute capability 9.0 on";
     }
     if (reason.empty() && force == nullptr && rereads_too_much(kernel, problem, device)) {
       reason = "it is slower than others for so many rows, columns and so deep a K";
@@ -221,14 +242,20 @@ size_t scratch_bytes(const Plan& plan) {
   if (p.m == 0) return 0;
   if (plan.family == KernelFamily::rs) return rs_scratch_bytes(layout_of(p), p.m, plan.rs);
   if (plan.family == KernelFamily::ss) return ss_scratch(layout_of(p), p.m, plan.ss).bytes;
+  if (plan.family == KernelFamily::mma_int4) return int4_scratch(layout_of(p), p.m).bytes;
   return kFlagBytes;
 }
 
+/// Whether codes of four bits are multiplied as such, by a kernel of their own.
+bool multiplies_int4(const Plan& plan) {
+  return plan.family == KernelFamily::mma_int4 ||
+         (plan.family == KernelFamily::ss && plan.ss.e4m3 && !plan.ss.e4m3_codes);
+}
+
 const Candidate& candidate_of(const Plan& plan) {
-  const bool fp8 = plan.family == KernelFamily::ss && plan.ss.e4m3 && !plan.ss.e4m3_codes;
   return *std::find_if(kCandidates.begin(), kCandidates.end(), [&](const Candidate& kernel) {
     return kernel.family == plan.family && is_of_mode(kernel, plan.problem) &&
-           (kernel.row.mode == Mode::w4a4) == fp8;
+           (kernel.row.mode == Mode::w4a4) == multiplies_int4(plan);
   });
 }
 
@@ -245,6 +272,7 @@ std::string family_text(const Plan& plan) {
       return fmt::format("tile={}x{} {}{}", kSsTokens, 64 * kSsMathGroups,
                          plan.ss.e4m3 ? "fp8 " : "", tail_text(plan.ss.split_tail));
     case KernelFamily::mma: return "whole tiles";
+    case KernelFamily::mma_int4: return "4-bit products, whole tiles";
   }
   return "";
 }
@@ -341,7 +369,7 @@ std::string Plan::describe() const {
   const bool floats = p.mode == Mode::w4a16;
   return fmt::format("{}: M={} N={} K={} g={} {}{} x={} y={} act={}{} device={} {} workspace={} B",
                      kernel_name(), p.m, p.n, p.k, p.group_size, mode_name(p.mode),
-                     p.mode == Mode::w4a4 && !(family == KernelFamily::ss && ss.e4m3)
+                     p.mode == Mode::w4a4 && !multiplies_int4(*this)
                          ? " (int4 codes in an int8 kernel: as fast as w4a8)"
                          : "",
                      dtype_name(p.x_dtype), dtype_name(p.y_dtype),
@@ -360,19 +388,17 @@ WorkspaceLayout workspace_layout(const Plan& plan) {
   const Problem& p = plan.problem;
   const auto m = static_cast<size_t>(p.m), depth = static_cast<size_t>(plan.padded_k);
   const auto groups = static_cast<size_t>(has_group_scales(p) ? p.k / p.group_size : 1);
-  const auto promoted = static_cast<size_t>(promoted_depth(p.group_size));
   WorkspaceLayout w;
   if (p.mode == Mode::w4a16) {  // x is read where it is, or reordered
     w.codes = aligned(scratch_bytes(plan));
     const bool reordered = plan.order == OperandOrder::wgmma;
-    w.scales = w.sums = w.range = w.total = w.codes + (reordered ? aligned(m * depth * 2) : 0);
+    w.scales = w.range = w.total = w.codes + (reordered ? aligned(m * depth * 2) : 0);
     return w;
   }
   // First, and in every plan, so that flags stay zero whatever plans share a workspace.
   w.codes = w.scratch + aligned(scratch_bytes(plan));
   w.scales = w.codes + aligned(m * depth * (multiplies_halves(plan) ? 2 : 1));
-  w.sums = w.scales + aligned(m * groups * sizeof(float));
-  w.range = w.sums + aligned(m * (depth / promoted) * sizeof(int32_t));
+  w.range = w.scales + aligned(m * groups * sizeof(float));
   w.total = w.range + aligned(4 * sizeof(uint32_t));
   return w;
 }
@@ -421,7 +447,7 @@ Operand workspace_operand(const Plan& plan, void* workspace) {
   const WorkspaceLayout w = workspace_layout(plan);
   auto* base = static_cast<std::byte*>(workspace);
   return {reinterpret_cast<int8_t*>(base + w.codes), reinterpret_cast<float*>(base + w.scales),
-          reinterpret_cast<int32_t*>(base + w.sums), reinterpret_cast<uint32_t*>(base + w.range)};
+          nullptr, reinterpret_cast<uint32_t*>(base + w.range)};
 }
 
 void* workspace_scratch(const Plan& plan, void* workspace) {

@@ -25,7 +25,6 @@ struct WorkspaceLayout {
   size_t scratch = 0;  // of the kernel; its first kFlagBytes are zeroed once and left so
   size_t codes = 0;    // (m, padded_k) int8; of w4a16, reordered x, 16 bits
   size_t scales = 0;   // (m) or (m, groups) float
-  size_t sums = 0;     // (m, padded_k / promoted) int32
   size_t range = 0;    // 4 words
   size_t total = 0;
 };

@@ -210,6 +210,7 @@ __device__ __forceinline__ Range block_range(Range r, bool symmetric) {
 struct Encoding {
   float scale = 0;
   float inverse = 0, low = 0, high = 0;
+  bool clamps = true;  // false: no x is so large that it has to be clamped before it is rounded
 };
 
 __device__ __forceinline__ Encoding dynamic_encoding(const Range& range, const QuantizeArgs& a) {
@@ -218,7 +219,8 @@ __device__ __forceinline__ Encoding dynamic_encoding(const Range& range, const Q
     const float limit = static_cast<float>(a.limit);
     const float amax = __fmul_rn(__uint_as_float(range.amax), a.clip);
     if (amax < kSmallestRange) return e;
-    return {__fdiv_rn(amax, limit), __fdiv_rn(limit, amax), -limit, limit};
+    // Unclipped: |x * inverse| is at most limit * (1 + 2^-22), which is rounded to limit.
+    return {__fdiv_rn(amax, limit), __fdiv_rn(limit, amax), -limit, limit, a.clip != 1.0f};
   }
   const float low = __fmul_rn(-__uint_as_float(range.low), a.clip);
   const float high = __fmul_rn(__uint_as_float(range.high), a.clip);
@@ -252,15 +254,25 @@ __device__ __forceinline__ Encoding choose_encoding(const Range& own, const Quan
 
 // ---- codes -------------------------------------------------------------------------------------
 
+/// Eight times x * inverse, clamped if need be: all lanes with one scale take the same branch.
+__device__ __forceinline__ Chunk scaled(const Chunk& c, const Encoding& e) {
+  Chunk s;
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) s.v[i] = __fmul_rn(c.v[i], e.inverse);
+  if (e.clamps) {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) s.v[i] = fminf(fmaxf(s.v[i], e.low), e.high);
+  }
+  return s;
+}
+
 /// Eight codes. Adding 1.5 * 2^23 rounds to an integer, half to even, and leaves it in the lowest
 /// byte: a quarter of what a conversion costs. NaN becomes low, which is 0 then.
 __device__ __forceinline__ uint2 encode(const Chunk& c, const Encoding& e) {
+  const Chunk s = scaled(c, e);
   uint32_t b[kChunk];
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    const float clamped = fminf(fmaxf(__fmul_rn(c.v[i], e.inverse), e.low), e.high);
-    b[i] = __float_as_uint(__fadd_rn(clamped, 12582912.0f));
-  }
+  for (int i = 0; i < kChunk; ++i) b[i] = __float_as_uint(__fadd_rn(s.v[i], 12582912.0f));
   const auto pack = [](uint32_t b0, uint32_t b1, uint32_t b2, uint32_t b3) {
     return __byte_perm(__byte_perm(b0, b1, 0x0040), __byte_perm(b2, b3, 0x0040), 0x5410);
   };
@@ -301,16 +313,10 @@ __device__ __forceinline__ uint32_t halves_of(uint32_t e4m3_pair) {
 /// Stores a chunk as e4m3 numbers. For all lanes of a warp.
 __device__ __forceinline__ void store_e4m3(const Chunk& c, const Encoding& e, const QuantizeArgs& a,
                                            int64_t row, int chunk, bool inside) {
+  const Chunk s = scaled(c, e);
   uint32_t pairs[kChunk / 2];
 #pragma unroll
-  for (int i = 0; i < kChunk / 2; ++i) {
-    float v[2];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      v[j] = fminf(fmaxf(__fmul_rn(c.v[2 * i + j], e.inverse), e.low), e.high);
-    }
-    pairs[i] = e4m3_pair(v[0], v[1]);
-  }
+  for (int i = 0; i < kChunk / 2; ++i) pairs[i] = e4m3_pair(s.v[2 * i], s.v[2 * i + 1]);
   const int64_t at = row * a.padded_k + int64_t{chunk} * kChunk;
   if (a.kind == Codes::e4m3) {
     if (!inside) return;
@@ -335,11 +341,11 @@ __device__ __forceinline__ void store_codes(uint2 codes, const QuantizeArgs& a, 
   int place = chunk;
   uint2 words = codes;
   if (a.wgmma_order) {
-    const int c = chunk % 4;
-    const bool odd = c % 2 != 0;
+    const int c = chunk & 3;
+    const bool odd = (c & 1) != 0;
     const uint32_t other = __shfl_xor_sync(kAllLanes, odd ? codes.x : codes.y, 1);
     words = odd ? make_uint2(other, codes.y) : make_uint2(codes.x, other);
-    place = chunk - c + 2 * (c % 2) + c / 2;
+    place = chunk - c + 2 * (c & 1) + (c >> 1);
   }
   if (inside) {
     *reinterpret_cast<uint2*>(a.codes + row * a.padded_k + int64_t{place} * kChunk) = words;
@@ -352,7 +358,18 @@ __device__ __forceinline__ void store_codes(uint2 codes, const QuantizeArgs& a, 
   for (int i = 8; i > 0; i /= 2) {
     if (i < width) sum += __shfl_xor_sync(kAllLanes, sum, i);
   }
-  if (inside && chunk % width == 0) a.sums[row * d.sums + (chunk >> d.sum_shift)] = sum;
+  if (inside && (chunk & (width - 1)) == 0) a.sums[row * d.sums + (chunk >> d.sum_shift)] = sum;
+}
+
+/// Stores what a chunk becomes. For all lanes of a warp.
+__device__ __forceinline__ void store_chunk(const Chunk& c, const Encoding& e,
+                                            const QuantizeArgs& a, const Dealing& d, int64_t row,
+                                            int chunk, bool inside) {
+  if (a.kind == Codes::int8) {
+    store_codes(encode(c, e), a, d, row, chunk, inside);
+  } else {
+    store_e4m3(c, e, a, row, chunk, inside);
+  }
 }
 
 /// Quantizes kChunks chunks a thread that are in registers, chunk i being first + i * blockDim.x +
@@ -376,15 +393,11 @@ __device__ __forceinline__ void quantize_part(const Chunk (&x)[kChunks], const Q
       const int group = chunk >> d.group_shift, width = 1 << d.group_shift;
       const Range range = lanes_range(widen({}, x[i], a.symmetric), width, a.symmetric);
       e = choose_encoding(range, a, min(group, d.groups - 1));
-      if (inside && chunk % width == 0 && group < d.groups) {
+      if (inside && (chunk & (width - 1)) == 0 && group < d.groups) {
         a.scales[row * d.groups + group] = e.scale;
       }
     }
-    if (a.kind == Codes::int8) {
-      store_codes(encode(x[i], e), a, d, row, chunk, inside);
-    } else {
-      store_e4m3(x[i], e, a, row, chunk, inside);
-    }
+    store_chunk(x[i], e, a, d, row, chunk, inside);
   }
 }
 

@@ -4,6 +4,7 @@
 //   kVector                    rows are 16-byte aligned and of a length that 8 divides
 //   fetch(row, chunk, inside)  loads; zeros if not `inside`, and from k on
 //   values(fetched)            a Chunk, once the loads are back
+//   kRegisters                 of a thread with kMostChunks of one scale; up to kRowRegisters
 // Rows of up to 32768 elements stay in registers between range and codes; longer ones, and those
 // that must be read element by element, are made twice.
 #pragma once
@@ -16,6 +17,7 @@
 namespace nibble::cuda {
 
 inline constexpr int kRowThreads = 1024;
+inline constexpr int kRowRegisters = 65536 / kRowThreads;  // of a thread at most
 inline constexpr int kMostChunks = 4;      // a thread's, in registers
 inline constexpr int64_t kFewParts = 256;  // blocks that do not fill a GPU: speed is latency then
 inline constexpr int kLaneThreads = 128;
@@ -99,7 +101,8 @@ __device__ __forceinline__ Part block_part(const QuantizeArgs& a, const Dealing&
 }
 
 template <class Source, int kChunks, Reach reach>
-__global__ void __launch_bounds__(kRowThreads, 1)
+__global__ void
+__maxnreg__(kChunks == kMostChunks && reach == Reach::block ? Source::kRegisters : kRowRegisters)
     quantize_rows(const __grid_constant__ Source source, const __grid_constant__ Dealing dealing) {
   ptx::grid_launch_dependents();
   ptx::grid_wait();
@@ -137,12 +140,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   for (int first = part.first; first < part.end; first += static_cast<int>(blockDim.x)) {
     const int chunk = first + static_cast<int>(threadIdx.x);  // whole warps come along
     const bool inside = chunk < part.end;
-    const Chunk x = source.values(source.fetch(row, chunk, inside));
-    if (a.kind == Codes::int8) {
-      store_codes(encode(x, e), a, dealing, row, chunk, inside);
-    } else {
-      store_e4m3(x, e, a, row, chunk, inside);
-    }
+    store_chunk(source.values(source.fetch(row, chunk, inside)), e, a, dealing, row, chunk, inside);
   }
 }
 

@@ -3,14 +3,16 @@
 
 #include "gemm/cuda/fused_quantize.h"
 #include "gemm/cuda/launch.h"
+#include "gemm/cuda/ptx_math.h"
 #include "gemm/cuda/quantize_rows.h"
 
 namespace nibble::cuda {
 namespace {
 
-/// x / (1 + e^-t). Where e^-t overflows the quotient is -0, as it should be.
+/// x / (1 + e^-t). Where e^-t overflows the quotient is -0, as it should be. The divisor is at least
+/// 1.
 __device__ __forceinline__ float over_one_plus_exp(float x, float minus_t) {
-  return __fdividef(x, 1.0f + expf(minus_t));
+  return x * ptx::reciprocal(1.0f + expf(minus_t));
 }
 
 template <GateFunction function>
@@ -23,6 +25,7 @@ __device__ __forceinline__ float gated(float g) {
 template <Element type, GateFunction function>
 struct Gated {
   static constexpr bool kVector = true;
+  static constexpr int kRegisters = kRowRegisters;
   struct Fetched {
     Raw<type> gate, up;
   };

@@ -4,6 +4,7 @@
 
 #include "gemm/cuda/head_product.h"
 #include "gemm/cuda/pack_host.h"
+#include "gemm/cuda/w4a4_mma_sm80.h"
 #include "gemm/ref.h"
 #include "host_device.h"
 #include "host_quantize.h"
@@ -212,6 +213,9 @@ cudaError_t launch_w4a8_ss_sm90(const GemmArgs& args, const SsConfig& config, vo
   return product(args, config.e4m3_codes ? Acts::e4m3 : Acts::codes, stream);
 }
 cudaError_t launch_w4a8_mma_sm80(const GemmArgs& args, cudaStream_t stream) {
+  return product(args, Acts::codes, stream);
+}
+cudaError_t launch_w4a4_mma_sm80(const GemmArgs& args, bool, void*, cudaStream_t stream) {
   return product(args, Acts::codes, stream);
 }
 cudaError_t launch_w4a16_mma_sm80(const GemmArgs& args, cudaStream_t stream) {
