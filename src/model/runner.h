@@ -63,6 +63,9 @@ class Runner {
   Status greedy(std::span<const SequenceItem> items, std::span<int32_t> next) {
     return choose(items, {}, next);
   }
+  /// Waits for, and forgets, what was begun before anybody asked for it: then it is in nobody's
+  /// time.
+  virtual Status settle() { return {}; }
 
   /// greedy(), with the time of every operation: they add up to the call's time on the device,
   /// and are together a little longer than without being timed. unsupported on a CPU.

@@ -39,10 +39,11 @@ class CudaRunner : public Runner {
   Status set_plan(const ModelPlan& plan) override;
   void set_batch_invariant(bool wanted) override {
     invariant_rows_ = wanted ? pool_->shape().sequences : 0;
-    if (steps_ != nullptr) (void)steps_->settle();  // the next step may have other rows
+    if (steps_ != nullptr) (void)settle();  // the next step may have other rows
   }
   Status forward(std::span<const SequenceItem> items, HiddenRows rows, float* hidden) override;
   Status logits(const float* hidden, int64_t rows, float* logits) override;
+  Status settle() override { return steps_->settle(); }
   Status choose(std::span<const SequenceItem> items, std::span<const SamplerOptions> how,
                 std::span<int32_t> next) override;
 
