@@ -127,7 +127,8 @@ std::vector<Plan> plan_candidates(const Problem& problem, const DeviceInfo& devi
       case KernelFamily::slab_fused: break;
       case KernelFamily::rs: candidates.add_tiles(*plan); break;
       case KernelFamily::ss: candidates.add_splits(*plan); break;
-      case KernelFamily::mma: candidates.add(*plan); break;
+      case KernelFamily::mma:
+      case KernelFamily::mma_int4: candidates.add(*plan); break;
     }
   }
   return candidates.take();
