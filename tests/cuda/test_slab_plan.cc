@@ -98,6 +98,47 @@ TEST(SlabPlan, EveryFusedConfigurationIsOneThatItsKernelTakes) {
   }
 }
 
+TEST(SlabPlan, EveryQuantizingConfigurationIsOneThatItsKernelsTake) {
+  for (const int64_t k : {96, 512, 2048, 4096, 5120, 8192, 8704, 14336, 16384, 16896}) {
+    for (const int64_t n : {32, 1024, 4096, 57344}) {
+      for (const int64_t group_size : {32, 64, 128}) {
+        if (k % group_size != 0) continue;
+        const PackedLayout layout = packed_layout(n, k, group_size);
+        for (const int64_t m : {1, 2}) {
+          for (const bool group_scales : {false, true}) {
+            for (const bool gated : {false, true}) {
+              const auto c = slab_quantizing_config(layout, m, group_scales, gated,
+                                                    kMultiprocessors, kSharedBytes);
+              EXPECT_FALSE(c && k > 16384);  // too long a row
+              if (!c) continue;
+              SCOPED_TRACE(c->describe());
+              EXPECT_TRUE(c->quantizes);
+              EXPECT_LE(c->warps(), kSlabWarps);
+              EXPECT_LE(c->early_warps, c->warps());
+              EXPECT_GE(c->stages, 1);
+              EXPECT_GE(c->warps() * 32 * slab_row_chunks(*c) * 8, layout.padded_k());
+              EXPECT_TRUE(!gated || c->tile_warps % 2 == 0);
+              const SlabShared s = slab_shared(layout, m, group_scales, *c);
+              const SlabRows rows = slab_rows(layout, m, group_scales, s);
+              EXPECT_EQ(s.row_pitch, layout.padded_k());
+              EXPECT_GE(rows.scales, s.activations + m * s.row_pitch);
+              EXPECT_GE(rows.scratch,
+                        rows.scales + (group_scales ? m * (k / group_size) * 4 : 0));
+              EXPECT_GE(s.ring, rows.scratch + m * 2 * kSlabRowSums * 4);
+              EXPECT_LE(s.total, kSharedBytes);
+            }
+          }
+        }
+      }
+    }
+  }
+  // Other sums in another order, and more rows than two, are not for these kernels.
+  EXPECT_FALSE(slab_quantizing_config(packed_layout(4096, 4096, 256), 1, true, false,
+                                      kMultiprocessors, kSharedBytes));
+  EXPECT_FALSE(slab_quantizing_config(packed_layout(4096, 4096, 128), 3, false, false,
+                                      kMultiprocessors, kSharedBytes));
+}
+
 TEST(SlabPlan, UpTo8192KeepsActivationsInRegisters) {
   const SlabConfig small = config_of(4096, 4096, 128, 1);
   EXPECT_EQ(small.form, SlabForm::registers);

@@ -140,8 +140,6 @@ QuantizeArgs quantize_args(const Plan& plan, const DeviceInput& input, const Ope
   return args;
 }
 
-namespace {
-
 GemmArgs gemm_args(const Plan& plan, const Operand& operand, const DeviceWeights& weights, void* y,
                    int64_t y_stride) {
   const Problem& p = plan.problem;
@@ -161,6 +159,8 @@ GemmArgs gemm_args(const Plan& plan, const Operand& operand, const DeviceWeights
   args.out = {y, y_stride, element_of(p.y_dtype), weights.bias()};
   return args;
 }
+
+namespace {
 
 cudaError_t launch(const Plan& plan, const GemmArgs& args, void* workspace, cudaStream_t stream) {
   const bool halves = multiplies_halves(plan);

@@ -4,12 +4,12 @@
 
 #include "gemm/cuda/fused_quantize.h"
 #include "gemm/cuda/launch.h"
+#include "gemm/cuda/norm_device.h"
 #include "gemm/cuda/quantize_rows.h"
 
 namespace nibble::cuda {
 namespace {
 
-constexpr int kSumChunks = 32;    // of one partial sum
 constexpr int kThreadChunks = 2;  // a thread's at most: 16 floats, and as many of the residual
 constexpr int kMostSums = kRowThreads * kThreadChunks / kSumChunks;
 
@@ -21,48 +21,6 @@ struct Out {
   void* data = nullptr;
   int64_t stride = 0;
 };
-
-__device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) v = v + __shfl_xor_sync(kAllLanes, v, d);
-  return v;
-}
-
-/// Sum of the squares of the row, in every thread; the order is that of fused_quantize.h. One
-/// barrier; `partial` (kMostSums) is not to be used again.
-template <int kChunks>
-__device__ __forceinline__ float row_squares(const Chunk (&x)[kChunks], int row_chunks,
-                                             float* partial) {
-  const int lane = threadIdx.x % 32, sums = (row_chunks + kSumChunks - 1) / kSumChunks;
-#pragma unroll
-  for (int i = 0; i < kChunks; ++i) {
-    float s = 0;
-#pragma unroll
-    for (int e = 0; e < kChunk; ++e) s = __fmaf_rn(x[i].v[e], x[i].v[e], s);
-    s = warp_sum(s);
-    const int index = (i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) / 32;
-    if (lane == 0 && index < sums) partial[index] = s;
-  }
-  __syncthreads();
-  float s = 0;
-  for (int i = lane; i < sums; i += 32) s = s + partial[i];
-  return warp_sum(s);
-}
-
-__device__ __forceinline__ float norm_factor(float squares, const NormArgs& a) {
-  return 1.0f / sqrtf(squares / static_cast<float>(a.k) + a.eps);
-}
-
-/// x * factor * weight
-template <int kChunks, class Load>
-__device__ __forceinline__ void apply_norm(Chunk (&x)[kChunks], float factor, const Load& weight) {
-#pragma unroll
-  for (int i = 0; i < kChunks; ++i) {
-    const Chunk w = values_of<Element::f32>(weight(i));
-#pragma unroll
-    for (int e = 0; e < kChunk; ++e) x[i].v[e] = x[i].v[e] * factor * w.v[e];
-  }
-}
 
 template <Element type, int kChunks, Result result>
 __global__ void __launch_bounds__(kRowThreads, 1)

@@ -7,11 +7,13 @@ namespace nibble::cuda::slab {
 
 template <class S>
 struct CodeSlice {
+  using Parameters = Params;
+  static constexpr bool kMade = false;  // by the block itself
   HeldSlice<S> held;
   SliceScales<S> scales;
   TokenScale<S> token_scale;  // of the form `registers`, where one slice is all that a warp meets
 
-  __device__ __forceinline__ void load(const Params& p, const Place& at) {
+  __device__ __forceinline__ void load(const Params& p, const Place& at, uint8_t*) {
     const int8_t* codes = p.codes + min(at.k_warp, p.slices - 1) * kSlabDepth;
     held.load(at, codes, p.padded_k, p.m, [](const int8_t* from) { return ptx::load8(from); });
     if constexpr (S::kGroupScales) scales.load(p, at, at.k_warp);

@@ -37,6 +37,14 @@ struct Params {
   bool activations_first = false;  // else the slabs, and then the kernel in front is waited for
 };
 
+/// The same for blocks that make the activations themselves (slab_made.h).
+struct MadeParams : Params {
+  SlabRows rows;
+  int early_warps = 0;     // those that ask for a slab before the kernel in front is complete
+  int up_tiles = 0;        // gated: how far a tile of up is behind that of its gate
+  bool gelu_tanh = false;  // gated: the function, else silu
+};
+
 /// A kernel's compile-time choices.
 template <int columns, int promoted_depth, bool with_group_scales>
 struct Shape {
@@ -49,6 +57,7 @@ struct Shape {
   static constexpr int kSets = promoted_depth == kBlockDepth ? 1 : 2;  // of Sums, for a block
   static constexpr int kSetGroups = kBlockGroups / kSets, kSetHalves = 2 / kSets;
   static constexpr bool kGroupScales = with_group_scales;
+  static constexpr bool kGated = false;
   static constexpr int kEntries = (kSlabGroups * columns + 31) / 32;  // of a table, per lane
   static constexpr int kPartialBytes = slab_partial_bytes(columns);
   static constexpr int kRegistersWarps = kSlabWarps;  // of a block of each form, at most
@@ -61,6 +70,12 @@ struct HalvesShape : Shape<columns, promoted_depth, false> {
   static constexpr Element kType = type;
   static constexpr int kRegistersWarps = slab_halves_warps(columns, SlabForm::registers);
   static constexpr int kStreamedWarps = slab_halves_warps(columns, SlabForm::streamed);
+};
+
+/// Columns of gate and up side by side, y their product.
+template <class S>
+struct GatedShape : S {
+  static constexpr bool kGated = true;
 };
 
 /// Who a thread is. `leader`: one lane of each warp.
@@ -79,7 +94,7 @@ struct Place {
         leader(ptx::elect_one()) {}
 };
 
-/// The column tiles of this block.
+/// The column tiles of this block. Gated: gate and up in turn, and Params counts pairs.
 struct Tiles {
   int first, count;
 
@@ -88,6 +103,8 @@ struct Tiles {
     first = block * p.tiles + min(block, p.more_tiles);
     count = p.tiles + (block < p.more_tiles ? 1 : 0);
   }
+  /// Of pairs, the number of single tiles.
+  __device__ void count_both() { first *= 2, count *= 2; }
   /// Whether the warp has one in that step.
   __device__ bool has(const Params& p, const Place& at, int step) const {
     return (step << p.tile_warps_log2) + at.tile_warp < count;
@@ -189,6 +206,11 @@ struct SlabQueue {
   __device__ void request_first() {
 #pragma unroll 1
     for (int s = 0; s < p.stages; ++s) request(s);
+  }
+  /// In two goes: into buffers [first, end), none of which has been used.
+  __device__ void request_part(int first, int end) {
+#pragma unroll 1
+    for (int s = first; s < end; ++s) request(s);
   }
 
   /// The slabs of `held` tiles times one slice: multiply(slab, accumulator). Their sums go to, or

@@ -9,6 +9,8 @@ namespace nibble::cuda::slab {
 
 template <class S>
 struct HalfSlice {
+  using Parameters = Params;
+  static constexpr bool kMade = false;
   uint4 held[S::kHalves][4][4];  // block, step: eight k of token r (and r + 8), in pairs
   TokenScale<S> token_scale;     // of the form `registers`
 
@@ -30,7 +32,7 @@ struct HalfSlice {
     }
   }
 
-  __device__ __forceinline__ void load(const Params& p, const Place& at) {
+  __device__ __forceinline__ void load(const Params& p, const Place& at, uint8_t*) {
     hold(p, at, p.x + int64_t{at.k_warp} * kSlabDepth * 2, p.x_row_bytes, at.k_warp,
          [](const uint8_t* from) { return ptx::load16(from); });
     token_scale.load(p);

@@ -108,9 +108,19 @@ SlabConfig slab_halves_config(const PackedLayout& layout, int64_t m, int multipr
 }
 
 std::string SlabConfig::describe() const {
-  return fmt::format("{}, {}x{} warps, ring of {}, {} held, {} blocks{}{}", form_name(form),
+  return fmt::format("{}, {}x{} warps, ring of {}, {} held, {} blocks{}{}{}", form_name(form),
                      k_warps, tile_warps, stages, held_tiles, blocks, halves ? ", halves" : "",
-                     programmatic ? ", programmatic" : "");
+                     quantizes ? ", quantizing" : "", programmatic ? ", programmatic" : "");
+}
+
+SlabRows slab_rows(const PackedLayout& layout, int64_t m, bool group_scales,
+                   const SlabShared& shared) {
+  const int64_t groups = group_scales ? layout.k / layout.group_size : 0;
+  SlabRows r;
+  r.scales = static_cast<int>(shared.activations + m * shared.row_pitch);
+  r.scratch = static_cast<int>(r.scales + align(m * groups * int64_t{sizeof(float)}, 16));
+  r.end = static_cast<int>(r.scratch + m * 2 * kSlabRowSums * int64_t{sizeof(float)});
+  return r;
 }
 
 SlabShared slab_shared(const PackedLayout& layout, int64_t m, bool group_scales,
@@ -130,7 +140,10 @@ SlabShared slab_shared(const PackedLayout& layout, int64_t m, bool group_scales,
   }
   at = align(at + warps * s.table_bytes, 128);
   s.activations = static_cast<int>(at);
-  if (streamed) {
+  if (config.quantizes) {
+    s.row_pitch = static_cast<int>(layout.padded_k());
+    at = slab_rows(layout, m, group_scales, s).end;
+  } else if (streamed) {
     s.row_pitch = config.halves ? 2 * kSlabDepth + kHalvesRowPadding : kSlabDepth + kRowPadding;
     at += warps * m * s.row_pitch;
   }
@@ -156,6 +169,30 @@ SlabConfig slab_config(const PackedLayout& layout, int64_t m, bool group_scales,
   if (registers) return config;
   while (!fits(config) && config.held_tiles > 1) --config.held_tiles;
   while (!fits(config) && config.k_warps > 1) --config.k_warps;
+  return config;
+}
+
+std::optional<SlabConfig> slab_quantizing_config(const PackedLayout& layout, int64_t m,
+                                                 bool group_scales, bool gated,
+                                                 int multiprocessors, int64_t shared_bytes) {
+  if (m < 1 || m > kSlabFusedTokens) return std::nullopt;
+  // One scale a promoted group, so that neighbouring lanes have all of it.
+  if (group_scales && layout.group_size != layout.promoted) return std::nullopt;
+  SlabConfig config = slab_config(layout, m, group_scales, multiprocessors, shared_bytes);
+  const int order = config.k_warps;
+  config.quantizes = true;
+  config.early_warps = config.warps();
+  if (gated && config.tile_warps == 1) {
+    if (config.form != SlabForm::registers || 2 * config.warps() > kSlabWarps) return std::nullopt;
+    config.tile_warps = 2;
+    config.blocks = multiprocessors;
+    config.stages = 2;
+  }
+  while (slab_shared_bytes(layout, m, group_scales, config) > shared_bytes) {
+    if (--config.stages < 1) return std::nullopt;
+  }
+  const int64_t most = int64_t{32} * config.warps() * slab_row_chunks(config) * 8;
+  if (config.k_warps != order || layout.padded_k() > most) return std::nullopt;
   return config;
 }
 

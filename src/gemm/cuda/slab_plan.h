@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "gemm/cuda/packed.h"
@@ -28,6 +29,8 @@ struct SlabConfig {
   int held_tiles = 1;  // streamed, fused: tiles that meet a slice of activations while it is there
   int blocks = 0;      // asked for; the tiles are dealt out evenly
   bool halves = false;  // w4a16: activations are x itself, 16 bits each, and not int8 codes
+  int early_warps = 0;  // quantizes: warps that ask for a slab before the rows, all others after
+  bool quantizes = false;  // M <= 2: each block makes the codes of its rows itself
   bool programmatic = false;  // launched with programmatic stream serialization
 
   int warps() const { return k_warps * tile_warps; }
@@ -46,6 +49,19 @@ SlabConfig slab_halves_config(const PackedLayout& layout, int64_t m, int multipr
 /// The same for the kernel that quantizes as well; 1 <= m <= kSlabFusedTokens.
 SlabConfig slab_fused_config(const PackedLayout& layout, int64_t m, int multiprocessors,
                              int64_t shared_bytes);
+
+/// The same, of one of slab_config()'s forms, for the kernels that make their rows themselves
+/// (fused_product.h); nothing where slab_config() would add in another order, or K is too deep.
+/// gated: columns of gate and up are worked on side by side.
+std::optional<SlabConfig> slab_quantizing_config(const PackedLayout& layout, int64_t m,
+                                                 bool group_scales, bool gated,
+                                                 int multiprocessors, int64_t shared_bytes);
+/// Chunks of eight k that a thread of those kernels makes.
+inline constexpr int kSlabRegistersChunks = 2, kSlabStreamedChunks = 4;
+constexpr int slab_row_chunks(const SlabConfig& config) {
+  if (config.form == SlabForm::streamed) return kSlabStreamedChunks;
+  return config.tile_warps > 1 ? 1 : kSlabRegistersChunks;
+}
 
 /// Dynamic shared memory of a block.
 int64_t slab_shared_bytes(const PackedLayout& layout, int64_t m, bool group_scales,
@@ -69,7 +85,7 @@ struct SlabShared {
   int partials_bytes = 0;  // of a set: (tile, k_warp) x slab_partial_bytes
   int tables = 0;          // sums, and scales, of the groups of the activations, slice by slice
   int table_bytes = 0;     // of a slice
-  int activations = 0;     // rows of row_pitch bytes: streamed (warps, m)
+  int activations = 0;     // rows of row_pitch bytes: streamed (warps, m); quantizes: (m)
   int row_pitch = 0;
   int ring = 0;  // (warps, stages, slab_bytes)
   int64_t total = 0;
@@ -77,7 +93,17 @@ struct SlabShared {
 SlabShared slab_shared(const PackedLayout& layout, int64_t m, bool group_scales,
                        const SlabConfig& config);
 
+/// What else a block that quantizes keeps of its rows, behind SlabShared::activations.
+struct SlabRows {
+  int scales = 0;   // (m, groups), if there is one for each
+  int scratch = 0;  // kSlabRowSums floats of each row, twice
+  int end = 0;
+};
+SlabRows slab_rows(const PackedLayout& layout, int64_t m, bool group_scales,
+                   const SlabShared& shared);
+
 inline constexpr int kSlabHeaderBytes = 1024;
+inline constexpr int kSlabRowSums = 64;  // partial sums of a row's squares, at most
 /// Float sums of one tile by one warp: 16 columns x token columns.
 constexpr int slab_partial_bytes(int token_columns) {
   return kSlabColumns * token_columns * static_cast<int>(sizeof(float));

@@ -9,8 +9,11 @@
 // a step are added one step later (one split barrier), in order of the slices. Slabs come by bulk
 // copies into a ring of each warp's own: the loop has no barrier of the block.
 //
-// Activations are a type: CodeSlice (slab_slice.h) or HalfSlice (slab_halves.h).
-//   load(p, at)                asks for the warp's slice of all tokens
+// Activations are a type: CodeSlice (slab_codes.h), HalfSlice (slab_halves.h) or MadeSlice
+// (slab_made.h).
+//   Parameters, kMade          of the kernel; whether the block makes the activations itself:
+//   prepare(p)                 then, what can be asked for before the kernel in front is complete
+//   load(p, at, memory)        asks for the warp's slice of all tokens
 //   store(at, shared, table)   what of it belongs into shared memory
 //   multiply(at, slab, table, bf16_scales, acc)
 #pragma once
@@ -21,35 +24,62 @@ namespace nibble::cuda::slab {
 
 template <class S, class Activations>
 __global__ void __launch_bounds__(32 * S::kRegistersWarps, 1)
-    slab_registers(const __grid_constant__ Params p) {
+    slab_registers(const __grid_constant__ typename Activations::Parameters p) {
   extern __shared__ __align__(128) uint8_t memory[];
   const Place at(p);
-  const Tiles tiles(p);
+  Tiles tiles(p);
+  if constexpr (S::kGated) tiles.count_both();
   const uint32_t shared = ptx::shared_address(memory);
   const bool has_slice = at.k_warp < p.slices;
   const auto has_slab = [&](int step) { return has_slice && tiles.has(p, at, step); };
   const uint8_t* next =
       p.slabs + (tiles.first + at.tile_warp) * p.tile_bytes + at.k_warp * p.slab_bytes;
-  const int64_t step_bytes = p.tile_bytes << p.tile_warps_log2;
+  int64_t step_bytes = p.tile_bytes << p.tile_warps_log2;
+  if constexpr (S::kGated) {  // even warps along the columns have tiles of gate, odd ones of up
+    const int tile = (tiles.first + at.tile_warp) / 2 + at.tile_warp % 2 * p.up_tiles;
+    next = p.slabs + tile * p.tile_bytes + at.k_warp * p.slab_bytes;
+    step_bytes /= 2;
+  }
   const uint32_t table = shared + p.shared.tables + at.warp * p.shared.table_bytes;
   Ring ring(p, shared, at.warp);
 
   Activations activations;
-  // Behind the slabs, loads would wait until those have drained from the queue.
-  if (p.activations_first) activations.load(p, at);
-  if (at.leader) {
-    ring.open();
+  [[maybe_unused]] int requested = 0;  // slabs, by the leader, of a block that makes its rows
+  [[maybe_unused]] const auto request = [&](int stages) {
 #pragma unroll 1
-    for (int s = 0; s < p.stages && has_slab(s); ++s, next += step_bytes) ring.request(s, next);
+    for (; requested < stages && has_slab(requested); ++requested, next += step_bytes) {
+      ring.request(requested, next);
+    }
+  };
+  if constexpr (Activations::kMade) {
+    activations.prepare(p);
+    // Rows are asked for behind these slabs, the rest of the ring behind them.
+    if (at.leader) {
+      ring.open();
+      request(at.warp < p.early_warps ? 1 : 0);
+    }
+  } else {
+    // Behind the slabs, loads would wait until those have drained from the queue.
+    if (p.activations_first) activations.load(p, at, memory);
+    if (at.leader) {
+      ring.open();
+#pragma unroll 1
+      for (int s = 0; s < p.stages && has_slab(s); ++s, next += step_bytes) ring.request(s, next);
+    }
   }
   ptx::grid_launch_dependents();
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(shared + kStepBarrier, blockDim.x / 32 * kArrivals);
   }
   __syncthreads();
-  if (!p.activations_first) {
+  if constexpr (Activations::kMade) {
     ptx::grid_wait();
-    activations.load(p, at);
+    activations.fetch(p);
+    if (at.leader) request(p.stages);
+    activations.load(p, at, memory);
+  } else if (!p.activations_first) {
+    ptx::grid_wait();
+    activations.load(p, at, memory);
   }
   activations.store(at, shared, table);
   __syncwarp();

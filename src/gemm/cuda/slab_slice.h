@@ -104,12 +104,19 @@ __device__ __forceinline__ void write_sums(const Place& at, uint32_t table, cons
   }
 }
 
-/// A lane's share of the scales of a slice, on their way from global memory to the table.
+/// A lane's share of the scales of a slice, on their way from global memory, or from where the
+/// block has made them, to the table.
 template <class S>
 struct SliceScales {
   float value[S::kEntries];
 
   __device__ void load(const Params& p, const Place& at, int slice) {
+    load(p, at, slice, [&](int64_t index) { return ptx::load_float(p.scales + index); });
+  }
+  /// load_one(index) of a matrix (m, p.groups).
+  template <class Load>
+  __device__ __forceinline__ void load(const Params& p, const Place& at, int slice,
+                                       Load&& load_one) {
 #pragma unroll
     for (int i = 0; i < S::kEntries; ++i) {
       const int entry = at.lane + 32 * i, token = entry % S::kColumns, group = entry / S::kColumns;
@@ -119,7 +126,7 @@ struct SliceScales {
           min(S::kPromoted < kBlockDepth ? k / S::kPromoted : k / p.group_size, p.groups - 1);
       value[i] = 0.0f;
       if (token < p.m && group < S::kSlabGroups) {
-        value[i] = ptx::load_float(p.scales + int64_t{token} * p.groups + g);
+        value[i] = load_one(int64_t{token} * p.groups + g);
       }
     }
   }

@@ -14,6 +14,9 @@
 //                                        whatever does not come by bulk copies
 //   take(p, at, rows, table, slice)      the rows are there: to registers
 //   multiply(at, slab, table, bf16_scales, acc)
+// With Activations::kMade (slab_made.h) the block makes all rows itself, once, and they stay:
+//   fetch(p)                             asks for the rows
+//   make(p, memory)                      instead of request(); ends with a barrier of the block
 #pragma once
 
 #include "gemm/cuda/slab_output.h"
@@ -22,12 +25,14 @@ namespace nibble::cuda::slab {
 
 template <class S, class Activations>
 __global__ void __launch_bounds__(32 * S::kStreamedWarps, 1)
-    slab_streamed(const __grid_constant__ Params p) {
+    slab_streamed(const __grid_constant__ typename Activations::Parameters p) {
   extern __shared__ __align__(128) uint8_t memory[];
   const Place at(p);
   const Tiles tiles(p);
   const uint32_t shared = ptx::shared_address(memory);
-  const uint32_t rows = shared + p.shared.activations + at.warp * p.m * p.shared.row_pitch;
+  constexpr bool kMade = Activations::kMade;
+  const uint32_t rows =
+      shared + p.shared.activations + (kMade ? 0 : at.warp * p.m * p.shared.row_pitch);
   const uint32_t rows_barrier = shared + kWarpBarriers + 8 * at.warp;
   const uint32_t table = shared + p.shared.tables + at.warp * p.shared.table_bytes;
   const uint32_t partials = shared + p.shared.partials;
@@ -40,16 +45,27 @@ __global__ void __launch_bounds__(32 * S::kStreamedWarps, 1)
     ptx::fence_mbarrier_init();
   }
   __syncwarp();
-  // Behind the slabs, they would wait until those have drained from the queue.
-  if (p.activations_first) activations.request(p, at, rows, rows_barrier, at.k_warp);
-  if (at.leader) queue.request_first();
-  ptx::grid_launch_dependents();
-  if (!p.activations_first) {
+  if constexpr (kMade) {
+    // Rows are asked for behind these slabs, the rest of the ring behind them.
+    const int before = at.warp < p.early_warps ? 1 : 0;
+    if (at.leader) queue.request_part(0, before);
+    ptx::grid_launch_dependents();
     ptx::grid_wait();
-    activations.request(p, at, rows, rows_barrier, at.k_warp);
+    activations.fetch(p);
+    if (at.leader) queue.request_part(before, p.stages);
+    activations.make(p, memory);
+  } else {
+    // Behind the slabs, they would wait until those have drained from the queue.
+    if (p.activations_first) activations.request(p, at, rows, rows_barrier, at.k_warp);
+    if (at.leader) queue.request_first();
+    ptx::grid_launch_dependents();
+    if (!p.activations_first) {
+      ptx::grid_wait();
+      activations.request(p, at, rows, rows_barrier, at.k_warp);
+    }
   }
   TokenScale<S> token_scale;
-  token_scale.load(p);
+  if constexpr (!kMade) token_scale.load(p);
 
   int parity = 0;
 #pragma unroll 1
@@ -57,19 +73,23 @@ __global__ void __launch_bounds__(32 * S::kStreamedWarps, 1)
     const int batch = now.batch, held = now.held(p, tiles);
 #pragma unroll 1
     while (now.batch == batch) {
-      ptx::mbarrier_wait(rows_barrier, parity);
-      parity ^= 1;
+      if constexpr (!kMade) {
+        ptx::mbarrier_wait(rows_barrier, parity);
+        parity ^= 1;
+      }
       activations.take(p, at, rows, table, now.slice);
       __syncwarp();  // the table is there, and all lanes have read the rows
       const bool first_slice = now.slice == at.k_warp;
       now.next_slice(p, at);
-      if (!now.done(tiles)) activations.request(p, at, rows, rows_barrier, now.slice);
+      if constexpr (!kMade) {
+        if (!now.done(tiles)) activations.request(p, at, rows, rows_barrier, now.slice);
+      }
       queue.template multiply_tiles<S, Accumulator<S>>(
           held, partials, first_slice, [&](uint32_t slab, Accumulator<S>& acc) {
             activations.multiply(at, slab, table, p.bf16_scales, acc);
           });
     }
-    token_scale.store(shared);
+    if constexpr (!kMade) token_scale.store(shared);
     reduce<S>(p, shared, partials, tiles.first + batch, held, [] { __syncthreads(); });
     __syncthreads();  // the next batch writes where this one was read
   }

@@ -222,13 +222,16 @@ __global__ void __launch_bounds__(DecodeShape<kDim>::kAllThreads, DecodeShape<kD
     ptx::fence_mbarrier_init();
   }
 #endif
-  ptx::grid_wait();
+  // With rope, pages are asked for before qkv is there: their new rows come from this kernel, over
+  // what is in them (patch_page), and all else is older than the kernel in front.
+  if constexpr (!with_rope) ptx::grid_wait();
   if (warp == 0) work.fill(a, lane);
   __syncthreads();
   const int units = work.before[a.rows];
   const int items = units * static_cast<int>(at.kv.kv_heads) * parts;
   const DecodeScratch scratch(a, units);
   if (warp == S::kWarps) {
+    if constexpr (with_rope) ptx::grid_wait();
     for (int number = static_cast<int>(blockIdx.x); number < items;
          number += static_cast<int>(gridDim.x)) {
       const DecodeItem item = work.item(a, number, parts);
@@ -264,6 +267,7 @@ __global__ void __launch_bounds__(DecodeShape<kDim>::kAllThreads, DecodeShape<kD
   loads.begin(0, keys, next.keys);
   loads.begin(1, values, next.values);
   int number = static_cast<int>(blockIdx.x);
+  if constexpr (with_rope) ptx::grid_wait();
   if (number >= items) return;
   DecodeItem item = work.item(a, number, parts);
   Warp<type, kDim> w;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "gemm/cuda/fused_product.h"
 #include "gemm/cuda/fused_quantize.h"
 #include "gemm/cuda/operand.h"
 #include "gemm/cuda/runtime.h"
@@ -16,6 +17,19 @@ Dtype dtype_of(Element type) { return static_cast<Dtype>(type); }
 
 int64_t width16(const ModelConfig& c) {
   return std::max({c.hidden, c.intermediate, c.heads * c.head_dim});
+}
+
+/// With what its blocks do besides.
+const char* fused_name(Slot slot, Fusion fusion) {
+  switch (slot) {
+    case Slot::qkv: return "norm, quantizing and qkv product";
+    case Slot::o: return "quantizing and o product";
+    case Slot::gate_up:
+      return fusion == Fusion::norm_and_gate ? "norm, quantizing, gate_up product and gate"
+                                             : "norm, quantizing and gate_up product";
+    case Slot::down: return "quantizing and down product";
+  }
+  return "product";
 }
 
 const char* product_name(Slot slot) {
@@ -79,7 +93,10 @@ Status Forward::allocate() {
   const auto bytes = [this](int64_t width, int64_t element) {
     return static_cast<size_t>(rows_ * width * element);
   };
-  NIBBLE_TRY(hidden_.allocate(bytes(c.hidden, 4), device));
+  NIBBLE_TRY(residuals_[0].allocate(bytes(c.hidden, 4), device));
+  const auto few = static_cast<size_t>(std::min<int64_t>(rows_, kSlabFusedTokens));
+  NIBBLE_TRY(residuals_[1].allocate(few * static_cast<size_t>(c.hidden) * sizeof(float), device));
+  NIBBLE_TRY(gated_.allocate(few * static_cast<size_t>(c.intermediate) * sizeof(float), device));
   NIBBLE_TRY(qkv_.allocate(bytes(q + 2 * kv, 2), device));
   NIBBLE_TRY(q_.allocate(bytes(q, 2), device));
   // Rows that are left out of attention keep what is there.
@@ -169,7 +186,6 @@ Result<const Plan*> Forward::plan_for(const DeviceLinear& linear, const LinearSp
     return Status(plan.status().code(),
                   fmt::format("{}: {}", linear.name, plan.status().message()));
   }
-  note(plan->kernel_name(), mode_name(spec.mode));
   return &plans_.emplace(key, *plan).first->second;
 }
 
@@ -247,7 +263,7 @@ NormArgs Forward::norm_args(const Source& source, int64_t rows) const {
   NormArgs norm;
   norm.m = rows;
   norm.k = model_.config.hidden;
-  norm.hidden = hidden_.as<float>();
+  norm.hidden = residual();
   norm.delta = source.delta;
   norm.type = model_.type;
   norm.post_norm = source.post_norm;
@@ -297,8 +313,67 @@ Status Forward::run_dense(const DeviceLinear& linear, const void* x, int64_t row
       "bias");
 }
 
+/// How the slot's product makes its input itself, if it does, and its plan.
+std::optional<SlabConfig> Forward::fused_slot(int64_t layer, Slot slot, Fusion fusion, int64_t rows,
+                                              const Plan** plan) {
+  const DeviceGroup& group =
+      model_.layers[static_cast<size_t>(layer)].groups[static_cast<int>(slot)];
+  if (group.parts.size() != 1 || !group.parts[0].quantized) return std::nullopt;
+  const Result<const Plan*> found =
+      plan_for(group.parts[0], plan_.at(layer, slot), rows, dtype_of(model_.type));
+  if (!found.ok()) return std::nullopt;  // whoever runs it says why
+  *plan = *found;
+  return fused_config(**found, fusion, model_.device);
+}
+
+/// y: of Fusion::norm_and_gate (rows, n / 2) float.
+Status Forward::run_fused(int64_t layer, Slot slot, const Source& source, Fusion fusion,
+                          const Plan& plan, const SlabConfig& config, void* y,
+                          cudaStream_t stream) {
+  const LinearSpec& spec = plan_.at(layer, slot);
+  const DeviceLinear& linear =
+      model_.layers[static_cast<size_t>(layer)].groups[static_cast<int>(slot)].parts[0];
+  DeviceInput input;
+  input.x = source.x;
+  input.x_stride = source.width;
+  input.clip = spec.clip;
+  input.static_scales =
+      static_scales_[static_cast<size_t>(layer * kSlots + static_cast<int>(slot))].as<float>();
+  QuantizeArgs to = quantize_args(plan, input, {});
+  const GemmArgs product = gemm_args(plan, {}, linear.weights, y, linear.n);
+  if (fusion == Fusion::rows) {
+    if (source.floats) to.type = Element::f32;
+    note("w4a8_slab_rows_sm90", mode_name(spec.mode));
+    NIBBLE_TRY(
+        to_status(launch_w4a8_slab_rows_sm90(to, product, config, stream), "w4a8_slab_rows_sm90"));
+    return mark(fused_name(slot, fusion), stream);
+  }
+  NormProductArgs args;
+  args.norm = norm_args(source, plan.problem.m);
+  args.to = to;
+  args.product = product;
+  if (source.delta != nullptr) {
+    residual_ = 1 - residual_;
+    args.sum = residual();
+  }
+  if (fusion == Fusion::norm_and_gate) {
+    args.gated = static_cast<float*>(y);
+    args.gated_stride = linear.n / 2;
+    args.function = gate_args(plan.problem.m).function;
+  }
+  note("w4a8_slab_norm_sm90", mode_name(spec.mode));
+  NIBBLE_TRY(to_status(launch_w4a8_slab_norm_sm90(args, config, stream), "w4a8_slab_norm_sm90"));
+  return mark(fused_name(slot, fusion), stream);
+}
+
 Status Forward::run_slot(int64_t layer, Slot slot, const Source& source, int64_t rows, void* y,
                          cudaStream_t stream) {
+  const Fusion fusion = source.kind == Source::Kind::norm ? Fusion::norm : Fusion::rows;
+  if (source.kind != Source::Kind::gate) {
+    const Plan* of = nullptr;
+    const std::optional<SlabConfig> fused = fused_slot(layer, slot, fusion, rows, &of);
+    if (fused) return run_fused(layer, slot, source, fusion, *of, *fused, y, stream);
+  }
   const DeviceGroup& group =
       model_.layers[static_cast<size_t>(layer)].groups[static_cast<int>(slot)];
   const LinearSpec& spec = plan_.at(layer, slot);
@@ -323,6 +398,7 @@ Status Forward::run_slot(int64_t layer, Slot slot, const Source& source, int64_t
       const Result<const Plan*> found = plan_for(part, spec, rows, dtype_of(model_.type));
       if (!found.ok()) return found.status();
       const Plan& plan = **found;
+      note(plan.kernel_name(), mode_name(spec.mode));
       if (spec.mode == Mode::w4a16) {
         DeviceInput input;
         input.x = now.x;
@@ -416,7 +492,8 @@ Status Forward::layers(const PassInputs& inputs, int64_t rows, cudaStream_t stre
   embedding.tokens = inputs.tokens;
   embedding.rows = rows;
   embedding.scale = model_.embedding_scale;
-  embedding.hidden = hidden_.as<float>();
+  residual_ = 0;
+  embedding.hidden = residual();
   embedding.programmatic = model_.device.programmatic();
   NIBBLE_TRY(mark("start", stream));
   NIBBLE_TRY(to_status(launch_embedding(embedding, stream), "embedding"));
@@ -440,10 +517,19 @@ Status Forward::layers(const PassInputs& inputs, int64_t rows, cudaStream_t stre
     norm.norm = norms.mlp.as<float>();
     norm.delta = delta_.as<>();
     norm.post_norm = norms.post_attention.as<float>();
-    NIBBLE_TRY(run_slot(i, Slot::gate_up, norm, rows, gate_up_.as<>(), stream));
     Source gated;
-    gated.kind = Source::Kind::gate;
     gated.width = c.intermediate;
+    const Plan *gate_plan = nullptr, *down_plan = nullptr;
+    const auto fused = fused_slot(i, Slot::gate_up, Fusion::norm_and_gate, rows, &gate_plan);
+    if (fused && fused_slot(i, Slot::down, Fusion::rows, rows, &down_plan)) {
+      NIBBLE_TRY(run_fused(i, Slot::gate_up, norm, Fusion::norm_and_gate, *gate_plan, *fused,
+                           gated_.as<>(), stream));
+      gated.x = gated_.as<>();
+      gated.floats = true;
+    } else {
+      NIBBLE_TRY(run_slot(i, Slot::gate_up, norm, rows, gate_up_.as<>(), stream));
+      gated.kind = Source::Kind::gate;
+    }
     NIBBLE_TRY(run_slot(i, Slot::down, gated, rows, delta_.as<>(), stream));
   }
   return {};
@@ -452,7 +538,7 @@ Status Forward::layers(const PassInputs& inputs, int64_t rows, cudaStream_t stre
 Status Forward::finish(const int32_t* gather, int64_t count, cudaStream_t stream) {
   const ModelConfig& c = model_.config;
   HeadNormArgs args;
-  args.hidden = hidden_.as<float>();
+  args.hidden = residual();
   args.delta = delta_.as<>();
   args.delta_type = model_.type;
   args.post_norm = model_.layers.back().norms.post_mlp.as<float>();
@@ -478,6 +564,7 @@ Status Forward::head(int64_t first, int64_t count, cudaStream_t stream) {
   if (model_.head_rows() == nullptr) {
     const Result<const Plan*> plan = plan_for(model_.head, LinearSpec{}, count, Dtype::f32);
     if (!plan.ok()) return plan.status();
+    note((*plan)->kernel_name(), mode_name(Mode::w4a16));
     DeviceInput input;
     input.x = high_.as<uint16_t>() + offset;
     input.x_stride = c.hidden;

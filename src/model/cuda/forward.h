@@ -16,6 +16,7 @@
 #include "model/config.h"
 #include "model/cuda/kv_pool.h"
 #include "model/cuda/profile.h"
+#include "model/cuda/step_fusion.h"
 #include "model/cuda/weights.h"
 
 namespace nibble::cuda {
@@ -105,6 +106,7 @@ class Forward {
     const void* delta = nullptr;
     const void* x = nullptr;  // rows that are there
     int64_t width = 0;
+    bool floats = false;  // those rows; else of the model's type
 
     const char* operation() const { return kind == Kind::norm ? "norm" : "gate"; }
     const char* quantizing() const {
@@ -118,6 +120,10 @@ class Forward {
                                Dtype y_type);
   Status run_slot(int64_t layer, Slot slot, const Source& source, int64_t rows, void* y,
                   cudaStream_t stream);
+  std::optional<SlabConfig> fused_slot(int64_t layer, Slot slot, Fusion fusion, int64_t rows,
+                                       const Plan** plan);
+  Status run_fused(int64_t layer, Slot slot, const Source& source, Fusion fusion, const Plan& plan,
+                   const SlabConfig& config, void* y, cudaStream_t stream);
   NormArgs norm_args(const Source& source, int64_t rows) const;
   GateQuantizeArgs gate_args(int64_t rows) const;
   Status make_operand(const Source& source, bool first, const Plan& plan, const LinearSpec& spec,
@@ -138,7 +144,12 @@ class Forward {
   using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, int, int, bool, int>;
   std::map<Key, Plan> plans_;
   std::unique_ptr<Cublas> cublas_;
-  DeviceBuffer hidden_, qkv_, q_, attention_, delta_, gate_up_, rows16_, workspace_;
+  float* residual() const { return residuals_[residual_].as<float>(); }
+  // The residual stream; a product that norms for itself reads one and writes the other.
+  DeviceBuffer residuals_[2];
+  int residual_ = 0;  // after what has been enqueued
+  DeviceBuffer gated_;
+  DeviceBuffer qkv_, q_, attention_, delta_, gate_up_, rows16_, workspace_;
   DeviceBuffer states_, high_, low_, logits_, decode_scratch_, faults_;
   std::map<std::string, std::string> kernels_;
   Profile* profile_ = nullptr;

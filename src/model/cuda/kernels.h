@@ -120,7 +120,9 @@ struct DecodeArgs {
   int multiprocessors = 0;  // of the device: the size of the grid, not of the result
   /// With rope.qkv: launch_rope and this in one launch, the same bits. Only what
   /// decode_takes(rope). Read of it: type, qkv, qkv_stride, heads, cosine, sine, faults. q, of
-  /// either, is left as it is.
+  /// either, is left as it is. Launched programmatically, it waits for the kernel in front only
+  /// before it reads qkv: sequence, position, the page table and what the cache holds already must
+  /// be older than that kernel.
   RopeArgs rope;
 };
 /// No norms, one type, and heads of whole slices.

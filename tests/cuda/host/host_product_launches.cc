@@ -2,9 +2,11 @@
 #include <cmath>
 #include <vector>
 
+#include "gemm/cuda/fused_product.h"
 #include "gemm/cuda/head_product.h"
 #include "gemm/cuda/pack_host.h"
 #include "gemm/cuda/w4a4_mma_sm80.h"
+#include "gemm/float_ops.h"
 #include "gemm/ref.h"
 #include "host_device.h"
 #include "host_quantize.h"
@@ -110,6 +112,16 @@ void multiply(const GemmArgs& args, Acts acts) {
   }
 }
 
+std::vector<float> loaded_rows(const QuantizeArgs& args) {
+  std::vector<float> x;
+  for (int64_t m = 0; m < args.m; ++m) {
+    for (int64_t k = 0; k < args.k; ++k) {
+      x.push_back(host::load(args.x, args.type, m * args.x_stride + k));
+    }
+  }
+  return x;
+}
+
 cudaError_t product(const GemmArgs& args, Acts acts, cudaStream_t stream) {
   host::enqueue(stream, [=] { multiply(args, acts); });
   return cudaSuccess;
@@ -177,16 +189,7 @@ cudaError_t launch_pack(const PackArgs& args, cudaStream_t stream) {
 }
 
 cudaError_t launch_quantize(const QuantizeArgs& args, cudaStream_t stream) {
-  host::enqueue(stream, [=] {
-    std::vector<float> x(static_cast<size_t>(args.m * args.k));
-    for (int64_t m = 0; m < args.m; ++m) {
-      for (int64_t k = 0; k < args.k; ++k) {
-        x[static_cast<size_t>(m * args.k + k)] =
-            host::load(args.x, args.type, m * args.x_stride + k);
-      }
-    }
-    host::write_codes(args, x);
-  });
+  host::enqueue(stream, [=] { host::write_codes(args, loaded_rows(args)); });
   return cudaSuccess;
 }
 
@@ -200,6 +203,68 @@ cudaError_t launch_w4a8_slab_fused_sm90(const QuantizeArgs& x, const GemmArgs& a
                                         const SlabConfig&, cudaStream_t stream) {
   const cudaError_t error = launch_quantize(x, stream);
   return error == cudaSuccess ? product(args, Acts::codes, stream) : error;
+}
+namespace {
+
+/// Rows (m, k) that nobody sees: quantized, multiplied.
+void multiply_made(GemmArgs args, QuantizeArgs to, const std::vector<float>& x) {
+  std::vector<int8_t> codes(static_cast<size_t>(args.m * args.layout.padded_k()));
+  std::vector<float> scales(static_cast<size_t>(args.m * args.layout.k));
+  to.m = args.m;
+  to.k = args.layout.k;
+  to.padded_k = args.layout.padded_k();
+  to.codes = codes.data();
+  to.scales = scales.data();
+  host::write_codes(to, x);
+  args.codes = codes.data();
+  args.scales = scales.data();
+  multiply(args, Acts::codes);
+}
+
+void multiply_gated(const NormProductArgs& a, const std::vector<float>& x) {
+  const int64_t n = a.product.layout.n, width = n / 2;
+  std::vector<uint16_t> y(static_cast<size_t>(a.product.m * n));
+  GemmArgs product = a.product;
+  product.out.y = y.data();
+  product.out.stride = n;
+  multiply_made(product, a.to, x);
+  for (int64_t m = 0; m < product.m; ++m) {
+    std::vector<float> halves;
+    for (int64_t i = 0; i < n; ++i) {
+      halves.push_back(host::load(y.data(), product.out.type, m * n + i));
+    }
+    const auto function =
+        a.function == GateFunction::silu ? float_ops().silu_mul : float_ops().gelu_tanh_mul;
+    function(halves.data(), halves.data() + width, width, a.gated + m * a.gated_stride);
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_w4a8_slab_rows_sm90(const QuantizeArgs& x, const GemmArgs& args,
+                                       const SlabConfig&, cudaStream_t stream) {
+  host::enqueue(stream, [=] { multiply_made(args, x, loaded_rows(x)); });
+  return cudaSuccess;
+}
+cudaError_t launch_w4a8_slab_norm_sm90(const NormProductArgs& args, const SlabConfig&,
+                                       cudaStream_t stream) {
+  host::enqueue(stream, [=] {
+    const NormArgs& a = args.norm;
+    std::vector<float> rows;
+    for (int64_t r = 0; r < a.m; ++r) {
+      std::vector<float> row =
+          host::residual_row(a.hidden, a.delta, a.type, a.post_norm, r, a.k, a.eps);
+      if (a.delta != nullptr) std::copy(row.begin(), row.end(), args.sum + r * a.k);
+      host::normalize(row, a.norm, a.eps);
+      rows.insert(rows.end(), row.begin(), row.end());
+    }
+    if (args.gated != nullptr) {
+      multiply_gated(args, rows);
+    } else {
+      multiply_made(args.product, args.to, rows);
+    }
+  });
+  return cudaSuccess;
 }
 cudaError_t launch_w4a8_rs_sm90(const GemmArgs& args, const RsConfig&, void*, cudaStream_t stream) {
   return product(args, Acts::wgmma_codes, stream);

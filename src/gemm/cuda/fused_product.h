@@ -1,0 +1,36 @@
+// Products of one or two rows whose blocks make the activations themselves, all of them the same
+// ones, while their first weights are on the way: no kernel in front makes a row, quantizes it and
+// stores it. The codes, and so all results, are those of the separate kernels bit for bit. Same
+// rules as kernels.h; compute capability 9.0.
+//
+// config: slab_quantizing_config() of product.layout, with a scale per (token, K-group) if
+// product.group_scales. Codes are symmetric; Scaling::tensor is refused. product.m, layout, slabs,
+// bf16_scales, group_scales and out are read; codes and scales of both arguments are not.
+#pragma once
+
+#include "gemm/cuda/fused_quantize.h"
+
+namespace nibble::cuda {
+
+/// w4a8_slab_norm_sm90.cu: launch_norm_quantize() and the product, form `registers`. norm.hidden is
+/// left as it is, because every block reads it: hidden + d goes to `sum`.
+struct NormProductArgs {
+  NormArgs norm;         // k of product.layout, m up to kSlabFusedTokens; no gather
+  float* sum = nullptr;  // (m, k), not norm.hidden; null with a delta of null
+  QuantizeArgs to;       // of launch_norm_quantize()
+  GemmArgs product;
+  /// Instead of y: function(gate) * up of its halves, both rounded to product.out.type first, as
+  /// float; (m, n / 2), rows gated_stride elements apart. n a multiple of 32. Null: y.
+  float* gated = nullptr;
+  int64_t gated_stride = 0;
+  GateFunction function = GateFunction::silu;
+};
+cudaError_t launch_w4a8_slab_norm_sm90(const NormProductArgs& args, const SlabConfig& config,
+                                       cudaStream_t stream);
+
+/// w4a8_slab_rows_sm90.cu: launch_quantize() of x and the product. x of any type, rows 16-byte
+/// aligned, k a multiple of 8.
+cudaError_t launch_w4a8_slab_rows_sm90(const QuantizeArgs& x, const GemmArgs& product,
+                                       const SlabConfig& config, cudaStream_t stream);
+
+}  // namespace nibble::cuda
