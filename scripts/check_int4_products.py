@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fail if the kernels of w4a4_mma_sm80 do not multiply 4-bit operands by tensor cores that have them.
+"""Fail if w4a4_mma_sm80 does not multiply 4-bit operands by tensor cores that have them.
 
 usage: check_int4_products.py CUOBJDUMP OBJECT
 

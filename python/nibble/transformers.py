@@ -37,9 +37,10 @@ _replaced: type | None = None
 def enable(mode: str | None = None, granularity: str | None = None) -> None:
     """From now on AWQ checkpoints are loaded with Nibble's linears.
 
-    mode: "w4a16", "w4a8", "w4a4", on a GPU also "w4a8-fp8"; "auto": the plan in config.json; None: that plan if there is one,
-    else w4a8. granularity: "token", "group" or "tensor"; None: the default mix of `nibble
-    generate`. Called again, it changes the options of models that are loaded later.
+    mode: "w4a16", "w4a8", "w4a4", on a GPU also "w4a8-fp8"; "auto": the plan in config.json; None:
+    that plan if there is one, else w4a8. granularity: "token", "group" or "tensor"; None: the
+    default mix of `nibble generate`. Called again, it changes the options of models that are loaded
+    later.
     """
     global _replaced
     choose_plan(mode if mode != "auto" else None, granularity, {})  # refuses wrong names now

@@ -235,14 +235,19 @@ TEST_F(CudaGemm, SymmetricInt4CodesAreExactInFp8) {
   }
 }
 
-// All kernels of w4a4, the one for 4-bit tensor cores among them: both kinds of codes, groups of one
-// and of two runs in a product and of several blocks, rows and columns that fill no tile.
+// All kernels of w4a4, the one for 4-bit tensor cores among them: both kinds of codes, groups of
+// one and of two runs in a product and of several blocks, rows and columns that fill no tile.
 TEST_F(CudaGemm, Int4CodesOfEveryGroupSizeAndGranularity) {
   struct Size {
     int64_t k, group_size;
   };
-  for (const Size size :
-       {Size{576, 64}, {4096, 64}, {128, 128}, {1152, 128}, {1280, 640}, {200, 200}, {2048, 2048}}) {
+  for (const Size size : {Size{576, 64},
+                          {4096, 64},
+                          {128, 128},
+                          {1152, 128},
+                          {1280, 640},
+                          {200, 200},
+                          {2048, 2048}}) {
     const GpuWeight weight = make_gpu_weight(
         {.k = size.k, .n = 392, .group_size = size.group_size, .bias = true}, random_);
     for (const bool symmetric : {true, false}) {

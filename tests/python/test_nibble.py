@@ -374,8 +374,8 @@ class Plans(unittest.TestCase):
         plan = choose_plan("w4a8", None, {"nibble": self.BLOCK})
         self.assertEqual(str(plan.spec("model.layers.0.mlp.down_proj")), "w4a8 group")
         self.assertEqual(str(plan.spec("model.layers.0.mlp.up_proj")), "w4a8 token")
-        self.assertEqual(str(choose_plan("w4a8-fp8", None, {}).spec("model.layers.0.mlp.down_proj")),
-                         "w4a8-fp8 token")
+        fp8 = choose_plan("w4a8-fp8", None, {})
+        self.assertEqual(str(fp8.spec("model.layers.0.mlp.down_proj")), "w4a8-fp8 token")
         self.assertEqual(str(choose_plan("w4a4", None, {}).spec("model.layers.0.mlp.up_proj")),
                          "w4a4 group-asym")
 

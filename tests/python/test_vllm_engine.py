@@ -200,6 +200,17 @@ class Claims(unittest.TestCase):
             with self.assertRaisesRegex(ValueError, text):
                 read_options(options)
 
+    def test_refuses_a_mode_of_gpus(self):
+        from unittest import mock
+
+        from vllm.config import VllmConfig, set_current_vllm_config
+        made = get_quantization_config("nibble").from_config(self.config())
+        config = mock.Mock(spec=VllmConfig, compilation_config=mock.MagicMock(),
+                           additional_config={"nibble": {"mode": "w4a8-fp8"}})
+        with set_current_vllm_config(config), \
+                self.assertRaisesRegex(ValueError, "w4a8-fp8 runs on CUDA devices"):
+            made.spec_of("model.layers.0.mlp.up_proj")
+
     def test_without_its_library_vllm_does_not_start(self):
         """It would run the checkpoint by its own means if the plugin were only not there."""
         program = "from vllm.plugins import load_general_plugins; load_general_plugins()"

@@ -17,7 +17,8 @@ class AwqLinear(nn.Module):
     (G, N/8), scales (G, N), bias (N)), so that a state dict can be loaded into it; pack() turns
     these into one buffer `packed`, once, and lets go of them. Or from_tensors().
 
-    mode: "w4a16", "w4a8", "w4a4", on a GPU also "w4a8-fp8", or a nibble.Spec; options as in nibble.make_spec.
+    mode: "w4a16", "w4a8", "w4a4", on a GPU also "w4a8-fp8", or a nibble.Spec; options as in
+    nibble.make_spec.
     """
 
     packed: torch.Tensor | None

@@ -51,8 +51,7 @@ __device__ __forceinline__ uint32_t nibbles(uint32_t low, uint32_t high, int lif
 }
 
 template <int promoted>
-__global__ void __launch_bounds__(kThreads)
-    int4_operand(const __grid_constant__ Int4Params p) {
+__global__ void __launch_bounds__(kThreads) int4_operand(const __grid_constant__ Int4Params p) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t block = i / kQuad, count = p.m * p.blocks;
   const int c = threadIdx.x % kQuad;
@@ -77,9 +76,9 @@ __global__ void __launch_bounds__(kThreads)
     if (inside && c == 0) p.runs[(in_row * kRuns + r) * p.m + row] = sum * 16 + lift[r];
   }
   const int first = lift[0], second = lift[kRuns - 1];
-  const uint4 made = {nibbles(piece[0].x, piece[1].x, first), nibbles(piece[0].y, piece[1].y, first),
-                      nibbles(piece[2].x, piece[3].x, second),
-                      nibbles(piece[2].y, piece[3].y, second)};
+  const uint4 made = {
+      nibbles(piece[0].x, piece[1].x, first), nibbles(piece[0].y, piece[1].y, first),
+      nibbles(piece[2].x, piece[3].x, second), nibbles(piece[2].y, piece[3].y, second)};
   if (inside) p.codes[i] = made;
 }
 

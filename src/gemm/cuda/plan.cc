@@ -31,8 +31,8 @@ struct Candidate {
 constexpr int64_t kManyRows = 1536, kManyRowsOfGroups = 3072, kManyRowsOfInt4 = 1024,
                   kManyRowsOfE4m3 = 512;
 
-/// Up to 64 rows, reading the weights takes as long as int8 products do, and packing codes two a byte
-/// is a launch more. Reasoned from the data sheets of 8.0 and 8.9, not measured.
+/// Up to 64 rows, reading the weights takes as long as int8 products do, and packing codes two a
+/// byte is a launch more. Reasoned from the data sheets of 8.0 and 8.9, not measured.
 constexpr int64_t kRowsOfNativeInt4 = 65;
 
 constexpr std::array<Candidate, 14> kCandidates = {{

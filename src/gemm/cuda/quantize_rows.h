@@ -4,7 +4,6 @@
 //   kVector                    rows are 16-byte aligned and of a length that 8 divides
 //   fetch(row, chunk, inside)  loads; zeros if not `inside`, and from k on
 //   values(fetched)            a Chunk, once the loads are back
-//   kRegisters                 of a thread with kMostChunks of one scale; up to kRowRegisters
 // Rows of up to 32768 elements stay in registers between range and codes; longer ones, and those
 // that must be read element by element, are made twice.
 #pragma once
@@ -18,7 +17,7 @@ namespace nibble::cuda {
 
 inline constexpr int kRowThreads = 1024;
 inline constexpr int kRowRegisters = 65536 / kRowThreads;  // of a thread at most
-inline constexpr int kMostChunks = 4;      // a thread's, in registers
+inline constexpr int kMostChunks = 4;                      // a thread's, in registers
 inline constexpr int64_t kFewParts = 256;  // blocks that do not fill a GPU: speed is latency then
 inline constexpr int kLaneThreads = 128;
 
@@ -101,9 +100,7 @@ __device__ __forceinline__ Part block_part(const QuantizeArgs& a, const Dealing&
 }
 
 template <class Source, int kChunks, Reach reach>
-__global__ void
-__maxnreg__(kChunks == kMostChunks && reach == Reach::block ? Source::kRegisters : kRowRegisters)
-    quantize_rows(const __grid_constant__ Source source, const __grid_constant__ Dealing dealing) {
+__device__ __forceinline__ void quantize_row(const Source& source, const Dealing& dealing) {
   ptx::grid_launch_dependents();
   ptx::grid_wait();
   const QuantizeArgs& a = source.args();
@@ -119,6 +116,32 @@ __maxnreg__(kChunks == kMostChunks && reach == Reach::block ? Source::kRegisters
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) x[i] = source.values(fetched[i]);
   quantize_part<kChunks, reach>(x, a, dealing, row, part.first, part.end);
+}
+
+template <class Source, int kChunks, Reach reach>
+__global__ void __launch_bounds__(kRowThreads, 1)
+    quantize_rows(const __grid_constant__ Source source, const __grid_constant__ Dealing dealing) {
+  quantize_row<Source, kChunks, reach>(source, dealing);
+}
+
+/// The same for a Source that names its kRegisters, those of a thread with kMostChunks of one
+/// scale. A limit on registers and one on threads make ptxas schedule differently, and which is
+/// faster depends on the source (docs/notes.md).
+template <class Source, int kChunks, Reach reach>
+__global__ void __maxnreg__(kChunks == kMostChunks && reach == Reach::block ? Source::kRegisters
+                                                                            : kRowRegisters)
+    quantize_rows_in(const __grid_constant__ Source source,
+                     const __grid_constant__ Dealing dealing) {
+  quantize_row<Source, kChunks, reach>(source, dealing);
+}
+
+template <class Source, int kChunks, Reach reach>
+constexpr auto rows_kernel() {
+  if constexpr (requires { Source::kRegisters; }) {
+    return quantize_rows_in<Source, kChunks, reach>;
+  } else {
+    return quantize_rows<Source, kChunks, reach>;
+  }
 }
 
 template <class Source>
@@ -166,14 +189,14 @@ cudaError_t launch_quantize_rows(const Source& source, cudaStream_t stream) {
   const QuantizeArgs& a = source.args();
   const RowGrid g = row_grid(a, Source::kVector);
   void (*kernel)(Source, Dealing) = quantize_long_rows<Source>;
-  if (g.reach == Reach::lanes) kernel = quantize_rows<Source, 1, Reach::lanes>;
+  if (g.reach == Reach::lanes) kernel = rows_kernel<Source, 1, Reach::lanes>();
   if constexpr (Source::kVector) {
     if (g.reach == Reach::lanes) {
-      if (g.chunks == 4) kernel = quantize_rows<Source, 4, Reach::lanes>;
+      if (g.chunks == 4) kernel = rows_kernel<Source, 4, Reach::lanes>();
     } else {
-      if (g.chunks == 1) kernel = quantize_rows<Source, 1, Reach::block>;
-      if (g.chunks == 2) kernel = quantize_rows<Source, 2, Reach::block>;
-      if (g.chunks == 4) kernel = quantize_rows<Source, 4, Reach::block>;
+      if (g.chunks == 1) kernel = rows_kernel<Source, 1, Reach::block>();
+      if (g.chunks == 2) kernel = rows_kernel<Source, 2, Reach::block>();
+      if (g.chunks == 4) kernel = rows_kernel<Source, 4, Reach::block>();
     }
   }
   const dim3 grid(static_cast<unsigned>(a.m), static_cast<unsigned>(g.parts));

@@ -12,7 +12,6 @@ namespace {
 template <Element type, GateFunction function>
 struct Gated {
   static constexpr bool kVector = true;
-  static constexpr int kRegisters = kRowRegisters;
   struct Fetched {
     Raw<type> gate, up;
   };

@@ -2,7 +2,8 @@
 // A straight from the slab, zero points and all: q is never unpacked. What that leaves to do for
 // each sum of a run of k, exactly, in int32:
 //
-//   sum (q - z) a = sum q u - z sum a - lift sum q          a = u - lift; symmetric: u = a, lift = 0
+//   sum (q - z) a = sum q u - z sum a - lift sum q          a = u - lift; symmetric: u = a, lift =
+//   0
 //
 // The sums of a are in the operand (int4_operand.h); those of q are a product with ones. K is not
 // split: every output is one chain of fused multiply-adds over its groups in order, the CPU's bits.
@@ -96,14 +97,13 @@ __device__ __forceinline__ void load_stage(const GemmArgs& a, const Int4Operand&
   for (int piece = threadIdx.x; piece < kTokens * S::kGroups; piece += kThreads) {
     const int row = p.token + piece % kTokens, run = block * S::kGroups + piece / kTokens;
     const bool inside = row < m;
-    ptx::copy4_async(stage + S::kRunsAt + piece * 4,
-                     x.runs + (inside ? int64_t{run} * m + row : 0), inside ? 4 : 0);
+    ptx::copy4_async(stage + S::kRunsAt + piece * 4, x.runs + (inside ? int64_t{run} * m + row : 0),
+                     inside ? 4 : 0);
     if constexpr (S::kGroupScales) {
       const int group = S::kGroups == 1 ? block / groups.blocks : run;
       const bool there = inside && group < groups.count;
       ptx::copy4_async(stage + S::kFactorsAt + piece * 4,
-                       a.scales + (there ? int64_t{row} * groups.count + group : 0),
-                       there ? 4 : 0);
+                       a.scales + (there ? int64_t{row} * groups.count + group : 0), there ? 4 : 0);
     }
   }
   if (block % kSliceBlocks == 0) {
