@@ -293,7 +293,7 @@ RsConfig config_of_codes(int64_t n, int64_t k, int64_t m) {
 
 TEST(CudaPlan, TilesAreSplitWhereThatEvensOutTheWork) {
   EXPECT_TRUE(config_of_codes(4096, 14336, 32).split_tail);      // fewer tiles than workers
-  EXPECT_TRUE(config_of_codes(28672, 4096, 64).split_tail);      // a little more than one wave
+  EXPECT_TRUE(config_of_codes(28672, 4096, 128).split_tail);     // a little more than one wave
   EXPECT_FALSE(config_of_codes(66 * 384, 4096, 96).split_tail);  // one wave of 66 clusters
   EXPECT_FALSE(config_of_codes(4096, 512, 32).split_tail);       // one slice: nothing to split
   for (int64_t n = 1024; n <= 66 * 512 * 2; n += 1024) {
@@ -318,11 +318,13 @@ TEST(CudaPlan, MeasuredShapesGetTheTilesThatWereFast) {
                         {4096, 14336, 32, 32, 2, true},
                         {28672, 4096, 32, 32, 2, false},
                         {4096, 14336, 64, 64, 3, true},
-                        {28672, 4096, 64, 64, 3, true},
-                        {28672, 4096, 128, 64, 3, true},
+                        {4096, 4096, 64, 64, 1, false},
+                        {28672, 4096, 64, 64, 4, false},
+                        {4096, 4096, 128, 64, 1, false},
+                        {4096, 14336, 128, 64, 3, true},
+                        {28672, 4096, 128, 128, 2, true},
                         {4096, 4096, 256, 64, 2, false},
-                        {28672, 4096, 256, 96, 3, true},
-                        {4096, 4096, 512, 96, 3, false}}) {
+                        {28672, 4096, 256, 128, 2, true}}) {
     const RsConfig config = config_of_codes(c.n, c.k, c.m);
     EXPECT_EQ(config.token_tile, c.tokens) << c.n << "x" << c.k << " " << c.m;
     EXPECT_EQ(config.math_groups, c.math_groups) << c.n << "x" << c.k << " " << c.m;

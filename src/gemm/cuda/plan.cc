@@ -279,7 +279,16 @@ std::string family_text(const Plan& plan) {
 
 // What w4a8_rs_sm90 and w4a16_rs_sm90 are compiled for. Steps: with all multiprocessors at work,
 // fitted together with the constants of rs_cost() to the times of docs/notes.md.
-constexpr std::array<RsTile, 5> kRsTiles = {
+// One warpgroup of 64 rows takes 240; 300 because it begins later than two blocks of 32 rows.
+constexpr std::array<RsTile, 8> kRsTiles = {{{128, 2, 1, 490},
+                                             {96, 3, 1, 610},
+                                             {64, 4, 1, 610},
+                                             {64, 3, 1, 490},
+                                             {64, 2, 1, 385},
+                                             {64, 1, 1, 300},
+                                             {32, 3, 1, 395},
+                                             {32, 2, 2, 400}}};
+constexpr std::array<RsTile, 5> kRsTilesOfGroupScales = {
     {{96, 3, 1, 610}, {64, 3, 1, 490}, {64, 2, 1, 385}, {32, 3, 1, 395}, {32, 2, 2, 400}}};
 constexpr std::array<RsTile, 4> kRsTilesOfHalves = {
     {{128, 2, 1, 775}, {64, 3, 1, 630}, {32, 3, 1, 502}, {32, 2, 2, 505}}};
@@ -334,6 +343,7 @@ std::span<const RsTile> rs_tiles(const PackedLayout& layout, RsActivations activ
   if (short_groups && group_scales) return {};
   if (short_groups) return kRsTilesOfShortGroups;
   if (activations == RsActivations::halves) return kRsTilesOfHalves;
+  if (group_scales) return kRsTilesOfGroupScales;
   return kRsTiles;
 }
 
@@ -350,9 +360,10 @@ RsConfig rs_config(const PackedLayout& layout, int64_t m, RsActivations activati
       config.split_tail = split;
       config.multiprocessors = multiprocessors;
       config.programmatic = true;
-      // Parts of 128 rows take longer to sum than sharing them widely saves.
+      // Parts of the largest tiles take longer to sum than sharing them widely saves.
       const RsSchedule schedule = rs_schedule_of(layout, m, config);
-      if (tile.tokens == 128 && schedule.shares_widely()) continue;
+      const bool large = tile.tokens == 128 || tile.math_groups == 4;
+      if (large && schedule.shares_widely()) continue;
       const int64_t cost = rs_cost(schedule, config, tile.step);
       if (cost >= least) continue;
       least = cost;

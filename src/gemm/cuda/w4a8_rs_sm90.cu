@@ -1,7 +1,7 @@
 // w4a8 by wgmma: weights expanded to q - z in registers (operand A), tokens in shared memory
 // (operand B, the N side), promotion to float every group, in group order: the CPU kernels' bits.
 //
-//               token_tile            a block: 2 or 3 math warpgroups of 64 columns each, one
+//               token_tile            a block: 1 to 4 math warpgroups of 64 columns each, one
 //            +-------------+          producer warpgroup (one warp copies activations, one
 //    WG 0    |  64 columns |          weights, one scales per (token, group)). A cluster of two
 //    WG 1    |  64 columns |          blocks works on neighbouring columns and shares the
@@ -47,8 +47,22 @@ struct Shape {
   static constexpr int kMathWarps = 4 * kMathGroups, kThreads = 128 * (kMathGroups + 1);
   static constexpr int kResident = kResident_;  // blocks that a multiprocessor holds
   // of a thread: 65536 are there for all blocks, and the producers are one warpgroup
-  static constexpr int kMathRegisters = kResident == 2 ? 104 : kMathGroups == 2 ? 232 : 152;
-  static constexpr int kProducerRegisters = kResident == 2 ? 32 : kMathGroups == 2 ? 40 : 56;
+  static constexpr int kMathRegisters = kMathGroups == 1   ? 200
+                                        : kResident == 2   ? 104
+                                        : kMathGroups == 2 ? 232
+                                        : kMathGroups == 3 ? 152
+                                                           : 112;
+  static constexpr int kProducerRegisters = kMathGroups == 1   ? 56
+                                            : kResident == 2   ? 32
+                                            : kMathGroups == 2 ? 40
+                                            : kMathGroups == 3 ? 56
+                                                               : 32;
+  // Codes of the next block are expanded while products read those of this one; where registers do
+  // not hold both, when the products are done.
+  static constexpr int kCodeSets = kMathGroups == 4 ? 1 : 2;
+  // The first slice comes block by block. Of 32 rows it gains nothing; with short groups or a scale
+  // per (token, group) it is not tried yet.
+  static constexpr bool kFirstByBlocks = kTokens > 32 && kPromoted == 128 && !kGroupScales;
 
   static constexpr int kSlabGroups = kSlabDepth / kPromoted;
   // scales of a slab in registers; where there are too few, they are loaded for each block of k
@@ -61,7 +75,8 @@ struct Shape {
   using Output = TileOutput<kTokens, kMathGroups>;
   static constexpr int kStageOut = Output::kStageBytes;     // of a warpgroup
   static constexpr int kBlocks = kSlabDepth / kBlockDepth;  // of a slice
-  static constexpr int kActSlices = kTokens == 32 ? 2 : 1;  // slices of activations in the ring
+  // slices of activations in the ring
+  static constexpr int kActSlices = kTokens == 32 || kMathGroups == 1 ? 2 : 1;
   static constexpr int kActs = kActSlices * kBlocks;
   static constexpr int kScaleSlices = kGroupScales ? 4 : 0;  // the same of scales per group
   static constexpr int kScaleBytes = kTokens * 4;            // of a block of k
@@ -72,7 +87,9 @@ struct Shape {
   static constexpr int kRoom = kSharedBytes - 512 - kWeights;
   static constexpr int kSlices = kRoom / kSliceBytes < 3 ? kRoom / kSliceBytes : 3;
   static constexpr int kBarriers = (kWeights + kSlices * kSliceBytes + 15) / 16 * 16;
-  static constexpr int kShared = kBarriers + 8 * 2 * (kActs + kSlices + kScaleSlices);
+  static constexpr int kFirstBarriers = kFirstByBlocks ? kBlocks : 0;
+  static constexpr int kShared =
+      kBarriers + 8 * (2 * (kActs + kSlices + kScaleSlices) + kFirstBarriers);
   static_assert(kSlices >= 2 && kShared <= kSharedBytes && kWeights % 16 == 0);
 };
 
@@ -107,6 +124,8 @@ struct Kernel {
   __device__ uint32_t slice_empty(int i) const { return slice_full(S::kSlices + i); }
   __device__ uint32_t scales_full(int i) const { return slice_full(2 * S::kSlices + i); }
   __device__ uint32_t scales_empty(int i) const { return scales_full(S::kScaleSlices + i); }
+  /// Block u > 0 of the first slice, which comes block by block.
+  __device__ uint32_t first_full(int u) const { return scales_empty(S::kScaleSlices + u); }
   __device__ uint32_t group_scales(int slice, int u) const {
     return base + S::kScales + (slice * S::kBlocks + u) * S::kScaleBytes;
   }
@@ -122,6 +141,9 @@ struct Kernel {
     for (int i = 0; i < S::kScaleSlices; ++i) {
       ptx::mbarrier_init(scales_full(i), 1);
       ptx::mbarrier_init(scales_empty(i), kMathWarps);
+    }
+    for (int u = 1; u < (S::kFirstByBlocks ? S::kBlocks : 0); ++u) {
+      ptx::mbarrier_init(first_full(u), 1);
     }
     ptx::fence_mbarrier_init();
   }
@@ -159,8 +181,13 @@ struct Kernel {
           int64_t{work.weight_tile} * (2 * kMathWarps) + rank * kMathWarps + lane;
       const int64_t tile = wanted < p.tiles ? wanted : p.tiles - 1;
       const uint8_t* from = p.slabs + (tile * p.slices + work.slice0) * S::kSlabBytes;
+      int slice = work.slice0;
+      if (S::kFirstByBlocks && item == 0) {
+        copy_first_slab(from);
+        stage = 1, ++slice, from += S::kSlabBytes;
+      }
 #pragma unroll 1
-      for (int slice = work.slice0; slice < work.slice1; ++slice, from += S::kSlabBytes) {
+      for (; slice < work.slice1; ++slice, from += S::kSlabBytes) {
         ptx::mbarrier_wait(slice_empty(stage), phase);
         if (lane == 0) ptx::mbarrier_expect(slice_full(stage), S::kSliceBytes);
         __syncwarp((1 << kMathWarps) - 1);
@@ -168,6 +195,27 @@ struct Kernel {
                        S::kSlabBytes, slice_full(stage), ptx::kEvictFirst);
         if (++stage == S::kSlices) stage = 0, phase ^= 1;
       }
+    }
+  }
+
+  /// To stage 0, block by block: all multiprocessors begin at once, and what one asks for takes a
+  /// microsecond and more to come.
+  __device__ void copy_first_slab(const uint8_t* from) const {
+    constexpr int kBlockBytes = kSlabCodeBytes / S::kBlocks;
+    constexpr int kScaleBytes = S::kSlabBytes - kSlabCodeBytes;
+    const uint32_t to = base + S::kWeights + lane * S::kSlabBytes;
+    if (lane == 0) {
+      ptx::mbarrier_expect(slice_full(0), kMathWarps * (kBlockBytes + kScaleBytes));
+      for (int u = 1; u < S::kBlocks; ++u) {
+        ptx::mbarrier_expect(first_full(u), kMathWarps * kBlockBytes);
+      }
+    }
+    __syncwarp((1 << kMathWarps) - 1);
+    ptx::bulk_load(to + kSlabCodeBytes, from + kSlabCodeBytes, kScaleBytes, slice_full(0),
+                   ptx::kEvictFirst);
+    for (int u = 0; u < S::kBlocks; ++u) {
+      ptx::bulk_load(to + u * kBlockBytes, from + u * kBlockBytes, kBlockBytes,
+                     u == 0 ? slice_full(0) : first_full(u), ptx::kEvictFirst);
     }
   }
 
@@ -254,6 +302,13 @@ struct Kernel {
     for (int j = 0; j < 4; ++j) wgmma_settle(a[j]);
   }
 
+  /// The block behind block u; behind the last, the first of the next slab.
+  __device__ void expand_next(uint32_t (&a)[4][4], const SliceScales& s, const SliceScales& next,
+                              uint32_t slab, int u) const {
+    const int v = (u + 1) % S::kBlocks;
+    expand(a, v == 0 ? next : s, slab + lane * 16, v);
+  }
+
   __device__ void promote(const int (&c)[S::kSums], float (&f)[S::kSums], float2 s) const {
 #pragma unroll
     for (int i = 0; i < S::kSums; ++i) {
@@ -280,7 +335,7 @@ struct Kernel {
     const uint32_t tokens = wgmma_operand(base);
     int c[S::kSums];
     float f[S::kSums];
-    uint32_t a[2][4][4];
+    uint32_t a[S::kCodeSets][4][4];
     SliceScales scales;
     uint32_t done = 0;  // slices
     uint32_t slab = base + S::kWeights + (ptx::thread() >> 5) * S::kSlabBytes;
@@ -316,24 +371,25 @@ struct Kernel {
 #pragma unroll
             for (int j = 0; j < kSteps; ++j) {
               const int step = part * kSteps + j;
-              wgmma(c, a[u % 2][step],
+              wgmma(c, a[u % S::kCodeSets][step],
                     wgmma_descriptor(tokens + (acts + u) * (S::kActBytes >> 4) + 2 * step), j != 0);
             }
             wgmma_commit();
             if (part == 0) {  // meanwhile, the codes of the next block
               if (u + 1 < S::kBlocks) {
-                expand(a[(u + 1) % 2], scales, slab + lane * 16, u + 1);
+                if (S::kFirstByBlocks) ptx::mbarrier_wait_if(done == 0, first_full(u + 1), 0);
               } else {
                 leave_slab(done, slab);
                 ptx::mbarrier_wait_if(more, slice_full((done + 1) % S::kSlices),
                                       (done + 1) / S::kSlices & 1);
                 fetch_scales(next, slab);
-                expand(a[0], next, slab + lane * 16, 0);
               }
+              if constexpr (S::kCodeSets == 2) expand_next(a[(u + 1) % 2], scales, next, slab, u);
             }
             wgmma_wait<0>();
             wgmma_settle(c);
             if (part + 1 == kParts) release_block(acts + u);
+            if constexpr (S::kCodeSets == 1) expand_next(a[0], scales, next, slab, u);
             const float2 scale =
                 scales_of(scales.scales[S::kGroupScales ? 0 : u * kParts + part], p.bf16_scales);
             if constexpr (S::kGroupScales) {
@@ -477,7 +533,8 @@ cudaError_t launch_one(const GemmArgs& args, const RsConfig& config, void* scrat
 // What fits the registers: short groups want more scales.
 cudaError_t launch_w4a8_rs_sm90(const GemmArgs& args, const RsConfig& config, void* scratch,
                                 cudaStream_t stream) {
-  return launch_one<Shape<96, 3, 128, false>, Shape<64, 3, 128, false>, Shape<64, 2, 128, false>,
+  return launch_one<Shape<128, 2, 128, false>, Shape<96, 3, 128, false>, Shape<64, 4, 128, false>,
+                    Shape<64, 3, 128, false>, Shape<64, 2, 128, false>, Shape<64, 1, 128, false>,
                     Shape<32, 3, 128, false>, Shape<32, 2, 128, false, 2>, Shape<96, 3, 128, true>,
                     Shape<64, 3, 128, true>, Shape<64, 2, 128, true>, Shape<32, 3, 128, true>,
                     Shape<32, 2, 128, true, 2>, Shape<64, 2, 64, false>, Shape<64, 2, 32, false>>(

@@ -74,6 +74,14 @@ __device__ __forceinline__ void wgmma(int (&c)[48], const uint32_t (&a)[4], uint
       : NIBBLE_C48(NIBBLE_C)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));
 }
+__device__ __forceinline__ void wgmma(int (&c)[64], const uint32_t (&a)[4], uint64_t b, bool keep) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %69, 0;"
+      " wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" NIBBLE_N64
+      "}, {%64, %65, %66, %67}, %68, p; }"
+      : NIBBLE_C64(NIBBLE_C)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));
+}
 // both operands in shared memory
 __device__ __forceinline__ void wgmma(int (&c)[64], uint64_t a, uint64_t b, bool keep) {
   asm volatile(
