@@ -193,6 +193,17 @@ TEST(CliPeers, OptionsOfTheOtherDeviceAreRefused) {
   const Outcome both = run_tool({"bench", "gemm", "--device", "cuda", "--plans", "--peers", "a=b"});
   EXPECT_EQ(both.code, 2);
   EXPECT_HAS(both.err, "without --peers");
+  for (const std::vector<std::string>& option :
+       {std::vector<std::string>{"--kernel", "w4a8_rs_sm90"},
+        {"--explain"},
+        {"--no-baseline"},
+        {"--cublas", "libcublas.so"}}) {
+    std::vector<std::string> words = {"bench", "gemm", "--device", "cuda", "--plans"};
+    words.insert(words.end(), option.begin(), option.end());
+    const Outcome outcome = run_tool(words);
+    EXPECT_EQ(outcome.code, 2) << option[0];
+    EXPECT_HAS(outcome.err, "without " + option[0]);
+  }
 }
 
 TEST(CliPeers, AWorkerOfAGpuIsNoPeerOnTheCpu) {

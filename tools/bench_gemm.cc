@@ -128,6 +128,11 @@ int run_on_device(const CLI::App& command, const GemmBenchOptions& o) {
   if (o.plans && !o.peers.empty()) {
     return fail(Status(Code::invalid_argument, "--plans compares our plans only: without --peers"));
   }
+  for (const char* option : {"--kernel", "--explain", "--no-baseline", "--cublas"}) {
+    if (!o.plans || command.count(option) == 0) continue;
+    return fail(Status(Code::invalid_argument,
+                       fmt::format("--plans times every plan of ours: without {}", option)));
+  }
   return cpu ? run_bench(o) : run_cuda_gemm_bench(o);
 }
 

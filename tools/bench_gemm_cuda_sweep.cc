@@ -108,6 +108,7 @@ Status Sweep::measure(const Problem& problem, const ColdWeights& weights,
   for (size_t i = 1; i < runs.size(); ++i) in[i] = us[i] < kWorthRounds * least;
   us = time(runs, in, weights,
             {.seconds = o_.seconds, .least_rounds = 7, .most_rounds = 25, .graph_us = 1500});
+  if (interrupted()) return Status(Code::interrupted, "interrupted");
   size_t best = 0;
   for (size_t i = 0; i < runs.size(); ++i) {
     if (in[i] && us[i] < us[best]) best = i;

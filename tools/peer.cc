@@ -180,6 +180,13 @@ Result<std::vector<PeerType>> Peer::prepare(const PeerFiles& files) {
       offer.name = type.at("type");
       offer.bits_per_weight = type.at("bits_per_weight");
       offer.activations = type.value("activations", "");
+      const std::vector<std::string> known = {"", "int8", "e4m3", "16bit"};
+      if (std::find(known.begin(), known.end(), offer.activations) == known.end()) {
+        return Status(
+            Code::io_error,
+            fmt::format("peer {}, prepare: activations '{}': expected int8, e4m3 or 16bit", label_,
+                        cli::printable_text(offer.activations)));
+      }
     }
   } catch (const json::exception& error) {
     return Status(Code::io_error, fmt::format("peer {}, prepare: {}", label_, error.what()));

@@ -19,6 +19,10 @@ _LINEAR = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)$")
 _KEYS = ("mode", "granularity", "symmetric", "clip", "static_scales", "wide_groups")
 
 
+# What a plan in config.json may say: as the command-line tool.
+PLAN_MODES = {name: mode for name, mode in MODES.items() if mode != Mode.W4A8_FP8}
+
+
 def slot_of(name: str) -> tuple[int, str] | None:
     """(layer, slot) of a linear by its name in the model; None: it is in no slot."""
     match = _LINEAR.search(name)
@@ -69,6 +73,7 @@ def choose_plan(mode: str | None, granularity: str | None, quantization_config: 
                                         or GRANULARITIES[granularity] in STATIC):
             raise InvalidArgument("granularity: expected token, group or tensor, found "
                                   f"{granularity!r}")
+        make_spec(mode, granularity)  # refuses what does not go together
         return ModelPlan(None, mode, granularity)
     if granularity is not None:
         raise InvalidArgument(f"granularity: expected None with a plan, found {granularity!r}")
@@ -130,9 +135,9 @@ def _positive(value, where: str, most: float) -> float:
 
 def _read_spec(value, where: str) -> Spec:
     _known(value, where, _KEYS)
-    mode = MODES.get(value.get("mode")) if isinstance(value.get("mode"), str) else None
+    mode = PLAN_MODES.get(value.get("mode")) if isinstance(value.get("mode"), str) else None
     if mode is None:
-        raise _refuse(f"{where}.mode", f"one of {', '.join(MODES)}", value.get("mode"))
+        raise _refuse(f"{where}.mode", f"one of {', '.join(PLAN_MODES)}", value.get("mode"))
     if mode == Mode.W4A16:
         _known(value, f"{where} of mode w4a16", ("mode",))
         return Spec(mode)

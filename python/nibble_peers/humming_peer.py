@@ -29,7 +29,6 @@ from .worker import Refusal, serve
 TYPES = {"w4a8 int8": ("int8", "int8"), "w4a8 e4m3": ("float8e4m3", "e4m3"),
          "w4a16": ("float16", "16bit")}
 COMPUTE = {"gemm_type": "dense"}
-MOST_ROWS = 1 << 30
 LOCKS = 8192
 
 
@@ -111,8 +110,14 @@ def main(words):
         return serve(HummingPeer)
     if len(words) != 3 or words[0] != "compile":
         sys.exit(__doc__)
-    shapes = [tuple(map(int, shape.split("x"))) for shape in words[1].split(",")]
-    return compile_all(shapes, [int(m) for m in words[2].split(",")])
+    try:
+        shapes = [tuple(map(int, shape.split("x"))) for shape in words[1].split(",")]
+        rows = [int(m) for m in words[2].split(",")]
+    except ValueError:
+        sys.exit(__doc__)
+    if any(len(shape) != 2 for shape in shapes):
+        sys.exit(__doc__)
+    return compile_all(shapes, rows)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,10 @@ def tiles_for(layer, m):
         tiles += [with_raster(layer, tile(*shape)) for shape in shapes]
     named = {}
     for number, values in enumerate(tiles):
-        name = name_of(values)
-        if values not in named.values():
-            named.setdefault(name if number > 0 else name + " (its own)", values)
+        name = name_of(values) + (" (its own)" if number == 0 else "")
+        if values in named.values():
+            continue
+        while name in named:  # what a name does not say is different
+            name += "'"
+        named[name] = values
     return named

@@ -26,13 +26,13 @@ TEST(SlabPlan, EveryConfigurationIsOneThatAKernelTakes) {
         const PackedLayout layout = packed_layout(n, k, group_size);
         for (int64_t m = 1; m <= kSlabTokens; ++m) {
           for (const bool group_scales : {false, true}) {
-            const SlabConfig c = slab_config(layout, m, group_scales, kMultiprocessors,
-                                             kSharedBytes);
+            const SlabConfig c =
+                slab_config(layout, m, group_scales, kMultiprocessors, kSharedBytes);
             SCOPED_TRACE(c.describe());
             const int columns = slab_token_columns(m);
             EXPECT_GE(c.k_warps, 1);
-            EXPECT_LE(c.warps(), c.form == SlabForm::streamed ? slab_streamed_warps(columns)
-                                                              : kSlabWarps);
+            EXPECT_LE(c.warps(),
+                      c.form == SlabForm::streamed ? slab_streamed_warps(columns) : kSlabWarps);
             EXPECT_TRUE(c.tile_warps == 1 || c.tile_warps == 2 || c.tile_warps == 4);
             EXPECT_GE(c.stages, 1);
             EXPECT_LE(c.stages, kSlabStages);
@@ -122,8 +122,7 @@ TEST(SlabPlan, EveryQuantizingConfigurationIsOneThatItsKernelsTake) {
               const SlabRows rows = slab_rows(layout, m, group_scales, s);
               EXPECT_EQ(s.row_pitch, layout.padded_k());
               EXPECT_GE(rows.scales, s.activations + m * s.row_pitch);
-              EXPECT_GE(rows.scratch,
-                        rows.scales + (group_scales ? m * (k / group_size) * 4 : 0));
+              EXPECT_GE(rows.scratch, rows.scales + (group_scales ? m * (k / group_size) * 4 : 0));
               EXPECT_GE(s.ring, rows.scratch + m * 2 * kSlabRowSums * 4);
               EXPECT_LE(s.total, kSharedBytes);
             }

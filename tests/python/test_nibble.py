@@ -385,6 +385,7 @@ class Plans(unittest.TestCase):
             "schema_version": lambda b: b.update(schema_version=2),
             "layers": lambda b: b.update(layers={}),
             r"layers\[0\].qkv.mode": lambda b: b["layers"][0]["qkv"].update(mode="w9"),
+            r"layers\[0\].o.mode": lambda b: b["layers"][0]["o"].update(mode="w4a8-fp8"),
             r"qkv: unknown key 'x'": lambda b: b["layers"][0]["qkv"].update(x=1),
             r"o.wide_groups.groups":
                 lambda b: b["layers"][0]["o"]["wide_groups"].update(groups=[9]),

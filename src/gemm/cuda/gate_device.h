@@ -7,8 +7,8 @@
 
 namespace nibble::cuda {
 
-/// x / (1 + e^-t). Where e^-t overflows the quotient is -0, as it should be. The divisor is at least
-/// 1.
+/// x / (1 + e^-t). Where e^-t overflows the quotient is -0, as it should be. The divisor is at
+/// least 1.
 __device__ __forceinline__ float over_one_plus_exp(float x, float minus_t) {
   return x * ptx::reciprocal(1.0f + expf(minus_t));
 }

@@ -302,9 +302,9 @@ __device__ __forceinline__ uint32_t e4m3_pair(float x, float y) {
 /// The same numbers as f16.
 __device__ __forceinline__ uint32_t halves_of(uint32_t e4m3_pair) {
   const auto half_of = [](uint32_t byte) {
-    return __hmul(__ushort_as_half(static_cast<unsigned short>((byte & 0x80u) << 8 |
-                                                               (byte & 0x7fu) << 7)),
-                  __ushort_as_half(0x5c00));  // 2^8
+    return __hmul(
+        __ushort_as_half(static_cast<unsigned short>((byte & 0x80u) << 8 | (byte & 0x7fu) << 7)),
+        __ushort_as_half(0x5c00));  // 2^8
   };
   return static_cast<uint32_t>(__half_as_ushort(half_of(e4m3_pair & 0xffu))) |
          static_cast<uint32_t>(__half_as_ushort(half_of(e4m3_pair >> 8))) << 16;

@@ -10,14 +10,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "base/host_device.h"
 #include "gemm/cuda/packed.h"
 #include "gemm/cuda/ss_image.h"
-
-#if defined(__CUDACC__)
-#define NIBBLE_HOST_DEVICE __host__ __device__
-#else
-#define NIBBLE_HOST_DEVICE
-#endif
 
 namespace nibble::cuda {
 
@@ -29,12 +24,7 @@ struct Divisor {
   /// Exact for any n: magic exceeds 2^64 / by by less than 1, and n * by is below 2^64.
   NIBBLE_HOST_DEVICE int quotient(unsigned n) const {
     if (magic == 0) return static_cast<int>(n);  // by 1
-#if defined(__CUDA_ARCH__)
-    return static_cast<int>(__umul64hi(magic, n));
-#else
-    const uint64_t low = (magic & 0xffffffffu) * n;
-    return static_cast<int>(((magic >> 32) * n + (low >> 32)) >> 32);
-#endif
+    return static_cast<int>(multiply_high(magic, n));
   }
   uint64_t magic = 0;
 };
@@ -180,8 +170,8 @@ inline size_t rs_scratch_bytes(const PackedLayout& layout, int64_t m, const RsCo
 
 /// How w4a8_ss_sm90 is launched.
 struct SsConfig {
-  bool e4m3 = false;        // products in fp8; w4a4: codes of magnitude up to 8, as exact
-  bool e4m3_codes = false;  // w4a8-fp8: activations are e4m3 bytes already
+  bool e4m3 = false;          // products in fp8; w4a4: codes of magnitude up to 8, as exact
+  bool e4m3_codes = false;    // w4a8-fp8: activations are e4m3 bytes already
   bool group_scales = false;  // of the activations
   bool split_tail = true;
   int multiprocessors = 132;

@@ -51,8 +51,7 @@ int best_k_warps(int64_t slices, std::initializer_list<int> counts) {
 SlabConfig streamed_config(const PackedLayout& layout, int64_t m, int multiprocessors) {
   SlabConfig config;
   config.form = SlabForm::streamed;
-  config.k_warps = m > 8 ? best_k_warps(layout.slices, {8, 7, 10, 9})
-                         : kSlabWarps;
+  config.k_warps = m > 8 ? best_k_warps(layout.slices, {8, 7, 10, 9}) : kSlabWarps;
   config.stages = 2;
   config.held_tiles =
       static_cast<int>(std::clamp<int64_t>(ceil_div(layout.tiles, multiprocessors), 1, 4));
@@ -173,8 +172,8 @@ SlabConfig slab_config(const PackedLayout& layout, int64_t m, bool group_scales,
 }
 
 std::optional<SlabConfig> slab_quantizing_config(const PackedLayout& layout, int64_t m,
-                                                 bool group_scales, bool gated,
-                                                 int multiprocessors, int64_t shared_bytes) {
+                                                 bool group_scales, bool gated, int multiprocessors,
+                                                 int64_t shared_bytes) {
   if (m < 1 || m > kSlabFusedTokens) return std::nullopt;
   // One scale a promoted group, so that neighbouring lanes have all of it.
   if (group_scales && layout.group_size != layout.promoted) return std::nullopt;

@@ -23,14 +23,14 @@ enum class SlabForm : int {
 
 struct SlabConfig {
   SlabForm form = SlabForm::registers;
-  int k_warps = 0;     // warps that share one column tile; slice s belongs to warp s % k_warps
-  int tile_warps = 1;  // column tiles worked on at once by a block: 1, 2 or 4; streamed, fused: 1
-  int stages = 1;      // slabs in flight per warp, 1..kSlabStages
-  int held_tiles = 1;  // streamed, fused: tiles that meet a slice of activations while it is there
-  int blocks = 0;      // asked for; the tiles are dealt out evenly
+  int k_warps = 0;      // warps that share one column tile; slice s belongs to warp s % k_warps
+  int tile_warps = 1;   // column tiles worked on at once by a block: 1, 2 or 4; streamed, fused: 1
+  int stages = 1;       // slabs in flight per warp, 1..kSlabStages
+  int held_tiles = 1;   // streamed, fused: tiles that meet a slice of activations while it is there
+  int blocks = 0;       // asked for; the tiles are dealt out evenly
   bool halves = false;  // w4a16: activations are x itself, 16 bits each, and not int8 codes
   int early_warps = 0;  // quantizes: warps that ask for a slab before the rows, all others after
-  bool quantizes = false;  // M <= 2: each block makes the codes of its rows itself
+  bool quantizes = false;     // M <= 2: each block makes the codes of its rows itself
   bool programmatic = false;  // launched with programmatic stream serialization
 
   int warps() const { return k_warps * tile_warps; }
@@ -54,8 +54,8 @@ SlabConfig slab_fused_config(const PackedLayout& layout, int64_t m, int multipro
 /// (fused_product.h); nothing where slab_config() would add in another order, or K is too deep.
 /// gated: columns of gate and up are worked on side by side.
 std::optional<SlabConfig> slab_quantizing_config(const PackedLayout& layout, int64_t m,
-                                                 bool group_scales, bool gated,
-                                                 int multiprocessors, int64_t shared_bytes);
+                                                 bool group_scales, bool gated, int multiprocessors,
+                                                 int64_t shared_bytes);
 /// Chunks of eight k that a thread of those kernels makes.
 inline constexpr int kSlabRegistersChunks = 2, kSlabStreamedChunks = 4;
 constexpr int slab_row_chunks(const SlabConfig& config) {

@@ -20,7 +20,7 @@ constexpr int kDigits = 256;
 constexpr int kColumnWords = kDigits * 32;  // of one half of the sums
 constexpr int kHalfBits = sampling::kWeightBits / 2;
 constexpr uint32_t kHalf = (1u << kHalfBits) - 1;
-constexpr int kUnroll = 4;  // loads of a thread under way
+constexpr int kUnroll = 4;    // loads of a thread under way
 static_assert(kWarps == 32);  // a warp adds what all of them have found
 
 struct Shared {
