@@ -24,7 +24,7 @@ int32_t argmax(std::span<const float> logits);
 
 /// The token that gets `position` (of its sequence, from 0). A function of its arguments: the same
 /// on every device. Of tokens with equal logits those with lower ids are likelier to be in the top
-/// k or p. Logits are finite, at least one, fewer than 2^19 (sampling::kMostTokens).
+/// k or p. Logits are finite, at least one, fewer than sampling::kMostTokens.
 int32_t sample_token(std::span<const float> logits, const SamplerOptions& options,
                      int64_t position);
 /// The same by the options' rule.

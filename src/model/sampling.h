@@ -3,8 +3,9 @@
 // same logits, in whatever order they add.
 //
 // A token's weight is 2^36 * exp((logit - largest) / temperature), rounded down: what is less
-// likely than 2^-36 of the likeliest is not drawn. A row has fewer than 2^19 tokens, so that the
-// sum of all weights, and sums of their halves over a 32nd of a row in 32 bits, do not overflow.
+// likely than 2^-36 of the likeliest is not drawn. A row has fewer than 2^19 - 128 tokens, so that
+// the sum of all weights, and sums of their halves (up to 2^18) over a 32nd of a row in 32 bits, do
+// not overflow.
 #pragma once
 
 #include <bit>
@@ -15,7 +16,7 @@
 namespace nibble::sampling {
 
 inline constexpr int kWeightBits = 36;
-inline constexpr int64_t kMostTokens = int64_t{1} << 19;
+inline constexpr int64_t kMostTokens = (int64_t{1} << 19) - 128;
 
 /// SamplerOptions as kernels read them. 24 bytes.
 struct Rule {

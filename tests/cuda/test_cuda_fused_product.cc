@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <optional>
+#include <utility>
 
 #include "cuda_testing.h"
 #include "gemm/cuda/fused_product.h"
@@ -112,12 +113,17 @@ int for_all_cases(Fusion fusion, std::mt19937& random, const Run& run) {
       for (const Dtype type : {Dtype::f16, Dtype::bf16}) {
         for (const Granularity granularity :
              {Granularity::token, Granularity::group, Granularity::static_tensor}) {
-          const Case c(problem_of(s, m, type, granularity), random);
-          const auto config = config_of(c.plan, fusion);
+          Case c(problem_of(s, m, type, granularity), random);
+          auto config = config_of(c.plan, fusion);
           if (!config) continue;
-          SCOPED_TRACE(c.plan.describe() + ", " + config->describe());
-          run(c, *config);
-          if (::testing::Test::HasFatalFailure()) return count;
+          // As planned, and with several tiles a block, not all as many.
+          for (const int blocks : {config->blocks, 3}) {
+            config->blocks = blocks;
+            SCOPED_TRACE(c.plan.describe() + ", " + config->describe());
+            c.fused.fill(0x5a);
+            run(std::as_const(c), *config);
+            if (::testing::Test::HasFatalFailure()) return count;
+          }
           ++count;
         }
       }

@@ -43,7 +43,11 @@ class CudaRunner : public Runner {
   }
   Status forward(std::span<const SequenceItem> items, HiddenRows rows, float* hidden) override;
   Status logits(const float* hidden, int64_t rows, float* logits) override;
-  Status settle() override { return steps_->settle(); }
+  Status settle() override {
+    const CurrentDevice current(model_.device.ordinal);
+    NIBBLE_TRY(current.status());
+    return steps_->settle();
+  }
   Status choose(std::span<const SequenceItem> items, std::span<const SamplerOptions> how,
                 std::span<int32_t> next) override;
 

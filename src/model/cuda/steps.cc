@@ -12,9 +12,6 @@ namespace {
 
 /// Rows of a step that are decoded by a graph; more are launched kernel by kernel.
 constexpr int64_t kGraphRows = 64;
-/// Sequences whose next step is begun before the caller asks for it. One that ends costs a step
-/// that nobody wants; of several, one ends too often.
-constexpr size_t kAheadItems = 1;
 
 }  // namespace
 
@@ -51,13 +48,12 @@ Status DecodeSteps::settle() {
   last_.clear();
   if (!ahead_) return {};
   ahead_ = false;
-  // What it has written to pages lies behind the ends of sequences. Faults are its own: those of
-  // steps before it have been looked at.
+  // What it has written to pages lies behind the end of its sequence (after an error in the logits,
+  // at its last position: such a sequence is not to be continued). Its sequence's fault is its own:
+  // that of the step before it has been looked at.
   NIBBLE_TRY(to_status(cudaStreamSynchronize(stream_), "a step that was begun ahead"));
-  return to_status(
-      cudaMemsetAsync(forward_.faults(), 0,
-                      static_cast<size_t>(pool_.shape().sequences) * sizeof(int32_t), stream_),
-      "clearing faults");
+  return to_status(cudaMemsetAsync(forward_.faults() + ahead_slot_, 0, sizeof(int32_t), stream_),
+                   "clearing a fault");
 }
 
 void DecodeSteps::drop_graphs() {
@@ -140,12 +136,13 @@ Status DecodeSteps::run_and_choose(std::span<const SequenceItem> items, int64_t 
 }
 
 Status DecodeSteps::go_ahead(std::span<const SequenceItem> items, int64_t rows, Choice choice) {
-  if (items.size() > kAheadItems) return {};
-  for (const SequenceItem& item : items) {
-    const int64_t length = item.cache->length() + 1;
-    if (length > std::min(model_.config.max_positions, pool_.shape().context)) return {};
-    NIBBLE_TRY(pool_.reserve(static_cast<PagedSequence&>(*item.cache), length));
-  }
+  // One that ends costs a step that nobody wants; of several, one ends too often.
+  if (items.size() != 1) return {};
+  auto& sequence = static_cast<PagedSequence&>(*items[0].cache);
+  const int64_t length = sequence.length() + 1;
+  if (length > std::min(model_.config.max_positions, pool_.shape().context)) return {};
+  NIBBLE_TRY(pool_.reserve(sequence, length));
+  ahead_slot_ = sequence.slot();
   NIBBLE_TRY(pool_.sync_table(stream_));
   turn_ ^= 1;
   const Status launched = launch(rows, choice);

@@ -92,7 +92,10 @@ class DecodeSteps {
   std::vector<SamplerOptions> last_how_;
   // Results lie in two places in turn, so that one can be read while the next is made.
   int turn_ = 0;
-  bool ahead_ = false;  // the step after last_ is under way; its results go to turn_
+  // The step after last_ is under way, of the sequence in this row of the page table; its results
+  // go to turn_.
+  bool ahead_ = false;
+  int32_t ahead_slot_ = 0;
   cudaEvent_t done_[PassStaging::kTurns] = {};  // behind a step that chooses
 };
 
