@@ -54,7 +54,8 @@ ModelOptions ModelArguments::model_options(int64_t default_context, int64_t sequ
           .int8_head = head == "int8",
           .context = context > 0 ? context : default_context,
           .sequences = sequences,
-          .batch_invariant = batch_invariant};
+          .batch_invariant = batch_invariant,
+          .expanded = expanded};
 }
 
 void add_model_arguments(CLI::App& command, ModelArguments& arguments, bool many_modes) {
@@ -101,6 +102,11 @@ void add_model_arguments(CLI::App& command, ModelArguments& arguments, bool many
           "on a GPU: the same bits for a sequence alone and beside others (--batch of them at "
           "most), at the cost of a full batch's steps; a CPU always gives them")
       ->group("Model");
+  command
+      .add_flag("--expanded", arguments.expanded,
+                "on a GPU: keep the weights of 8-bit modes in 8 bits too, 8.3 bits a weight more: "
+                "prompts are read faster; elsewhere refused")
+      ->group("Model");
   command.add_option("--threads", arguments.threads, "threads; 0: all CPUs")
       ->check(CLI::Range(0, kMaxThreads))
       ->capture_default_str()
@@ -125,6 +131,11 @@ Result<std::unique_ptr<LoadedModel>> LoadedModel::open(const std::string& direct
 
 Status LoadedModel::load(const ModelOptions& options, const std::string& device) {
   if (device == "cuda") return load_cuda(options);
+  if (options.expanded) {
+    return Status(Code::unsupported,
+                  "--expanded is for --device cuda: a CPU has no kernels that start from weights "
+                  "in 8 bits");
+  }
   Result<MemoryEstimate> memory = Model::estimate(checkpoint_, options);
   if (!memory.ok()) return memory.status();
   memory_ = *memory;

@@ -26,6 +26,7 @@ struct ModelArguments {
   int threads = 0;
   int64_t context = 0;
   bool batch_invariant = false;
+  bool expanded = false;
 
   /// activations as uniform_plan() takes it.
   std::optional<Granularity> granularity() const;

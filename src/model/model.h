@@ -17,6 +17,9 @@ struct ModelOptions {
   // gets the same bits alone and beside others, up to `sequences` of them: every decoding step has
   // as many rows, and prompts are read one by one. The CPU's bits never depend on the batch.
   bool batch_invariant = false;
+  // On a GPU: weights are also kept as the kernels of many rows want them, in 8 bits, so that these
+  // need not expand them for every pass.
+  bool expanded = false;
 };
 
 /// What a model will take, before anything is loaded.

@@ -346,11 +346,12 @@ TEST_F(CudaGemm, LargestInt4SumsAreExactInFp8) {
   }
 }
 
-// Whole and split tiles, several of each a worker, launch after launch in one workspace.
+// Whole and split tiles, several of each a worker, launch after launch in one workspace; weights
+// expanded by each launch, and once and for all.
 TEST_F(CudaGemm, ExpandedWeightsTileAfterTile) {
   for (const int64_t k : {1152, 4096}) {
     const int64_t n = k == 1152 ? 2696 : 3848;  // 8 and 11 tiles of 384
-    const GpuWeight weight = make_gpu_weight({.k = k, .n = n, .group_size = 128}, random_);
+    GpuWeight weight = make_gpu_weight({.k = k, .n = n, .group_size = 128}, random_);
     for (const Granularity granularity : {Granularity::token, Granularity::group}) {
       for (const char* kernel : {"w4a8_ss_sm90", "w4a4_ss_sm90"}) {
         const bool int4 = std::string_view(kernel) == "w4a4_ss_sm90";
@@ -363,13 +364,20 @@ TEST_F(CudaGemm, ExpandedWeightsTileAfterTile) {
                               .granularity = granularity};
         const Quantized input = random_quantized(problem, random_);
         const Expected expected = expected_of(problem, weight, input);
-        for (const int multiprocessors : {2, 6, 16}) {
-          Plan plan = *plan_gemm(problem, *gpu(), kernel);
-          plan.ss.multiprocessors = multiprocessors;
-          plan.workspace_bytes = workspace_layout(plan).total;
-          ASSERT_EQ(run_and_compare(plan, weight, input, expected, 5), "")
-              << plan.describe() << " on " << multiprocessors;
+        const Plan kept = *plan_gemm(problem, *gpu(), kernel, true);
+        EXPECT_NE(run_and_compare(kept, weight, input, expected).find("expanded to"),
+                  std::string::npos);
+        ASSERT_TRUE(weight.device.expand(*gpu(), int4).ok());
+        for (const bool expanded : {false, true}) {
+          for (const int multiprocessors : {2, 6, 16}) {
+            Plan plan = *plan_gemm(problem, *gpu(), kernel, expanded);
+            plan.ss.multiprocessors = multiprocessors;
+            plan.workspace_bytes = workspace_layout(plan).total;
+            ASSERT_EQ(run_and_compare(plan, weight, input, expected, 5), "")
+                << plan.describe() << " on " << multiprocessors;
+          }
         }
+        ASSERT_TRUE(weight.device.expand(*gpu(), !int4).ok());  // of the other type: as if none
       }
     }
   }

@@ -58,6 +58,29 @@ void expect_refused(const Problem& p, const DeviceInfo& device, const char* forc
   }
 }
 
+TEST(CudaPlan, ExpandedWeightsAreWorthItFromFewerRowsOnAndNeedNoWorkspace) {
+  const auto plan = [](Mode mode, int64_t m, bool expanded) {
+    Problem p = problem(m);
+    p.mode = mode;
+    const Result<Plan> made = plan_gemm(p, h200(), nullptr, expanded);
+    EXPECT_TRUE(made.ok()) << made.status().message();
+    return made.ok() ? *made : Plan();
+  };
+  for (const auto& [mode, first] : {std::pair{Mode::w4a8, 256}, {Mode::w4a8_fp8, 128}}) {
+    SCOPED_TRACE(mode_name(mode));
+    EXPECT_EQ(plan(mode, first, true).family, KernelFamily::ss);
+    EXPECT_EQ(plan(mode, first - 1, true).family, KernelFamily::rs);
+    EXPECT_EQ(plan(mode, first, false).family, KernelFamily::rs);
+    const Plan kept = plan(mode, 2048, true), made = plan(mode, 2048, false);
+    EXPECT_TRUE(kept.ss.expanded);
+    EXPECT_FALSE(made.ss.expanded);
+    const auto image = static_cast<size_t>(kept.problem.n * kept.problem.k);
+    EXPECT_LE(kept.workspace_bytes + image, made.workspace_bytes);
+    EXPECT_NE(kept.describe().find("expanded before"), std::string::npos) << kept.describe();
+  }
+  EXPECT_FALSE(plan(Mode::w4a16, 2048, true).ss.expanded);  // none in 16 bits
+}
+
 TEST(CudaPlan, HopperRunsSlabsForFewRowsAndWgmmaForMore) {
   for (int64_t m = 0; m <= 16; ++m) EXPECT_EQ(kernel_for(problem(m), h200()), "w4a8_slab_sm90");
   for (const int64_t m : {17, 32, 100, 1535}) {
@@ -448,7 +471,7 @@ TEST(CudaPlan, TableNamesEveryKernel) {
     std::replace(mode.begin(), mode.end(), '-', '_');
     EXPECT_TRUE(std::string_view(row.name).starts_with(mode + "_")) << row.name;
   }
-  EXPECT_EQ(names.size(), 14u);
+  EXPECT_EQ(names.size(), 15u);
 }
 
 }  // namespace

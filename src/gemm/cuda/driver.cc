@@ -69,6 +69,10 @@ Status check_weights(const Plan& plan, const DeviceWeights& weights) {
     return invalid(fmt::format("weights are on CUDA device {}, the plan is for {}",
                                weights.device(), plan.device));
   }
+  if (plan.ss.expanded && weights.image(plan.ss.e4m3) == nullptr) {
+    return invalid(fmt::format("the plan is for weights that are expanded to {}, these are not",
+                               plan.ss.e4m3 ? "e4m3" : "int8"));
+  }
   return {};
 }
 
@@ -147,6 +151,7 @@ GemmArgs gemm_args(const Plan& plan, const Operand& operand, const DeviceWeights
   args.slabs = weights.slabs();
   args.layout = weights.layout();
   args.bf16_scales = weights.bf16_scales();
+  if (plan.ss.expanded) args.image = weights.image(plan.ss.e4m3);
   args.codes = operand.codes;
   args.scales = operand.scales;
   if (p.mode == Mode::w4a8_fp8) {
@@ -176,6 +181,9 @@ cudaError_t launch(const Plan& plan, const GemmArgs& args, void* workspace, cuda
       }
       return launch_w4a8_rs_sm90(args, plan.rs, workspace_scratch(plan, workspace), stream);
     case KernelFamily::ss:
+      if (halves) {
+        return launch_w4a16_ss_sm90(args, plan.ss, workspace_scratch(plan, workspace), stream);
+      }
       return launch_w4a8_ss_sm90(args, plan.ss, workspace_scratch(plan, workspace), stream);
     case KernelFamily::mma:
       return halves ? launch_w4a16_mma_sm80(args, stream) : launch_w4a8_mma_sm80(args, stream);

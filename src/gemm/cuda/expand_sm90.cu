@@ -1,8 +1,9 @@
-// What w4a8_ss_sm90 starts from: the image of the weights (ss_image.h), int4 activations as e4m3,
-// and scales per (token, group) group by group. One launch, at memory speed.
+// What w4a8_ss_sm90 and w4a16_ss_sm90 start from: the image of the weights (ss_image.h), int4
+// activations as e4m3, and scales per (token, group) group by group. One launch, at memory speed.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "gemm/cuda/halves.h"
 #include "gemm/cuda/kernels.h"
 #include "gemm/cuda/launch.h"
 #include "gemm/cuda/ptx.h"
@@ -11,11 +12,14 @@
 namespace nibble::cuda {
 namespace {
 
-constexpr int kThreads = 192;  // six warps: two of a tile's twelve runs of 16 columns each
+constexpr int kThreads = 128;  // four warps: two or three of a tile's runs of 16 columns each
 constexpr int kCodesOfBlock = kThreads * 4 * 16;  // converted
 constexpr int kScalesOfBlock = kThreads * 8;      // copied
 
-constexpr int kImageRuns = kImageColumns / kSlabColumns;
+/// What weights are expanded to.
+enum class Expanded { int8, e4m3, f16, bf16 };
+
+constexpr bool is_half(Expanded to) { return to == Expanded::f16 || to == Expanded::bf16; }
 
 struct ExpandParams {
   const uint8_t* slabs;
@@ -23,6 +27,7 @@ struct ExpandParams {
   int slab_bytes;
   bool bf16_scales;
   int blocks;  // of 128 k
+  SsImage shape;
   uint8_t* image;
   const uint4* codes;  // to e4m3: code_count times 16
   uint4* e4m3;
@@ -52,8 +57,9 @@ __device__ __forceinline__ uint32_t look_up(uint32_t codes, const uint4& table) 
 }
 
 /// A weight column's codes to 8 bits.
-template <bool kE4m3>
+template <Expanded to>
 struct ColumnExpander {
+  static constexpr bool kE4m3 = to == Expanded::e4m3;
   uint4 table;
   uint32_t lift;
 
@@ -73,18 +79,33 @@ struct ColumnExpander {
   }
 };
 
+/// A weight column's codes to 16 bits.
+template <Element type>
+struct HalfColumnExpander {
+  HalfExpander<type> expander;
+
+  __device__ explicit HalfColumnExpander(uint32_t zero) : expander(zero) {}
+  /// The four low nibbles of a word, or the four high ones, in order of k.
+  template <bool high>
+  __device__ uint2 expand(uint32_t w) const {
+    const uint32_t even = high ? expander.high_pair(w) : expander.low_pair(w);
+    const uint32_t odd = high ? expander.high_pair(w >> 8) : expander.low_pair(w >> 8);
+    return {__byte_perm(even, odd, 0x5410), __byte_perm(even, odd, 0x7632)};
+  }
+};
+
 /// A lane's part of 16 columns x 128 k as they lie in a slab, and as they lie in the image.
 struct Run {
   uint4 codes[2];
   uint32_t zeros, scales;
   bool exists;
 
-  __device__ Run(const ExpandParams& p, int tile, int block, int run, int lane) {
-    const int64_t slab_tile = int64_t{tile} * kImageRuns + run;
-    exists = slab_tile < p.tiles;  // columns past N: zeros
+  Run() = default;
+  /// run: of the 16 columns of a slab, counted through all tiles of the image.
+  __device__ Run(const ExpandParams& p, int64_t run, int block, int lane) {
+    exists = run < p.tiles;  // columns past N: zeros
     constexpr int kUnits = kSlabDepth / kBlockDepth;
-    const uint8_t* slab =
-        p.slabs + ((exists ? slab_tile : 0) * p.slices + block / kUnits) * p.slab_bytes;
+    const uint8_t* slab = p.slabs + ((exists ? run : 0) * p.slices + block / kUnits) * p.slab_bytes;
     const int u = block % kUnits, r = lane >> 2;
     zeros = slab[kSlabCodeBytes + kUnits * 32 + r * kUnits + u];
     scales = *reinterpret_cast<const uint32_t*>(slab + kSlabCodeBytes + (r * kUnits + u) * 4);
@@ -94,43 +115,89 @@ struct Run {
     }
   }
 
-  /// image: of the block.
-  template <bool kE4m3>
-  __device__ void store(uint8_t* image, int run, int lane, bool bf16_scales,
+  /// image: of the block; run: of its columns.
+  template <Expanded to>
+  __device__ void store(const ExpandParams& p, uint8_t* image, int run, int lane,
                         const uint8_t* tables) const {
     const int r = lane >> 2, c = lane & 3;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const ColumnExpander<kE4m3> column(h == 0 ? zeros & 15 : zeros >> 4, tables);
+      const uint32_t zero = h == 0 ? zeros & 15 : zeros >> 4;
       const int row = run * kSlabColumns + r + 8 * h;
-      uint8_t* to = image + row * kBlockDepth + (c & 1) * 8;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint4 w = codes[half];
-        uint2 first = column.expand(h == 0 ? w.x : w.y);
-        uint2 second = column.expand(h == 0 ? w.z : w.w);
-        if (!exists) first = second = {0, 0};
-#pragma unroll
-        for (int nibble = 0; nibble < 2; ++nibble) {  // k 64 half + 32 nibble + 8 c, eight of them
-          const int chunk = 4 * half + 2 * nibble + (c >> 1);
-          *reinterpret_cast<uint2*>(to + ((chunk ^ (row & 7)) << 4)) =
-              nibble == 0 ? make_uint2(first.x, second.x) : make_uint2(first.y, second.y);
+        const uint2 eights = h == 0 ? make_uint2(w.x, w.z) : make_uint2(w.y, w.w);
+        if constexpr (is_half(to)) {
+          store_halves<to>(image + half * p.shape.part_bytes(), row, c, zero, eights);
+        } else {
+          store_bytes<to>(image, row, c, half, zero, eights, tables);
         }
       }
     }
     if (c < 2) {
       const uint16_t bits = static_cast<uint16_t>(c == 0 ? scales : scales >> 16);
-      const float scale = bf16_scales ? __uint_as_float(uint32_t{bits} << 16)
-                                      : __half2float(__ushort_as_half(bits));
-      reinterpret_cast<float*>(image + kImageScales)[run * kSlabColumns + r + 8 * c] =
-          exists ? scale : 0.0f;
+      const float scale = p.bf16_scales ? __uint_as_float(uint32_t{bits} << 16)
+                                        : __half2float(__ushort_as_half(bits));
+      auto* of_block =
+          reinterpret_cast<float*>(image + p.shape.weight_bytes * p.shape.part_bytes());
+      of_block[run * kSlabColumns + r + 8 * c] = exists ? scale : 0.0f;
     }
+  }
+
+ private:
+  /// Of a column: k 64 half + 8 c and the seven that follow (low nibbles), and the same 32 further.
+  template <Expanded to>
+  __device__ void store_bytes(uint8_t* image, int row, int c, int half, uint32_t zero, uint2 eights,
+                              const uint8_t* tables) const {
+    const ColumnExpander<to> column(zero, tables);
+    uint2 first = column.expand(eights.x), second = column.expand(eights.y);
+    if (!exists) first = second = {0, 0};
+    uint8_t* at = image + row * 128 + (c & 1) * 8;
+#pragma unroll
+    for (int nibble = 0; nibble < 2; ++nibble) {
+      const int chunk = 4 * half + 2 * nibble + (c >> 1);
+      *reinterpret_cast<uint2*>(at + ((chunk ^ (row & 7)) << 4)) =
+          nibble == 0 ? make_uint2(first.x, second.x) : make_uint2(first.y, second.y);
+    }
+  }
+  template <Expanded to>
+  __device__ void store_halves(uint8_t* part, int row, int c, uint32_t zero, uint2 eights) const {
+    constexpr Element kType = to == Expanded::f16 ? Element::f16 : Element::bf16;
+    const HalfColumnExpander<kType> column(zero);
+    const uint2 low[2] = {column.template expand<false>(eights.x),
+                          column.template expand<false>(eights.y)};
+    const uint2 high[2] = {column.template expand<true>(eights.x),
+                           column.template expand<true>(eights.y)};
+    uint4 first = {low[0].x, low[0].y, low[1].x, low[1].y};
+    uint4 second = {high[0].x, high[0].y, high[1].x, high[1].y};
+    if (!exists) first = second = {0, 0, 0, 0};
+    auto* at = reinterpret_cast<uint4*>(part + row * 128);
+    at[c ^ (row & 7)] = first;
+    at[(4 + c) ^ (row & 7)] = second;
   }
 };
 
-/// Block `index` of the image.
-template <bool kE4m3>
+/// Block `index` of the image: all of a warp's runs are loaded before the first is stored.
+template <Expanded to, int runs>
+__device__ void expand_runs(const ExpandParams& p, int index, const uint8_t* tables) {
+  constexpr int kWarps = kThreads / 32;
+  const int tile = index / p.blocks, block = index - tile * p.blocks;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  uint8_t* image = p.image + int64_t{index} * p.shape.block_bytes();
+  Run of[runs];
+#pragma unroll
+  for (int i = 0; i < runs; ++i) {
+    of[i] = Run(p, int64_t{tile} * (runs * kWarps) + i * kWarps + warp, block, lane);
+  }
+#pragma unroll
+  for (int i = 0; i < runs; ++i)
+    of[i].template store<to>(p, image, i * kWarps + warp, lane, tables);
+}
+
+template <Expanded to>
 __device__ void expand(const ExpandParams& p, int index) {
+  constexpr bool kE4m3 = to == Expanded::e4m3;
   // e4m3 of q - z: 16 bytes, q = 0 .. 15, for each z
   __shared__ __align__(16) uint8_t tables[kE4m3 ? 256 : 16];
   if (kE4m3) {
@@ -139,11 +206,11 @@ __device__ void expand(const ExpandParams& p, int index) {
     }
     __syncthreads();
   }
-  const int tile = index / p.blocks, block = index - tile * p.blocks;
-  const int lane = threadIdx.x & 31;
-  uint8_t* image = p.image + int64_t{index} * kImageBytes;
-  for (int run = threadIdx.x >> 5; run < kImageRuns; run += kThreads / 32) {
-    Run(p, tile, block, run, lane).store<kE4m3>(image, run, lane, p.bf16_scales, tables);
+  constexpr int kRunsOfPass = kThreads / 32;
+  if (p.shape.columns == 2 * kRunsOfPass * kSlabColumns) {
+    expand_runs<to, 2>(p, index, tables);
+  } else {
+    expand_runs<to, 3>(p, index, tables);
   }
 }
 
@@ -180,13 +247,13 @@ __device__ void transpose_scales(const ExpandParams& p, int block) {
   }
 }
 
-template <bool kE4m3>
+template <Expanded to>
 __global__ void __launch_bounds__(kThreads) prepare(const __grid_constant__ ExpandParams p) {
   ptx::grid_launch_dependents();
   ptx::grid_wait();
   const int block = static_cast<int>(blockIdx.x);
   if (block < p.first_codes) {
-    expand<kE4m3>(p, block);
+    expand<to>(p, block);
   } else if (block < p.first_scales) {
     convert(p, block - p.first_codes);
   } else {
@@ -194,7 +261,44 @@ __global__ void __launch_bounds__(kThreads) prepare(const __grid_constant__ Expa
   }
 }
 
+/// What makes the image, and nothing else.
+ExpandParams image_params(const GemmArgs& args, const SsImage& shape, uint8_t* image) {
+  ExpandParams p = {};
+  p.slabs = args.slabs;
+  p.tiles = args.layout.tiles;
+  p.slices = args.layout.slices;
+  p.slab_bytes = args.layout.slab_bytes;
+  p.bf16_scales = args.bf16_scales;
+  p.blocks = static_cast<int>(SsImage::blocks(args.layout));
+  p.shape = shape;
+  p.image = image;
+  p.first_codes = static_cast<int>(shape.tiles(args.layout)) * p.blocks;
+  p.first_scales = p.first_codes;
+  return p;
+}
+
+cudaError_t launch_prepare(const ExpandParams& p, Expanded to, int blocks, bool programmatic,
+                           cudaStream_t stream) {
+  const auto kernel = to == Expanded::int8   ? prepare<Expanded::int8>
+                      : to == Expanded::e4m3 ? prepare<Expanded::e4m3>
+                      : to == Expanded::f16  ? prepare<Expanded::f16>
+                                             : prepare<Expanded::bf16>;
+  return launch_kernel(kernel,
+                       {.grid = dim3(static_cast<unsigned>(blocks)),
+                        .threads = kThreads,
+                        .stream = stream,
+                        .programmatic = programmatic},
+                       p);
+}
+
 }  // namespace
+
+cudaError_t launch_expand_weights(const GemmArgs& args, bool e4m3, uint8_t* image,
+                                  cudaStream_t stream) {
+  if (args.layout.promoted != kBlockDepth) return cudaErrorInvalidValue;
+  const ExpandParams p = image_params(args, kKeptImage, image);
+  return launch_prepare(p, e4m3 ? Expanded::e4m3 : Expanded::int8, p.first_codes, false, stream);
+}
 
 cudaError_t launch_expand(const GemmArgs& args, const SsConfig& config, void* scratch,
                           cudaStream_t stream) {
@@ -202,18 +306,12 @@ cudaError_t launch_expand(const GemmArgs& args, const SsConfig& config, void* sc
   if (layout.promoted != kBlockDepth || args.group_scales != config.group_scales) {
     return cudaErrorInvalidValue;
   }
+  const SsImage shape = config.image();
+  if (shape.columns != 128 && shape.columns != 192) return cudaErrorInvalidValue;
   const SsScratch at = ss_scratch(layout, args.m, config);
   auto* bytes = static_cast<uint8_t*>(scratch);
   ExpandParams p = {};
-  p.slabs = args.slabs;
-  p.tiles = layout.tiles;
-  p.slices = layout.slices;
-  p.slab_bytes = layout.slab_bytes;
-  p.bf16_scales = args.bf16_scales;
-  p.blocks = static_cast<int>(image_blocks(layout));
-  p.image = bytes + at.image;
-  p.first_codes = static_cast<int>(image_tiles(layout)) * p.blocks;
-  p.first_scales = p.first_codes;
+  if (!config.expanded) p = image_params(args, shape, bytes + at.image);
   if (config.e4m3 && !config.e4m3_codes) {
     p.codes = reinterpret_cast<const uint4*>(args.codes);
     p.e4m3 = reinterpret_cast<uint4*>(bytes + at.codes);
@@ -226,15 +324,13 @@ cudaError_t launch_expand(const GemmArgs& args, const SsConfig& config, void* sc
     p.t_of_groups = reinterpret_cast<float*>(bytes + at.scales);
     p.m = args.m;
     p.groups = layout.k / layout.group_size;
-    p.rows = ss_scale_rows(args.m);
+    p.rows = ss_scale_rows(args.m, config);
     blocks += static_cast<int>((p.groups * p.rows + kScalesOfBlock - 1) / kScalesOfBlock);
   }
-  return launch_kernel(config.e4m3 ? prepare<true> : prepare<false>,
-                       {.grid = dim3(static_cast<unsigned>(blocks)),
-                        .threads = kThreads,
-                        .stream = stream,
-                        .programmatic = config.programmatic},
-                       p);
+  if (blocks == 0) return cudaSuccess;
+  Expanded to = config.e4m3 ? Expanded::e4m3 : Expanded::int8;
+  if (config.halves) to = args.x_type == Element::f16 ? Expanded::f16 : Expanded::bf16;
+  return launch_prepare(p, to, blocks, config.programmatic, stream);
 }
 
 }  // namespace nibble::cuda

@@ -85,19 +85,30 @@ class DeviceWeights {
   DeviceWeights& operator=(DeviceWeights&& other) noexcept;
   ~DeviceWeights();
 
+  /// Beside what is packed, every weight in 8 bits, for plans with SsConfig::expanded:
+  /// kKeptImage (ss_image.h) more, of int8 or of e4m3 numbers, instead of one that is there.
+  /// Allocates; waits until done. Refuses groups of less than 128. On an error there is none.
+  Status expand(const DeviceInfo& device, bool e4m3);
+  /// What expand() has made of that type, or null.
+  const uint8_t* image(bool e4m3) const {
+    return image_e4m3_ == e4m3 ? static_cast<const uint8_t*>(image_) : nullptr;
+  }
+
   const PackedLayout& layout() const { return layout_; }
   const uint8_t* slabs() const { return slabs_; }
   const float* bias() const { return bias_; }  // (n) in device memory, or null
   bool bf16_scales() const { return bf16_scales_; }
   int device() const { return device_; }
-  /// Bytes of device memory, bias included.
+  /// Bytes of device memory, bias included, an image not.
   int64_t bytes() const;
 
  private:
   PackedLayout layout_;
   const uint8_t* slabs_ = nullptr;
   const float* bias_ = nullptr;
-  void* owned_ = nullptr;  // freed on destruction
+  void* owned_ = nullptr;  // freed on destruction, as image_
+  void* image_ = nullptr;
+  bool image_e4m3_ = false;
   bool bf16_scales_ = false;
   int device_ = 0;
 };
@@ -122,10 +133,10 @@ struct Plan {
   int device = 0;  // ordinal
   KernelFamily family = KernelFamily::rs;
   OperandOrder order = OperandOrder::natural;
-  SlabConfig slab;   // of families slab and slab_fused
-  SlabConfig fused;  // of family slab_fused
-  RsConfig rs;       // of family rs
-  SsConfig ss;       // of family ss
+  SlabConfig slab;            // of families slab and slab_fused
+  SlabConfig fused;           // of family slab_fused
+  RsConfig rs;                // of family rs
+  SsConfig ss;                // of family ss
   bool programmatic = false;  // how activations are quantized: see DeviceInfo
   int64_t padded_k = 0;
   size_t workspace_bytes = 0;  // of run_gemm; begins with flags that are zeroed once
@@ -139,10 +150,11 @@ struct Plan {
   std::string describe() const;     // one line
 };
 
-/// Pure: no device is touched. `force`: a kernel_name(), or null. Refuses what no kernel handles,
-/// naming it.
+/// Pure: no device is touched. `force`: a kernel_name(), or null. `expanded`: the weights will come
+/// with the image that the plan wants (DeviceWeights::expand), so kernels that start from one need
+/// not make it. Refuses what no kernel handles, naming it.
 Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device,
-                       const char* force = nullptr);
+                       const char* force = nullptr, bool expanded = false);
 
 /// Names of all kernels of this build, with their mode and least capability.
 struct KernelRow {

@@ -28,6 +28,7 @@ struct GemmArgs {
   const uint8_t* slabs = nullptr;
   PackedLayout layout;
   bool bf16_scales = false;
+  const uint8_t* image = nullptr;  // for SsConfig::expanded: of the products' type
   const int8_t* codes = nullptr;  // (m, layout.padded_k()), natural order or wgmma order
   const float* scales = nullptr;  // (m), or (m, groups) if group_scales
   bool group_scales = false;
@@ -71,9 +72,18 @@ cudaError_t launch_reorder(const GemmArgs& args, void* to, cudaStream_t stream);
 cudaError_t launch_w4a8_ss_sm90(const GemmArgs& args, const SsConfig& config, void* scratch,
                                 cudaStream_t stream);
 
-/// expand_sm90.cu, the first of the two: makes all parts of ss_scratch() but `parts`.
+/// w4a16_ss_sm90.cu: any M, groups of at least 128. x where it is; config.halves. scratch:
+/// ss_scratch(). Two launches.
+cudaError_t launch_w4a16_ss_sm90(const GemmArgs& args, const SsConfig& config, void* scratch,
+                                 cudaStream_t stream);
+
+/// expand_sm90.cu, the first of the two: makes all parts of ss_scratch() but `parts`; none there
+/// are, no launch.
 cudaError_t launch_expand(const GemmArgs& args, const SsConfig& config, void* scratch,
                           cudaStream_t stream);
+/// The image alone, kKeptImage, of args.slabs, layout and bf16_scales.
+cudaError_t launch_expand_weights(const GemmArgs& args, bool e4m3, uint8_t* image,
+                                  cudaStream_t stream);
 
 /// w4a8_mma_sm80.cu: any M, any device from sm_80 on. codes in natural order.
 cudaError_t launch_w4a8_mma_sm80(const GemmArgs& args, cudaStream_t stream);

@@ -26,16 +26,18 @@ struct Candidate {
   int64_t worth_rows;  // see worth_rows()
 };
 /// From here on, expanding the weights beforehand costs less than it gains (docs/notes.md): int8
-/// against rs, int8 with scales per (token, group), int4 codes in fp8 against rs in int8, and e4m3
-/// in fp8 against 16 bits.
+/// against rs, int8 with scales per (token, group), int4 codes in fp8 against rs in int8, e4m3 in
+/// fp8 against 16 bits, and 16 bits against rs.
 constexpr int64_t kManyRows = 1536, kManyRowsOfGroups = 3072, kManyRowsOfInt4 = 1024,
-                  kManyRowsOfE4m3 = 512;
+                  kManyRowsOfE4m3 = 512, kManyRowsOfHalves = 2048;
+/// The same where they are expanded already: from where a tile of 192 rows is not mostly padding.
+constexpr int64_t kManyRowsOfExpanded = 256, kManyRowsOfExpandedE4m3 = 128;
 
 /// Up to 64 rows, reading the weights takes as long as int8 products do, and packing codes two a
 /// byte is a launch more. Reasoned from the data sheets of 8.0 and 8.9, not measured.
 constexpr int64_t kRowsOfNativeInt4 = 65;
 
-constexpr std::array<Candidate, 14> kCandidates = {{
+constexpr std::array<Candidate, 15> kCandidates = {{
     {{"w4a8_slab_sm90", Mode::w4a8, kHopper},
      KernelFamily::slab,
      OperandOrder::natural,
@@ -74,6 +76,12 @@ constexpr std::array<Candidate, 14> kCandidates = {{
      true,
      kSlabTokens,
      0},
+    {{"w4a16_ss_sm90", Mode::w4a16, kHopper},
+     KernelFamily::ss,
+     OperandOrder::natural,
+     true,
+     0,
+     kManyRowsOfHalves},
     {{"w4a16_rs_sm90", Mode::w4a16, kHopper}, KernelFamily::rs, OperandOrder::wgmma, true, 0, 0},
     {{"w4a16_mma_sm80", Mode::w4a16, kAmpere},
      KernelFamily::mma,
@@ -157,7 +165,10 @@ std::string refusal(const Candidate& kernel, const Problem& p, const DeviceInfo&
 }
 
 /// Fewer rows than this only by name.
-int64_t worth_rows(const Candidate& kernel, const Problem& p) {
+int64_t worth_rows(const Candidate& kernel, const Problem& p, bool expanded) {
+  if (kernel.family == KernelFamily::ss && expanded && p.mode != Mode::w4a16) {
+    return kernel.row.mode == Mode::w4a8_fp8 ? kManyRowsOfExpandedE4m3 : kManyRowsOfExpanded;
+  }
   const bool int8_ss = kernel.family == KernelFamily::ss && kernel.row.mode == Mode::w4a8;
   return int8_ss && has_group_scales(p) ? kManyRowsOfGroups : kernel.worth_rows;
 }
@@ -175,7 +186,8 @@ bool rereads_too_much(const Candidate& kernel, const Problem& p, const DeviceInf
          layout.slices > kSlices && layout.tiles > kTiles * device.multiprocessors;
 }
 
-Result<Candidate> choose(const Problem& problem, const DeviceInfo& device, const char* force) {
+Result<Candidate> choose(const Problem& problem, const DeviceInfo& device, const char* force,
+                         bool expanded) {
   std::string reasons;
   bool known = force == nullptr;
   for (const Candidate& kernel : kCandidates) {
@@ -185,8 +197,9 @@ Result<Candidate> choose(const Problem& problem, const DeviceInfo& device, const
     }
     known = true;
     std::string reason = refusal(kernel, problem, device);
-    if (reason.empty() && force == nullptr && problem.m < worth_rows(kernel, problem)) {
-      reason = fmt::format("it is slower than others below {} rows", worth_rows(kernel, problem));
+    const int64_t worth = worth_rows(kernel, problem, expanded);
+    if (reason.empty() && force == nullptr && problem.m < worth) {
+      reason = fmt::format("it is slower than others below {} rows", worth);
     }
     if (reason.empty() && force == nullptr && is_emulated(kernel, device)) {
       reason = "4-bit products are emulated from compute capability 9.0 on";
@@ -269,8 +282,9 @@ std::string family_text(const Plan& plan) {
       return fmt::format("tile={}x{} {}", plan.rs.token_tile, 64 * plan.rs.math_groups,
                          tail_text(plan.rs.split_tail));
     case KernelFamily::ss:
-      return fmt::format("tile={}x{} {}{}", kSsTokens, 64 * kSsMathGroups,
-                         plan.ss.e4m3 ? "fp8 " : "", tail_text(plan.ss.split_tail));
+      return fmt::format("tile={}x{} {}{}{}", plan.ss.token_tile, 64 * plan.ss.math_groups,
+                         plan.ss.e4m3 ? "fp8 " : "", plan.ss.expanded ? "expanded before, " : "",
+                         tail_text(plan.ss.split_tail));
     case KernelFamily::mma: return "whole tiles";
     case KernelFamily::mma_int4: return "4-bit products, whole tiles";
   }
@@ -373,6 +387,13 @@ RsConfig rs_config(const PackedLayout& layout, int64_t m, RsActivations activati
   return best;
 }
 
+void set_ss_tile(SsConfig& config, int64_t m) {
+  config.token_tile = config.halves ? 128 : 192;
+  config.math_groups = config.halves ? 3 : 2;
+  const auto padded = [m](int64_t tile) { return (m + tile - 1) / tile * tile; };
+  if (config.e4m3 && padded(176) < padded(192)) config.token_tile = 176;
+}
+
 const char* Plan::kernel_name() const { return candidate_of(*this).row.name; }
 
 std::string Plan::describe() const {
@@ -414,9 +435,10 @@ WorkspaceLayout workspace_layout(const Plan& plan) {
   return w;
 }
 
-Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const char* force) {
+Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const char* force,
+                       bool expanded) {
   NIBBLE_TRY(check(problem));
-  const Result<Candidate> kernel = choose(problem, device, force);
+  const Result<Candidate> kernel = choose(problem, device, force, expanded);
   if (!kernel.ok()) return kernel.status();
   Plan plan;
   plan.problem = problem;
@@ -442,11 +464,14 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
   } else if (plan.family == KernelFamily::rs && problem.m > 0) {
     plan.rs = rs_config(layout, problem.m, rs_activations(problem), device.multiprocessors);
   } else if (plan.family == KernelFamily::ss && problem.m > 0) {
-    plan.ss.e4m3 = kernel->row.mode != Mode::w4a8;
+    plan.ss.halves = kernel->row.mode == Mode::w4a16;
+    plan.ss.e4m3 = kernel->row.mode == Mode::w4a4 || kernel->row.mode == Mode::w4a8_fp8;
     plan.ss.e4m3_codes = kernel->row.mode == Mode::w4a8_fp8;
     plan.ss.group_scales = has_group_scales(problem);
+    plan.ss.expanded = expanded && !plan.ss.halves;
     plan.ss.programmatic = true;
     plan.ss.multiprocessors = device.multiprocessors;
+    set_ss_tile(plan.ss, problem.m);
     plan.ss.split_tail =
         worth_splitting(ss_schedule_of(layout, problem.m, plan.ss), device.multiprocessors);
   }

@@ -168,32 +168,42 @@ inline size_t rs_scratch_bytes(const PackedLayout& layout, int64_t m, const RsCo
                           static_cast<size_t>(config.token_tile / 2);
 }
 
-/// How w4a8_ss_sm90 is launched.
+/// How w4a8_ss_sm90 and w4a16_ss_sm90 are launched.
 struct SsConfig {
+  int token_tile = 192;       // rows of x; with math_groups what ss_tile() gives for some m
+  int math_groups = 2;        // warpgroups of a block that multiply, 64 columns each
+  bool halves = false;        // w4a16: weights as floats of x's type; then none of the next three
   bool e4m3 = false;          // products in fp8; w4a4: codes of magnitude up to 8, as exact
   bool e4m3_codes = false;    // w4a8-fp8: activations are e4m3 bytes already
   bool group_scales = false;  // of the activations
+  bool expanded = false;      // the weights come with their image: none in the scratch
   bool split_tail = true;
   int multiprocessors = 132;
   bool programmatic = false;  // both launches, with programmatic stream serialization
+
+  constexpr SsImage image() const {
+    return {.columns = 64 * math_groups, .weight_bytes = halves ? 2 : 1};
+  }
 };
-inline constexpr int kSsTokens = 128, kSsMathGroups = 3;
 
 /// 16 token tiles at a time: what a wave of 66 clusters reads is least when its tokens have about
 /// as many bytes as its weights. Of few rows, all: each weight is read in one stretch of time.
 inline RsSchedule ss_schedule_of(const PackedLayout& layout, int64_t m, const SsConfig& config) {
-  return rs_schedule(image_tiles(layout) / 2, (m + kSsTokens - 1) / kSsTokens, image_blocks(layout),
+  return rs_schedule(config.image().tiles(layout) / 2,
+                     (m + config.token_tile - 1) / config.token_tile, SsImage::blocks(layout),
                      config.multiprocessors / 2, config.split_tail, 16);
 }
 
 /// Rows of the activations' scales, with padding: (groups, ss_scale_rows()) of float.
-inline int64_t ss_scale_rows(int64_t m) { return (m + kSsTokens - 1) / kSsTokens * kSsTokens; }
+inline int64_t ss_scale_rows(int64_t m, const SsConfig& config) {
+  return (m + config.token_tile - 1) / config.token_tile * config.token_tile;
+}
 
 /// Where things lie in the scratch of a launch. Its first kFlagBytes are zeroed once before the
 /// first use, and left so.
 struct SsScratch {
-  size_t parts = 0;  // of split tiles
-  size_t image = 0;
+  size_t parts = 0;   // of split tiles
+  size_t image = 0;   // unless the weights come with theirs
   size_t codes = 0;   // (m, padded_k) of e4m3, if they have to be converted
   size_t scales = 0;  // (groups, ss_scale_rows) float, if there are group scales
   size_t bytes = 0;
@@ -202,15 +212,16 @@ inline SsScratch ss_scratch(const PackedLayout& layout, int64_t m, const SsConfi
   const auto aligned = [](size_t bytes) { return (bytes + 255) / 256 * 256; };
   const RsSchedule schedule = ss_schedule_of(layout, m, config);
   const bool split = schedule.whole != schedule.tiles();
-  const auto part = static_cast<size_t>(kSsMathGroups * 128 * (kSsTokens / 2)) * sizeof(float);
+  const auto part =
+      static_cast<size_t>(config.math_groups * 128 * (config.token_tile / 2)) * sizeof(float);
   const bool converts = config.e4m3 && !config.e4m3_codes;
   const auto groups = static_cast<size_t>(config.group_scales ? layout.k / layout.group_size : 0);
   SsScratch at;
   at.parts = kFlagBytes;
   at.image = aligned(at.parts + (split ? static_cast<size_t>(schedule.workers) * 2 * part : 0));
-  at.codes = aligned(at.image + image_bytes(layout));
+  at.codes = aligned(at.image + (config.expanded ? 0 : config.image().bytes(layout)));
   at.scales = aligned(at.codes + (converts ? static_cast<size_t>(m * layout.padded_k()) : 0));
-  at.bytes = at.scales + groups * static_cast<size_t>(ss_scale_rows(m)) * sizeof(float);
+  at.bytes = at.scales + groups * static_cast<size_t>(ss_scale_rows(m, config)) * sizeof(float);
   return at;
 }
 

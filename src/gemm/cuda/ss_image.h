@@ -1,11 +1,11 @@
-// Weights expanded to 8 bits for w4a8_ss_sm90: the very bytes that the kernel wants in shared
-// memory, so that one bulk copy brings a block. Scratch of a launch, made from slabs by
-// expand_sm90.cu.
+// Weights expanded for the ss kernels: the very bytes that they want in shared memory, so that one
+// bulk copy brings what a stage takes. Scratch of a launch, made from slabs by expand_sm90.cu.
 //
-// Block (tile, b): columns 192 tile .., k 128 b .., at (tile * blocks + b) * kImageBytes:
-//   192 rows of 128 bytes, a column each, k in order; 16-byte chunk c of row r at c ^ (r & 7), the
-//   128-byte swizzle. int8: q - z; e4m3: q - z as an e4m3 number, exact.
-//   192 scales as float
+// Block (tile, b): columns C tile .., k 128 b .., at (tile * blocks + b) * block_bytes():
+//   one part, of 16-bit weights two (64 k each): C rows of 128 bytes, a column each, k in order;
+//     16-byte chunk c of row r at c ^ (r & 7), the 128-byte swizzle. int8: q - z; e4m3, f16, bf16:
+//     q - z as such a number, exact.
+//   C scales as float
 #pragma once
 
 #include <cstddef>
@@ -14,20 +14,27 @@
 
 namespace nibble::cuda {
 
-inline constexpr int kImageColumns = 192;
-inline constexpr int kImageScales = kImageColumns * kBlockDepth;  // where they begin
-inline constexpr int kImageBytes = kImageScales + kImageColumns * 4;
+struct SsImage {
+  int columns = 192;     // C, those of a thread block: 128 or 192
+  int weight_bytes = 1;  // 2: f16 or bf16
 
-/// Tiles of an image: whole pairs, since two blocks of a cluster work side by side.
-constexpr int64_t image_tiles(const PackedLayout& layout) {
-  return (layout.n + 2 * kImageColumns - 1) / (2 * kImageColumns) * 2;
-}
-/// Blocks of 128 k that hold any.
-constexpr int64_t image_blocks(const PackedLayout& layout) {
-  return (layout.k + kBlockDepth - 1) / kBlockDepth;
-}
-constexpr size_t image_bytes(const PackedLayout& layout) {
-  return static_cast<size_t>(image_tiles(layout) * image_blocks(layout)) * kImageBytes;
-}
+  constexpr int part_bytes() const { return columns * 128; }
+  constexpr int scale_bytes() const { return columns * 4; }
+  constexpr int block_bytes() const { return weight_bytes * part_bytes() + scale_bytes(); }
+  /// Whole pairs, since two blocks of a cluster work side by side.
+  constexpr int64_t tiles(const PackedLayout& layout) const {
+    return (layout.n + 2 * columns - 1) / (2 * columns) * 2;
+  }
+  /// Blocks of 128 k that hold any.
+  static constexpr int64_t blocks(const PackedLayout& layout) {
+    return (layout.k + kBlockDepth - 1) / kBlockDepth;
+  }
+  constexpr size_t bytes(const PackedLayout& layout) const {
+    return static_cast<size_t>(tiles(layout) * blocks(layout)) * static_cast<size_t>(block_bytes());
+  }
+};
+
+/// What DeviceWeights::expand() makes: of 8-bit kernels, whatever the number of rows.
+inline constexpr SsImage kKeptImage = {.columns = 128, .weight_bytes = 1};
 
 }  // namespace nibble::cuda

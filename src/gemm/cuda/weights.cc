@@ -10,6 +10,7 @@
 #include "gemm/cuda/kernels.h"
 #include "gemm/cuda/limits.h"
 #include "gemm/cuda/runtime.h"
+#include "gemm/cuda/ss_image.h"
 #include "gemm/cuda/weight_block.h"
 
 namespace nibble::cuda {
@@ -112,8 +113,7 @@ Status pack_parts(const DeviceInfo& device, std::span<const WeightPart> parts, v
   const std::vector<float> biases = join_biases(parts, joined(parts).n);
   if (biases.empty()) return {};
   return to_status(cudaMemcpy(static_cast<uint8_t*>(memory) + block_of(parts).bias_offset,
-                              biases.data(), biases.size() * sizeof(float),
-                              cudaMemcpyHostToDevice),
+                              biases.data(), biases.size() * sizeof(float), cudaMemcpyHostToDevice),
                    "cudaMemcpy");
 }
 
@@ -187,13 +187,40 @@ DeviceWeights& DeviceWeights::operator=(DeviceWeights&& other) noexcept {
   std::swap(slabs_, other.slabs_);
   std::swap(bias_, other.bias_);
   std::swap(owned_, other.owned_);
+  std::swap(image_, other.image_);
+  std::swap(image_e4m3_, other.image_e4m3_);
   std::swap(bf16_scales_, other.bf16_scales_);
   std::swap(device_, other.device_);
   return *this;
 }
 
 DeviceWeights::~DeviceWeights() {
-  if (owned_ != nullptr) (void)cudaFree(owned_);  // whichever device is current
+  // whichever device is current
+  if (owned_ != nullptr) (void)cudaFree(owned_);
+  if (image_ != nullptr) (void)cudaFree(image_);
+}
+
+Status DeviceWeights::expand(const DeviceInfo& device, bool e4m3) {
+  if (layout_.promoted != kBlockDepth) {
+    return Status(Code::unsupported,
+                  fmt::format("group size {}: weights are expanded in groups of at least {}",
+                              layout_.group_size, kBlockDepth));
+  }
+  const CurrentDevice current(device.ordinal);
+  NIBBLE_TRY(current.status());
+  if (image_ != nullptr) (void)cudaFree(std::exchange(image_, nullptr));
+  DeviceBuffer image;
+  NIBBLE_TRY(image.allocate(kKeptImage.bytes(layout_), device));
+  GemmArgs args;
+  args.slabs = slabs_;
+  args.layout = layout_;
+  args.bf16_scales = bf16_scales_;
+  NIBBLE_TRY(to_status(launch_expand_weights(args, e4m3, image.as<uint8_t>(), nullptr),
+                       "expanding weights"));
+  NIBBLE_TRY(to_status(cudaStreamSynchronize(nullptr), "expanding weights"));
+  image_ = image.release<void>();
+  image_e4m3_ = e4m3;
+  return {};
 }
 
 int64_t DeviceWeights::bytes() const {

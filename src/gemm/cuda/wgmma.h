@@ -1,7 +1,7 @@
-// wgmma with weights as A, in registers or shared memory, tokens in shared memory as B:
-// instructions of sm_90a that have no function in CUDA C++. Source: PTX ISA, "wgmma".
+// wgmma with weights as A in registers, tokens in shared memory as B: instructions of sm_90a that
+// have no function in CUDA C++. Source: PTX ISA, "wgmma". A in shared memory: wgmma_shared.h.
 //
-//   D[64][N] (+)= A[64][32] * B[N][32]^T      8-bit operands, int32 or float accumulators
+//   D[64][N] (+)= A[64][32] * B[N][32]^T      8-bit operands, int32 accumulators
 //
 // Thread 4 r + c of warp w holds D rows 16 w + r and 16 w + r + 8; accumulator 4 j + 2 h + i is row
 // 16 w + r + 8 h, column (token) 8 j + 2 c + i. A: four words as of mma.m16n8k32.
@@ -49,7 +49,6 @@ __device__ __forceinline__ void wgmma_settle(float (&c)[kCount]) {
 
 // One overload per shape that a kernel uses; keep = false overwrites the accumulators.
 #define NIBBLE_C(element) "+r"(element)
-// weights in registers
 __device__ __forceinline__ void wgmma(int (&c)[16], const uint32_t (&a)[4], uint64_t b, bool keep) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %21, 0;"
@@ -81,24 +80,6 @@ __device__ __forceinline__ void wgmma(int (&c)[64], const uint32_t (&a)[4], uint
       "}, {%64, %65, %66, %67}, %68, p; }"
       : NIBBLE_C64(NIBBLE_C)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));
-}
-// both operands in shared memory
-__device__ __forceinline__ void wgmma(int (&c)[64], uint64_t a, uint64_t b, bool keep) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %66, 0;"
-      " wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" NIBBLE_N64 "}, %64, %65, p; }"
-      : NIBBLE_C64(NIBBLE_C)
-      : "l"(a), "l"(b), "r"(int{keep}));
-}
-#undef NIBBLE_C
-#define NIBBLE_C(element) "+f"(element)
-__device__ __forceinline__ void wgmma(float (&c)[64], uint64_t a, uint64_t b, bool keep) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %66, 0;"
-      " wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" NIBBLE_N64
-      "}, %64, %65, p, 1, 1; }"
-      : NIBBLE_C64(NIBBLE_C)
-      : "l"(a), "l"(b), "r"(int{keep}));
 }
 #undef NIBBLE_C
 

@@ -56,8 +56,8 @@ bool Forward::can_fuse(Source::Kind kind, const Problem& problem) {
          group == 64 || group == 128 || group == problem.k;
 }
 
-Forward::Forward(const DeviceModel& model, const KvPool& pool, int64_t rows)
-    : model_(model), pool_(pool), rows_(rows) {}
+Forward::Forward(DeviceModel& model, const KvPool& pool, int64_t rows, bool expanded)
+    : model_(model), pool_(pool), rows_(rows), expanded_(expanded) {}
 Forward::~Forward() = default;
 
 const void* DeviceModel::head_rows() const {
@@ -71,16 +71,16 @@ uint64_t Forward::workspace_bytes(const ModelConfig& c, const KvShape& shape, in
   const int64_t q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
   const int64_t row = 4 * c.hidden + 2 * (2 * q + 2 * kv + q + c.hidden + 2 * c.intermediate) +
                       2 * width16(c) + 8 * c.hidden + 2 * width16(c);  // states, codes
-  const int64_t expanded = std::max({(q + 2 * kv) * c.hidden, 2 * c.intermediate * c.hidden});
-  return static_cast<uint64_t>(rows * row + (rows >= 512 ? expanded : 0) +
+  const int64_t image = 2 * std::max({(q + 2 * kv) * c.hidden, 2 * c.intermediate * c.hidden});
+  return static_cast<uint64_t>(rows * row + (rows >= 512 ? image : 0) +
                                kHeadRows * (c.vocab + 4) * 4 + (int64_t{64} << 20)) +
          static_cast<uint64_t>(
              decode_scratch_bytes(shape.sequences, c.heads, c.head_dim, shape.context));
 }
 
-Result<std::unique_ptr<Forward>> Forward::create(const DeviceModel& model, const KvPool& pool,
-                                                 int64_t rows) {
-  std::unique_ptr<Forward> forward(new Forward(model, pool, rows));
+Result<std::unique_ptr<Forward>> Forward::create(DeviceModel& model, const KvPool& pool,
+                                                 int64_t rows, bool expanded) {
+  std::unique_ptr<Forward> forward(new Forward(model, pool, rows, expanded));
   NIBBLE_TRY(forward->allocate());
   NIBBLE_TRY(forward->set_plan(uniform_plan(model.config.layers, Mode::w4a16)));
   return forward;
@@ -154,6 +154,27 @@ Status Forward::set_plan(const ModelPlan& plan) {
   plan_ = plan;
   prepared_.clear();
   static_scales_ = std::move(scales);
+  return expanded_ ? expand_weights() : Status();
+}
+
+/// Those whose products of a whole pass start from an image. Fewer rows never want another.
+Status Forward::expand_weights() {
+  for (int64_t i = 0; i < model_.config.layers; ++i) {
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const LinearSpec& spec = plan_.at(i, static_cast<Slot>(slot));
+      for (DeviceLinear& part : model_.layers[static_cast<size_t>(i)].groups[slot].parts) {
+        if (!part.quantized) continue;
+        const Result<const Plan*> plan = plan_for(part, spec, rows_, dtype_of(model_.type));
+        if (!plan.ok()) return plan.status();
+        const SsConfig& ss = (*plan)->ss;
+        if (!ss.expanded || part.weights.image(ss.e4m3) != nullptr) continue;
+        const Status expanded = part.weights.expand(model_.device, ss.e4m3);
+        if (!expanded.ok()) {
+          return Status(expanded.code(), fmt::format("{}: {}", part.name, expanded.message()));
+        }
+      }
+    }
+  }
   return {};
 }
 
@@ -181,7 +202,7 @@ Result<const Plan*> Forward::plan_for(const DeviceLinear& linear, const LinearSp
                 static_cast<int>(y_type)};
   const auto found = plans_.find(key);
   if (found != plans_.end()) return &found->second;
-  const Result<Plan> plan = plan_gemm(problem, model_.device);
+  const Result<Plan> plan = plan_gemm(problem, model_.device, nullptr, expanded_);
   if (!plan.ok()) {
     return Status(plan.status().code(),
                   fmt::format("{}: {}", linear.name, plan.status().message()));

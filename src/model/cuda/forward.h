@@ -56,11 +56,13 @@ struct PassInputs {
 class Forward {
  public:
   /// rows: of a pass, at most. `model` and `pool` must outlive it.
-  static Result<std::unique_ptr<Forward>> create(const DeviceModel& model, const KvPool& pool,
-                                                 int64_t rows);
+  /// expanded: weights are expanded once for the kernels that want it (ModelOptions::expanded).
+  static Result<std::unique_ptr<Forward>> create(DeviceModel& model, const KvPool& pool,
+                                                 int64_t rows, bool expanded);
   ~Forward();
 
-  /// Takes effect with the next pass. unsupported: mixed groups.
+  /// Takes effect with the next pass. unsupported: mixed groups. Weights that are to be kept
+  /// expanded are, as this plan wants them; then it waits.
   Status set_plan(const ModelPlan& plan);
 
   /// Plans all products of `rows` rows and makes their workspace large enough. *moved: whether
@@ -92,10 +94,11 @@ class Forward {
   /// Kernels that have been launched, by mode ("" for those that are not of one).
   const std::map<std::string, std::string>& kernels() const { return kernels_; }
 
+  /// At most, of one pass.
   static uint64_t workspace_bytes(const ModelConfig& config, const KvShape& shape, int64_t rows);
 
  private:
-  Forward(const DeviceModel& model, const KvPool& pool, int64_t rows);
+  Forward(DeviceModel& model, const KvPool& pool, int64_t rows, bool expanded);
   Status allocate();
 
   /// Where the input of a slot's products comes from.
@@ -118,6 +121,7 @@ class Forward {
   static bool can_fuse(Source::Kind kind, const Problem& problem);
   Result<const Plan*> plan_for(const DeviceLinear& linear, const LinearSpec& spec, int64_t rows,
                                Dtype y_type);
+  Status expand_weights();
   Status run_slot(int64_t layer, Slot slot, const Source& source, int64_t rows, void* y,
                   cudaStream_t stream);
   std::optional<SlabConfig> fused_slot(int64_t layer, Slot slot, Fusion fusion, int64_t rows,
@@ -135,9 +139,10 @@ class Forward {
                    int64_t y_stride, cudaStream_t stream);
   void note(const std::string& kernel, const char* mode = "");
 
-  const DeviceModel& model_;
+  DeviceModel& model_;
   const KvPool& pool_;
   int64_t rows_;
+  bool expanded_;
   ModelPlan plan_;
   std::set<int64_t> prepared_;               // numbers of rows, under that plan
   std::vector<DeviceBuffer> static_scales_;  // of every slot of every layer; empty where none

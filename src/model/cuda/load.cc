@@ -8,6 +8,7 @@
 #include "base/cpu_features.h"
 #include "format/message.h"
 #include "gemm/cuda/runtime.h"
+#include "gemm/cuda/ss_image.h"
 #include "model/rope.h"
 
 namespace nibble::cuda {
@@ -61,6 +62,14 @@ uint64_t linear_bytes(const LinearSource& linear, WeightForm form = WeightForm::
   return static_cast<uint64_t>(packed_layout(m.n, m.k, m.group_size).bytes());
 }
 
+/// Of one that will be kept expanded as well. Side by side with others it is padded less.
+uint64_t expanded_bytes(const LinearSource& linear, WeightForm form) {
+  if (!linear.quantized || form == WeightForm::dequantized) return 0;
+  const QuantMatrix& m = *linear.quantized;
+  const PackedLayout layout = packed_layout(m.n, m.k, m.group_size);
+  return layout.promoted == kBlockDepth ? kKeptImage.bytes(layout) : 0;
+}
+
 /// Looks at every linear: their bytes, and the type of those that are not quantized.
 Status scan_layers(const Checkpoint& checkpoint, LoadPlan& plan) {
   std::optional<Dtype> dense;
@@ -70,6 +79,7 @@ Status scan_layers(const Checkpoint& checkpoint, LoadPlan& plan) {
     for (const auto& group : layer->groups) {
       for (const LinearSource& linear : group) {
         plan.memory.weights += linear_bytes(linear, plan.form);
+        if (plan.expanded) plan.memory.weights += expanded_bytes(linear, plan.form);
         if (linear.quantized) {
           if (plan.form == WeightForm::dequantized) dense = Dtype::bf16;
           continue;
@@ -134,6 +144,7 @@ Result<LoadPlan> plan_load(const Checkpoint& checkpoint, const ModelOptions& opt
                            WeightForm form) {
   LoadPlan plan;
   plan.form = form;
+  plan.expanded = options.expanded;
   plan.threads = options.threads > 0 ? options.threads : available_cpus();
   Result<DeviceInfo> device = device_info(0);
   if (!device.ok()) return device.status();

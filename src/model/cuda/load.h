@@ -17,7 +17,8 @@ struct LoadPlan {
   KvShape kv;
   int64_t pass_rows = 0;
   WeightForm form = WeightForm::as_stored;
-  int threads = 1;  // that load
+  bool expanded = false;  // ModelOptions::expanded
+  int threads = 1;        // that load
   MemoryEstimate memory;
 };
 

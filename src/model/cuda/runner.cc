@@ -113,7 +113,8 @@ Status CudaRunner::load(const Checkpoint& checkpoint, const ModelOptions& option
   pass_rows_ = plan->pass_rows;
   free_at_first_ = plan->memory.available;
   set_batch_invariant(options.batch_invariant);
-  Result<std::unique_ptr<Forward>> forward = Forward::create(model_, *pool_, pass_rows_);
+  Result<std::unique_ptr<Forward>> forward =
+      Forward::create(model_, *pool_, pass_rows_, options.expanded);
   if (!forward.ok()) return forward.status();
   forward_ = std::move(*forward);
   Result<std::unique_ptr<PassStaging>> staging = PassStaging::create(model_.device, pass_rows_);

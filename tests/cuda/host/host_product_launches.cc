@@ -1,10 +1,13 @@
 // Packing, quantizing and multiplying on the device of host_device.h.
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <vector>
 
 #include "gemm/cuda/fused_product.h"
 #include "gemm/cuda/head_product.h"
 #include "gemm/cuda/pack_host.h"
+#include "gemm/cuda/ss_image.h"
 #include "gemm/cuda/w4a4_mma_sm80.h"
 #include "gemm/float_ops.h"
 #include "gemm/ref.h"
@@ -273,9 +276,26 @@ cudaError_t launch_w4a16_rs_sm90(const GemmArgs& args, const RsConfig&, void*, v
                                  cudaStream_t stream) {
   return product(args, Acts::rows, stream);
 }
+/// A mark instead of an image.
+cudaError_t launch_expand_weights(const GemmArgs& args, bool e4m3, uint8_t* image,
+                                  cudaStream_t stream) {
+  host::enqueue(stream, [=] { std::fill_n(image, kKeptImage.bytes(args.layout), e4m3 ? 2 : 1); });
+  return cudaSuccess;
+}
 cudaError_t launch_w4a8_ss_sm90(const GemmArgs& args, const SsConfig& config, void*,
                                 cudaStream_t stream) {
+  if (config.expanded) {
+    host::enqueue(stream, [=] {
+      if (args.image[kKeptImage.bytes(args.layout) - 1] == (config.e4m3 ? 2 : 1)) return;
+      std::fprintf(stderr, "a product was given another image than its own\n");
+      std::abort();
+    });
+  }
   return product(args, config.e4m3_codes ? Acts::e4m3 : Acts::codes, stream);
+}
+cudaError_t launch_w4a16_ss_sm90(const GemmArgs& args, const SsConfig&, void*,
+                                 cudaStream_t stream) {
+  return product(args, Acts::rows, stream);
 }
 cudaError_t launch_w4a8_mma_sm80(const GemmArgs& args, cudaStream_t stream) {
   return product(args, Acts::codes, stream);
