@@ -166,6 +166,13 @@ std::vector<Variant> variants(const Problem& problem) {
         variant.plan.ss.multiprocessors = sharing.multiprocessors;
         add(variant, sharing.name);
       }
+      if (kernel.plan.ss.e4m3 && !kernel.plan.ss.group_scales) {  // two tiles
+        Variant variant = kernel;
+        variant.plan.ss.token_tile = 176 + 192 - kernel.plan.ss.token_tile;
+        variant.plan.ss.split_tail = true;
+        variant.plan.ss.multiprocessors = 6;
+        add(variant, " other tile, split, three workers");
+      }
       continue;
     }
     if (kernel.plan.family == KernelFamily::slab) {

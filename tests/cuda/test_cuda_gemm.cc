@@ -28,7 +28,8 @@ TEST_F(CudaGemm, EveryRowCountUpTo70) {
 
 TEST_F(CudaGemm, RowCountsAroundTheTiles) {
   const GpuWeight weight = make_gpu_weight({.k = 1024, .n = 520, .group_size = 128}, random_);
-  for (const int64_t m : {1, 2, 8, 16, 17, 31, 33, 64, 65, 127, 128, 129, 160, 161, 300, 1000}) {
+  for (const int64_t m :
+       {1, 2, 8, 16, 17, 31, 33, 64, 65, 127, 128, 129, 160, 161, 192, 193, 300, 1000}) {
     if (HasFailure()) break;
     expect_all_variants_right({.m = m, .y_dtype = Dtype::bf16}, weight, random_);
   }
@@ -86,10 +87,10 @@ TEST_F(CudaGemm, ScalesBiasesAndTypes) {
   for (const Dtype scale_dtype : {Dtype::f16, Dtype::bf16}) {
     for (const ScaleKind kind :
          {ScaleKind::ordinary, ScaleKind::negative, ScaleKind::subnormal, ScaleKind::mixed}) {
-      for (const bool bias : {false, true}) {
+      for (const auto& [group_size, bias] : {std::pair{64, false}, {64, true}, {128, true}}) {
         const GpuWeight weight = make_gpu_weight({.k = 256,
                                                   .n = 72,
-                                                  .group_size = 64,
+                                                  .group_size = group_size,
                                                   .scale_dtype = scale_dtype,
                                                   .scales = kind,
                                                   .bias = bias},
@@ -350,24 +351,31 @@ TEST_F(CudaGemm, LargestInt4SumsAreExactInFp8) {
 // expanded by each launch, and once and for all.
 TEST_F(CudaGemm, ExpandedWeightsTileAfterTile) {
   for (const int64_t k : {1152, 4096}) {
-    const int64_t n = k == 1152 ? 2696 : 3848;  // 8 and 11 tiles of 384
+    const int64_t n = k == 1152 ? 2696 : 3848;  // 11 and 16 tiles of 256; of 384, 8 and 11
     GpuWeight weight = make_gpu_weight({.k = k, .n = n, .group_size = 128}, random_);
     for (const Granularity granularity : {Granularity::token, Granularity::group}) {
-      for (const char* kernel : {"w4a8_ss_sm90", "w4a4_ss_sm90"}) {
-        const bool int4 = std::string_view(kernel) == "w4a4_ss_sm90";
-        const Problem problem{.m = 140,
+      for (const auto& [kernel, mode] : {std::pair{"w4a8_ss_sm90", Mode::w4a8},
+                                         {"w4a4_ss_sm90", Mode::w4a4},
+                                         {"w4a16_ss_sm90", Mode::w4a16}}) {
+        if (mode == Mode::w4a16 && granularity == Granularity::group) continue;
+        const Problem problem{.m = k == 1152 ? 350 : 140,  // one row of tiles, or two or three
                               .n = n,
                               .k = k,
                               .group_size = 128,
-                              .mode = int4 ? Mode::w4a4 : Mode::w4a8,
+                              .mode = mode,
+                              .x_dtype = Dtype::bf16,
                               .y_dtype = Dtype::bf16,
                               .granularity = granularity};
         const Quantized input = random_quantized(problem, random_);
         const Expected expected = expected_of(problem, weight, input);
+        const bool int4 = mode == Mode::w4a4;
         const Plan kept = *plan_gemm(problem, *gpu(), kernel, true);
-        EXPECT_NE(run_and_compare(kept, weight, input, expected).find("expanded to"),
-                  std::string::npos);
-        ASSERT_TRUE(weight.device.expand(*gpu(), int4).ok());
+        EXPECT_EQ(kept.ss.expanded, mode != Mode::w4a16);
+        if (kept.ss.expanded) {
+          EXPECT_NE(run_and_compare(kept, weight, input, expected).find("expanded to"),
+                    std::string::npos);
+          ASSERT_TRUE(weight.device.expand(*gpu(), int4).ok());
+        }
         for (const bool expanded : {false, true}) {
           for (const int multiprocessors : {2, 6, 16}) {
             Plan plan = *plan_gemm(problem, *gpu(), kernel, expanded);
@@ -377,6 +385,7 @@ TEST_F(CudaGemm, ExpandedWeightsTileAfterTile) {
                 << plan.describe() << " on " << multiprocessors;
           }
         }
+        if (!kept.ss.expanded) continue;
         ASSERT_TRUE(weight.device.expand(*gpu(), !int4).ok());  // of the other type: as if none
       }
     }

@@ -291,6 +291,50 @@ TEST(CudaPlan, OperandsAreInTheOrderOfTheKernel) {
   EXPECT_EQ(plan_gemm(problem(1, 64, 576, 64), h200())->padded_k, 1024);
 }
 
+TEST(CudaPlan, ManyRowsOfFloatsRunWithExpandedWeights) {
+  Problem p = problem(2048);
+  p.mode = Mode::w4a16;
+  const Result<Plan> plan = plan_gemm(p, h200());
+  ASSERT_TRUE(plan.ok()) << plan.status().message();
+  EXPECT_STREQ(plan->kernel_name(), "w4a16_ss_sm90");
+  EXPECT_EQ(plan->order, OperandOrder::natural);  // x is read where it is
+  EXPECT_TRUE(multiplies_halves(*plan));
+  EXPECT_GE(plan->workspace_bytes, size_t{4096} * 4096 * 2);
+  p.m = 2047;
+  EXPECT_EQ(kernel_for(p, h200()), "w4a16_rs_sm90");
+  p.m = 4096;
+  p.group_size = 64;
+  EXPECT_EQ(kernel_for(p, h200()), "w4a16_rs_sm90");
+}
+
+// Tiles of 192 rows; of e4m3 also 176, where that pads fewer.
+TEST(CudaPlan, TilesOfExpandedWeightsPadFewRows) {
+  struct Case {
+    int64_t m;
+    int e4m3;
+  };
+  for (const Case& c :
+       {Case{512, 176}, {528, 176}, {1024, 176}, {1536, 192}, {2048, 192}, {4096, 192}}) {
+    SsConfig config;
+    set_ss_tile(config, c.m);
+    EXPECT_EQ(config.token_tile, 192) << c.m;
+    EXPECT_EQ(config.image().columns, 128) << c.m;
+    config.e4m3 = true;
+    set_ss_tile(config, c.m);
+    EXPECT_EQ(config.token_tile, c.e4m3) << c.m;
+    EXPECT_EQ(config.image().columns, 128) << c.m;
+    config.group_scales = true;
+    set_ss_tile(config, c.m);
+    EXPECT_EQ(config.token_tile, 192) << c.m;
+    config = {};
+    config.halves = true;
+    set_ss_tile(config, c.m);
+    EXPECT_EQ(config.token_tile, 128) << c.m;
+    EXPECT_EQ(config.image().columns, 192) << c.m;
+    EXPECT_EQ(config.image().weight_bytes, 2) << c.m;
+  }
+}
+
 TEST(CudaPlan, TokenTilesHoldAllRowsWithLittlePadding) {
   const std::span<const RsTile> tiles =
       rs_tiles(packed_layout(4096, 4096, 128), RsActivations::codes);

@@ -122,7 +122,7 @@ enum class KernelFamily : int {
   slab,  // M <= 16: mma.sync over slabs streamed by bulk copies, K split over the warps of a block
   slab_fused,  // M <= 2: run_gemm is one launch that quantizes as well; its halves are slab's
   rs,          // wgmma, weights expanded in registers, tokens as the N side
-  ss,          // wgmma, weights expanded to 8 bits in scratch first: for many rows
+  ss,          // wgmma, weights expanded in scratch first: for many rows
   mma,         // mma.sync, any device from sm_80 on
   mma_int4,    // mma.sync on 4-bit operands: native from 8.0 to 8.9, emulated later
 };

@@ -391,7 +391,8 @@ void set_ss_tile(SsConfig& config, int64_t m) {
   config.token_tile = config.halves ? 128 : 192;
   config.math_groups = config.halves ? 3 : 2;
   const auto padded = [m](int64_t tile) { return (m + tile - 1) / tile * tile; };
-  if (config.e4m3 && padded(176) < padded(192)) config.token_tile = 176;
+  const bool narrow = config.e4m3 && !config.group_scales;  // there is such a kernel
+  if (narrow && padded(176) < padded(192)) config.token_tile = 176;
 }
 
 const char* Plan::kernel_name() const { return candidate_of(*this).row.name; }

@@ -39,9 +39,9 @@ struct SsShape {
   static constexpr bool kHalved = halved, kGroupScales = group_scales;
   static constexpr int kTokens = tokens, kMathGroups = math_groups, kMathWarps = 4 * kMathGroups;
   static constexpr int kThreads = 128 * (kMathGroups + 1);
-  // of a thread: 65536 are there for all
+  // of a thread; a block starts with as many for all as there are, in steps of 8
   static constexpr int kMathRegisters = kMathGroups == 2 ? 232 : 160;
-  static constexpr int kProducerRegisters = kMathGroups == 2 ? 48 : 32;
+  static constexpr int kProducerRegisters = kMathGroups == 2 ? 40 : 32;
   static constexpr int kSums = kTokens / 2;
   static constexpr int kSpan = Products::kSpan;  // stages of 128 k
   static constexpr int kStages = 4;
@@ -60,6 +60,8 @@ struct SsShape {
   static constexpr int kTokenScales = kActScales + kStages * kScaleBytes;  // of each warpgroup
   static constexpr int kShared = kTokenScales + kMathGroups * kScaleBytes;
   static_assert(kShared <= 232448 && kTokens % 16 == 0);
+  static_assert(128 * (kMathGroups * kMathRegisters + kProducerRegisters) <=
+                kThreads * (65536 / kThreads / 8 * 8));  // more would never come
 };
 
 struct SsParams {
@@ -358,6 +360,7 @@ struct SsKernel {
       const bool exists = token < p.end.m;
       ptx::copy4_async(token_scales(group) + i * 4, p.end.t + (exists ? token : 0), exists ? 4 : 0);
     }
+    ptx::copy_commit();
   }
 
   __device__ void multiply(const CUtensorMap* out_map) const {

@@ -26,9 +26,11 @@ cudaError_t launch(const GemmArgs& args, const void* codes, const SsConfig& conf
     return launch_ss_product<SsShape<E4m3Products, 192, 2, false, kGroupScales>>(args, acts, config,
                                                                                  scratch, stream);
   }
-  if (is(true, 176)) {
-    return launch_ss_product<SsShape<E4m3Products, 176, 2, false, kGroupScales>>(args, acts, config,
-                                                                                 scratch, stream);
+  if constexpr (!kGroupScales) {
+    if (is(true, 176)) {
+      return launch_ss_product<SsShape<E4m3Products, 176, 2, false, false>>(args, acts, config,
+                                                                            scratch, stream);
+    }
   }
   return cudaErrorInvalidValue;
 }
