@@ -25,6 +25,7 @@
 #include "gemm/cuda/launch.h"
 #include "gemm/cuda/ptx.h"
 #include "gemm/cuda/quantize_device.h"
+#include "gemm/cuda/register_budget.h"
 #include "gemm/cuda/rs_schedule.h"
 #include "gemm/cuda/ss_image.h"
 #include "gemm/cuda/tensor_map.h"
@@ -37,6 +38,7 @@ namespace {
 constexpr int kTokens = kSsTokens, kMathGroups = kSsMathGroups, kMathWarps = 4 * kMathGroups;
 constexpr int kThreads = 128 * (kMathGroups + 1);
 constexpr int kMathRegisters = 160, kProducerRegisters = 32;
+static_assert(registers_suffice(1, 128 * kMathGroups, kMathRegisters, 128, kProducerRegisters));
 constexpr int kSums = kTokens / 2;
 constexpr int kStages = 4;
 constexpr int kActBytes = kTokens * kBlockDepth;
