@@ -23,6 +23,7 @@
 #include "gemm/cuda/launch.h"
 #include "gemm/cuda/ptx.h"
 #include "gemm/cuda/quantize_device.h"
+#include "gemm/cuda/register_budget.h"
 #include "gemm/cuda/rs_schedule.h"
 #include "gemm/cuda/ss_image.h"
 #include "gemm/cuda/tensor_map.h"
@@ -42,6 +43,7 @@ struct SsShape {
   // of a thread; a block starts with as many for all as there are, in steps of 8
   static constexpr int kMathRegisters = kMathGroups == 2 ? 232 : 160;
   static constexpr int kProducerRegisters = kMathGroups == 2 ? 40 : 32;
+  static_assert(registers_suffice(1, 128 * kMathGroups, kMathRegisters, 128, kProducerRegisters));
   static constexpr int kSums = kTokens / 2;
   static constexpr int kSpan = Products::kSpan;  // stages of 128 k
   static constexpr int kStages = 4;

@@ -13,6 +13,7 @@
 #include "gemm/cuda/halves.h"
 #include "gemm/cuda/kernels.h"
 #include "gemm/cuda/launch.h"
+#include "gemm/cuda/register_budget.h"
 #include "gemm/cuda/rs_schedule.h"
 #include "gemm/cuda/slab_scales.h"
 #include "gemm/cuda/tensor_map.h"
@@ -44,6 +45,8 @@ struct Shape {
   // of a thread: 65536 are there for all blocks, and the producers are one warpgroup
   static constexpr int kMathRegisters = kResident == 2 ? 104 : kMathGroups == 2 ? 232 : 152;
   static constexpr int kProducerRegisters = kResident == 2 ? 32 : kMathGroups == 2 ? 40 : 56;
+  static_assert(registers_suffice(kResident, 128 * kMathGroups, kMathRegisters, 128,
+                                  kProducerRegisters));
 
   static constexpr int kSlabGroups = kSlabDepth / kPromoted;
   static constexpr int kSlabBytes = kSlabCodeBytes + kSlabGroups * 40;

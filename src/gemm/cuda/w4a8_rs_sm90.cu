@@ -19,6 +19,7 @@
 #include "gemm/cuda/kernels.h"
 #include "gemm/cuda/launch.h"
 #include "gemm/cuda/ptx.h"
+#include "gemm/cuda/register_budget.h"
 #include "gemm/cuda/rs_schedule.h"
 #include "gemm/cuda/slab_scales.h"
 #include "gemm/cuda/tensor_map.h"
@@ -57,6 +58,8 @@ struct Shape {
                                             : kMathGroups == 2 ? 40
                                             : kMathGroups == 3 ? 56
                                                                : 32;
+  static_assert(registers_suffice(kResident, 128 * kMathGroups, kMathRegisters, 128,
+                                  kProducerRegisters));
   // Codes of the next block are expanded while products read those of this one; where registers do
   // not hold both, when the products are done.
   static constexpr int kCodeSets = kMathGroups == 4 ? 1 : 2;

@@ -9,6 +9,7 @@
 
 #include "gemm/cuda/launch.h"
 #include "gemm/cuda/quantize_device.h"
+#include "gemm/cuda/register_budget.h"
 #include "gemm/cuda/wgmma.h"
 #include "gemm/cuda/wgmma16.h"
 #include "model/cuda/attention_prefill.h"
@@ -22,6 +23,8 @@ constexpr int kGroupRows = 64;  // of a warpgroup
 constexpr int kMathWarps = 8;
 constexpr int kMathThreads = 32 * kMathWarps;
 constexpr int kThreads = kMathThreads + 128;  // registers are dealt to whole warpgroups
+constexpr int kMathRegisters = 240, kLoadRegisters = 24;
+static_assert(registers_suffice(1, kMathThreads, kMathRegisters, 128, kLoadRegisters));
 constexpr int kMathBarrier = 1;
 
 template <int kDim>
@@ -250,14 +253,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int first = first_position(tile.position, at.window) / S::kKeys;
   const int last = last_position / S::kKeys;
   if (warp >= kMathWarps) {
-    ptx::register_decrease<24>();
+    ptx::register_decrease<kLoadRegisters>();
     if (warp == kMathWarps && ptx::elect_one()) {
       const int groups = static_cast<int>(at.heads / at.kv.kv_heads);
       load_pages<kDim>(a, tile, head / groups, first, last, stages);
     }
     return;
   }
-  ptx::register_increase<240>();
+  ptx::register_increase<kMathRegisters>();
   load_queries<kDim>(at, tile, head, query);
   ptx::fence_async_shared();
   ptx::barrier_sync(kMathBarrier, kMathThreads);
