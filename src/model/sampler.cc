@@ -51,11 +51,6 @@ uint64_t count_of(const Row& row, uint32_t key) {
                                              [&](float v) { return sampling::key_of(v) == key; }));
 }
 
-/// A logit with this key.
-float logit_of(uint32_t key) {
-  return std::bit_cast<float>((key & 0x80000000u) != 0 ? key ^ 0x80000000u : ~key);
-}
-
 }  // namespace
 
 sampling::Rule sampling_rule(const SamplerOptions& options) {
@@ -92,7 +87,7 @@ int32_t draw_token(std::span<const float> logits, const Rule& rule, int64_t posi
     cut = {below.key, static_cast<uint32_t>(needed - below.above)};
     left_out = count_of(row, cut.key) - cut.ties;
   }
-  const uint64_t excess = left_out == 0 ? 0 : left_out * row.weight(logit_of(cut.key));
+  const uint64_t excess = left_out == 0 ? 0 : left_out * row.weight(sampling::logit_of(cut.key));
   uint64_t kept = 0;
   for (const float logit : logits) {
     if (sampling::key_of(logit) >= cut.key) kept += row.weight(logit);
@@ -102,7 +97,7 @@ int32_t draw_token(std::span<const float> logits, const Rule& rule, int64_t posi
     const uint64_t needed = sampling::needed_of(kept, rule.top_p);
     const Below below =
         reach(row, cut, excess, needed, [&](float logit) { return row.weight(logit); });
-    const uint64_t tie = row.weight(logit_of(below.key));
+    const uint64_t tie = row.weight(sampling::logit_of(below.key));
     cut = {below.key, static_cast<uint32_t>((needed - below.above + tie - 1) / tie)};
     kept = below.above + cut.ties * tie;
   }

@@ -37,6 +37,16 @@ NIBBLE_HOST_DEVICE inline uint32_t key_of(float logit) {
   return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
 }
 
+/// A logit with this key.
+NIBBLE_HOST_DEVICE inline float logit_of(uint32_t key) {
+  const uint32_t bits = (key & 0x80000000u) != 0 ? key ^ 0x80000000u : ~key;
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  return std::bit_cast<float>(bits);
+#endif
+}
+
 NIBBLE_HOST_DEVICE inline uint64_t weight_of(float logit, float largest, float factor) {
   const float t = (logit - largest) * factor;  // <= 0
   if (!(t > -kWeightBits - 1.0f)) return 0;

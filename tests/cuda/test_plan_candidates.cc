@@ -8,29 +8,13 @@
 
 #include "gemm/cuda/plan.h"
 #include "gemm/cuda/plan_candidates.h"
+#include "plan_testing.h"
 
 namespace nibble::cuda {
 namespace {
 
-DeviceInfo device_of(int capability) {
-  DeviceInfo device;
-  device.name = "made up";
-  device.capability = capability;
-  device.multiprocessors = 132;
-  device.shared_bytes = capability == 90 ? 232448 : 99 << 10;
-  return device;
-}
-
-Problem problem(int64_t m, int64_t n, int64_t k, Mode mode) {
-  Problem p;
-  p.m = m;
-  p.n = n;
-  p.k = k;
-  p.group_size = 128;
-  p.mode = mode;
-  p.x_dtype = p.y_dtype = Dtype::bf16;
-  return p;
-}
+using testing::made_up_device;
+using testing::made_up_problem;
 
 void expect_valid(const Plan& plan, const DeviceInfo& device) {
   const Problem& p = plan.problem;
@@ -55,11 +39,11 @@ void expect_valid(const Plan& plan, const DeviceInfo& device) {
 }
 
 TEST(PlanCandidates, TheChosenPlanIsFirstAndAllAreValid) {
-  const DeviceInfo device = device_of(90);
+  const DeviceInfo device = made_up_device(90);
   for (const Mode mode : {Mode::w4a8, Mode::w4a8_fp8, Mode::w4a16, Mode::w4a4}) {
     for (const auto& [n, k] : {std::pair{4096, 4096}, {4096, 14336}, {57344, 8192}, {8, 128}}) {
       for (const int64_t m : {1, 2, 8, 9, 16, 17, 64, 128, 1000, 4096}) {
-        const Problem p = problem(m, n, k, mode);
+        const Problem p = made_up_problem(m, n, k, mode);
         const std::vector<Plan> plans = plan_candidates(p, device);
         ASSERT_FALSE(plans.empty());
         EXPECT_EQ(plans[0].describe(), plan_gemm(p, device)->describe());
@@ -74,8 +58,8 @@ TEST(PlanCandidates, TheChosenPlanIsFirstAndAllAreValid) {
 }
 
 TEST(PlanCandidates, EveryKernelTileAndSplitIsAmongThem) {
-  const Problem p = problem(100, 28672, 4096, Mode::w4a8);
-  const std::vector<Plan> plans = plan_candidates(p, device_of(90));
+  const Problem p = made_up_problem(100, 28672, 4096, Mode::w4a8);
+  const std::vector<Plan> plans = plan_candidates(p, made_up_device(90));
   const auto count = [&](KernelFamily family) {
     return std::count_if(plans.begin(), plans.end(),
                          [&](const Plan& plan) { return plan.family == family; });
@@ -85,18 +69,22 @@ TEST(PlanCandidates, EveryKernelTileAndSplitIsAmongThem) {
   EXPECT_EQ(count(KernelFamily::ss), 2);
   EXPECT_EQ(count(KernelFamily::mma), 1);
   EXPECT_EQ(count(KernelFamily::slab), 0);
-  EXPECT_GT(plan_candidates(problem(1, 28672, 4096, Mode::w4a8), device_of(90)).size(), 15u);
+  EXPECT_GT(plan_candidates(made_up_problem(1, 28672, 4096, Mode::w4a8), made_up_device(90)).size(),
+            15u);
 }
 
 TEST(PlanCandidates, BeforeHopperThereIsOne) {
   for (const int capability : {80, 86, 89, 100}) {
-    EXPECT_EQ(plan_candidates(problem(64, 4096, 4096, Mode::w4a8), device_of(capability)).size(),
-              1u);
+    EXPECT_EQ(
+        plan_candidates(made_up_problem(64, 4096, 4096, Mode::w4a8), made_up_device(capability))
+            .size(),
+        1u);
   }
 }
 
 TEST(PlanCandidates, NoneForWhatIsRefused) {
-  EXPECT_TRUE(plan_candidates(problem(1, 12, 4096, Mode::w4a8), device_of(90)).empty());
+  EXPECT_TRUE(
+      plan_candidates(made_up_problem(1, 12, 4096, Mode::w4a8), made_up_device(90)).empty());
 }
 
 }  // namespace

@@ -3,26 +3,17 @@
 #include <gtest/gtest.h>
 
 #include "model/cuda/step_fusion.h"
+#include "plan_testing.h"
 
 namespace nibble::cuda {
 namespace {
 
-DeviceInfo h200() {
-  DeviceInfo device;
-  device.shared_bytes = 227 * 1024;
-  return device;
-}
+DeviceInfo h200() { return testing::made_up_device(); }
 
 Plan plan_of(int64_t m, int64_t n, int64_t k, Granularity granularity = Granularity::token,
              Mode mode = Mode::w4a8, const DeviceInfo& device = h200()) {
-  Problem p;
-  p.m = m;
-  p.n = n;
-  p.k = k;
-  p.group_size = 128;
-  p.mode = mode;
+  Problem p = testing::made_up_problem(m, n, k, mode);
   p.granularity = granularity;
-  p.x_dtype = p.y_dtype = Dtype::bf16;
   const Result<Plan> plan = plan_gemm(p, device);
   EXPECT_TRUE(plan.ok()) << plan.status().message();
   return *plan;

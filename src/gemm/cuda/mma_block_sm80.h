@@ -38,6 +38,33 @@ __device__ __forceinline__ Position position(int block_tokens) {
 template <class S>
 using Accumulators = float[kWarpTiles][S::kTokenTiles][4];
 
+/// Starts the copies of a slice's scales and zero points, kBytes of each of the block's tiles.
+/// Tiles past N repeat the last one.
+template <int kBytes>
+__device__ __forceinline__ void copy_scales(const GemmArgs& a, const Position& p, int slice,
+                                            uint32_t to) {
+  constexpr int kPieces = kBytes / 16;
+  const int last_tile = static_cast<int>(a.layout.tiles) - 1;
+  for (int piece = threadIdx.x; piece < kTiles * kPieces; piece += kThreads) {
+    const int tile = min(p.tile + piece / kPieces, last_tile);
+    ptx::copy16_async(to + piece * 16, a.slabs +
+                                           (tile * a.layout.slices + slice) * a.layout.slab_bytes +
+                                           kSlabCodeBytes + piece % kPieces * 16);
+  }
+}
+
+/// acc = fma(s [* factor], scale, acc) for a lane's sums of one tile and eight rows. factor: of
+/// rows 2 c and 2 c + 1, for scales per (token, group).
+template <bool kGroupScales>
+__device__ __forceinline__ void promote(float (&s)[4], const float (&factor)[2], float2 scale,
+                                        float (&acc)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (kGroupScales) s[i] = s[i] * factor[i % 2];
+    acc[i] = __fmaf_rn(s[i], i < 2 ? scale.x : scale.y, acc[i]);
+  }
+}
+
 /// Columns `column` (even) and the next, of one row.
 __device__ __forceinline__ void store_pair(const Output& out, int64_t row, int column, int n,
                                            float2 y, bool paired) {

@@ -144,6 +144,21 @@ inline MadeParams make_made_params(const GemmArgs& args, const SlabConfig& confi
   return p;
 }
 
+/// add<type, promoted, group_scales>() for each of `types` and all that weights and scales can be.
+template <Element... types, class Add>
+constexpr void for_all_products(const Add& add) {
+  const auto add_depth = [&]<Element type, int promoted>() {
+    add.template operator()<type, promoted, false>();
+    add.template operator()<type, promoted, true>();
+  };
+  const auto add_type = [&]<Element type>() {
+    add_depth.template operator()<type, 128>();
+    add_depth.template operator()<type, 64>();
+    add_depth.template operator()<type, 32>();
+  };
+  (add_type.template operator()<types>(), ...);
+}
+
 /// What a kernel that makes its rows takes.
 template <class Parameters>
 struct MadeKernel {

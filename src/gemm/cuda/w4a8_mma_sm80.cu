@@ -86,15 +86,7 @@ __device__ __forceinline__ void load_stage(const GemmArgs& a, const Position& p,
     }
   }
   if (block % kSliceBlocks == 0) {
-    constexpr int kPieces = S::kScaleBytes / 16;
-    const uint32_t to = shared + S::kSlicesAt + slice % 2 * S::kSliceBytes;
-    const int last_tile = static_cast<int>(a.layout.tiles) - 1;
-    for (int piece = threadIdx.x; piece < kTiles * kPieces; piece += kThreads) {
-      const int tile = min(p.tile + piece / kPieces, last_tile);
-      ptx::copy16_async(to + piece * 16,
-                        a.slabs + (tile * a.layout.slices + slice) * a.layout.slab_bytes +
-                            kSlabCodeBytes + piece % kPieces * 16);
-    }
+    copy_scales<S::kScaleBytes>(a, p, slice, shared + S::kSlicesAt + slice % 2 * S::kSliceBytes);
   }
 }
 
@@ -129,12 +121,7 @@ __device__ __forceinline__ void multiply_stage(uint32_t shared, int block, const
       for (int t = 0; t < kWarpTiles; ++t) {
         float s[4];
         group_sums(tiles[t], b, g, s);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if constexpr (S::kGroupScales) s[i] = s[i] * factor[i % 2];
-          const float2 scale = tiles[t].scale[g];
-          acc[t][n][i] = __fmaf_rn(s[i], i < 2 ? scale.x : scale.y, acc[t][n][i]);
-        }
+        promote<S::kGroupScales>(s, factor, tiles[t].scale[g], acc[t][n]);
       }
     }
   }

@@ -62,17 +62,7 @@ constexpr auto all_kernels() {
     kernels[i++] =
         row_kernel<type, promoted, group_scales, SlabForm::streamed, kSlabStreamedChunks>();
   };
-  const auto add_depths = [&]<Element type>() {
-    add.template operator()<type, 128, false>();
-    add.template operator()<type, 128, true>();
-    add.template operator()<type, 64, false>();
-    add.template operator()<type, 64, true>();
-    add.template operator()<type, 32, false>();
-    add.template operator()<type, 32, true>();
-  };
-  add_depths.template operator()<Element::f32>();
-  add_depths.template operator()<Element::f16>();
-  add_depths.template operator()<Element::bf16>();
+  for_all_products<Element::f32, Element::f16, Element::bf16>(add);
   return kernels;
 }
 

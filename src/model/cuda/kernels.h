@@ -175,36 +175,31 @@ struct EmbeddingArgs {
 };
 cudaError_t launch_embedding(const EmbeddingArgs& args, cudaStream_t stream);
 
-// ---- argmax.cu ---------------------------------------------------------------------------------
+// ---- argmax.cu, sample.cu ----------------------------------------------------------------------
 
-/// The largest logit of every row; of equal ones the lowest index. A row with a NaN or an infinity
-/// gives token -1.
-struct ArgmaxArgs {
+/// Rows of logits that a token each is chosen from. A row with a NaN or an infinity gives token -1.
+struct LogitRows {
   const float* logits = nullptr;  // (rows, vocab)
   int64_t stride = 0;             // a multiple of 4
   int64_t rows = 0, vocab = 0;
   int32_t* tokens = nullptr;  // (rows)
-  /// (rows) or null: advanced by 1 where the token is not -1 and the position not below 0, for the
-  /// next replay of a graph.
+  /// (rows), advanced by 1 where the token is not -1 and the position not below 0, for the next
+  /// replay of a graph.
   int32_t* position = nullptr;
-  void* scratch = nullptr;  // argmax_scratch_bytes(); zeroed once before its first use
   bool programmatic = false;
+};
+
+/// The largest logit of every row; of equal ones the lowest index. position may be null.
+struct ArgmaxArgs : LogitRows {
+  void* scratch = nullptr;  // argmax_scratch_bytes(); zeroed once before its first use
 };
 int64_t argmax_scratch_bytes(int64_t rows);
 cudaError_t launch_argmax(const ArgmaxArgs& args, cudaStream_t stream);
 
-// ---- sample.cu ---------------------------------------------------------------------------------
-
-/// What draw_token() (model/sampler.h) draws from every row of logits by its rule at the position
-/// behind the row's: the same token. A row with a NaN or an infinity gives token -1.
-struct SampleArgs {
-  const float* logits = nullptr;          // (rows, vocab)
-  int64_t stride = 0;                     // a multiple of 4
-  int64_t rows = 0, vocab = 0;            // fewer than sampling::kMostTokens
+/// What draw_token() (model/sampler.h) draws from every row by its rule at the position behind the
+/// row's: the same token. vocab is below sampling::kMostTokens.
+struct SampleArgs : LogitRows {
   const sampling::Rule* rules = nullptr;  // (rows)
-  int32_t* tokens = nullptr;              // (rows)
-  int32_t* position = nullptr;            // (rows), moved on as by argmax
-  bool programmatic = false;
 };
 cudaError_t launch_sample(const SampleArgs& args, cudaStream_t stream);
 

@@ -2,18 +2,17 @@
 #pragma once
 
 #include "gemm/cuda/quantize_device.h"
+#include "model/sampling.h"
 
 namespace nibble::cuda {
 
 constexpr uint64_t kFaultyLogit = ~uint64_t{0};
 
-/// Larger keys are better: the float's bits in an order of unsigned integers, then the lower index.
+/// Larger keys are better: sampling::key_of(), then the lower index.
 /// A NaN or an infinity is better than all.
 __device__ __forceinline__ uint64_t logit_key(float v, uint32_t index) {
-  const uint32_t bits = __float_as_uint(v + 0.0f);  // both zeros are the same
-  if ((bits & 0x7fffffffu) >= kInfinityBits) return kFaultyLogit;
-  const uint32_t ordered = static_cast<int32_t>(bits) < 0 ? ~bits : bits | 0x80000000u;
-  return uint64_t{ordered} << 32 | (0xffffffffu - index);
+  if ((__float_as_uint(v) & 0x7fffffffu) >= kInfinityBits) return kFaultyLogit;
+  return uint64_t{sampling::key_of(v)} << 32 | (0xffffffffu - index);
 }
 
 /// Of a key that is not faulty.

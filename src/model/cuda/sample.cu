@@ -42,11 +42,6 @@ struct Row {
   }
 };
 
-/// A logit with this key.
-__device__ __forceinline__ float logit_of(uint32_t key) {
-  return __uint_as_float((key & 0x80000000u) != 0 ? key ^ 0x80000000u : ~key);
-}
-
 /// f(logit, id) for every token of quads [first, end), every step-th.
 template <class Function>
 __device__ __forceinline__ void each_logit(const Row& row, int first, int end, int step,
@@ -181,7 +176,7 @@ __device__ void walk(Shared& shared, const Row& row, Cut cut, uint64_t draw, int
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int quads = (row.vocab + 3) / 4, share = (quads + kWarps - 1) / kWarps;
   const int first = min(warp * share, quads), end = min(first + share, quads);
-  const uint64_t tie = row.weight(logit_of(cut.key));
+  const uint64_t tie = row.weight(sampling::logit_of(cut.key));
   uint64_t larger = 0;
   uint32_t equal = 0;
   each_logit(row, first + lane, end, 32, [&](float v, int) {
@@ -284,7 +279,7 @@ __global__ void __launch_bounds__(kThreads) sample_rows(const __grid_constant__ 
     each_logit(row, [&](float v, int) { equal += sampling::key_of(v) == cut.key ? 1 : 0; });
     left_out = block_sum(shared, equal) - cut.ties;
   }
-  const uint64_t excess = left_out == 0 ? 0 : left_out * row.weight(logit_of(cut.key));
+  const uint64_t excess = left_out == 0 ? 0 : left_out * row.weight(sampling::logit_of(cut.key));
   uint64_t mine = 0;
   each_logit(row, [&](float v, int) {
     if (sampling::key_of(v) >= cut.key) mine += row.weight(v);
@@ -293,7 +288,7 @@ __global__ void __launch_bounds__(kThreads) sample_rows(const __grid_constant__ 
   if (rule.top_p != ~uint64_t{0}) {
     const uint64_t needed = sampling::needed_of(kept, rule.top_p);
     const Below below = reach<true>(shared, row, cut, excess, needed);
-    const uint64_t tie = row.weight(logit_of(below.key));
+    const uint64_t tie = row.weight(sampling::logit_of(below.key));
     cut = {below.key, static_cast<uint32_t>((needed - below.above + tie - 1) / tie)};
     kept = below.above + cut.ties * tie;
   }

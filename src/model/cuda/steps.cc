@@ -150,30 +150,16 @@ Status DecodeSteps::go_ahead(std::span<const SequenceItem> items, int64_t rows, 
   return launched;
 }
 
-SampleArgs DecodeSteps::sample_args(int64_t first, int64_t rows) const {
-  SampleArgs args;
-  args.logits = forward_.logits();
-  args.stride = forward_.logits_stride();
-  args.rows = rows;
-  args.vocab = model_.config.vocab;
-  args.rules = staging_.rules() + first;
-  args.tokens = staging_.chosen() + first;
-  args.position = staging_.position() + first;
-  args.programmatic = model_.device.programmatic();
-  return args;
-}
-
-ArgmaxArgs DecodeSteps::argmax_args(int64_t first, int64_t rows, bool step) const {
-  ArgmaxArgs args;
-  args.logits = forward_.logits();
-  args.stride = forward_.logits_stride();
-  args.rows = rows;
-  args.vocab = model_.config.vocab;
-  args.tokens = staging_.chosen() + first;
-  args.position = step ? staging_.position() + first : nullptr;
-  args.scratch = staging_.argmax_scratch();
-  args.programmatic = model_.device.programmatic();
-  return args;
+LogitRows DecodeSteps::logit_rows(int64_t first, int64_t rows, bool step) const {
+  LogitRows of;
+  of.logits = forward_.logits();
+  of.stride = forward_.logits_stride();
+  of.rows = rows;
+  of.vocab = model_.config.vocab;
+  of.tokens = staging_.chosen() + first;
+  of.position = step ? staging_.position() + first : nullptr;
+  of.programmatic = model_.device.programmatic();
+  return of;
 }
 
 Status DecodeSteps::enqueue_choice(const int32_t* gather, int64_t count, Choice choice) {
@@ -183,13 +169,13 @@ Status DecodeSteps::enqueue_choice(const int32_t* gather, int64_t count, Choice 
     const int64_t rows = std::min<int64_t>(kHeadRows, count - first);
     NIBBLE_TRY(forward_.head(first, rows, stream_));
     NIBBLE_TRY(forward_.mark("head", stream_));
+    const LogitRows of = logit_rows(first, rows, gather == nullptr);
     if (choice == Choice::sample) {
-      NIBBLE_TRY(to_status(launch_sample(sample_args(first, rows), stream_), "sample"));
+      NIBBLE_TRY(to_status(launch_sample({of, staging_.rules() + first}, stream_), "sample"));
       NIBBLE_TRY(forward_.mark("sampling", stream_));
       continue;
     }
-    const ArgmaxArgs args = argmax_args(first, rows, gather == nullptr);
-    NIBBLE_TRY(to_status(launch_argmax(args, stream_), "argmax"));
+    NIBBLE_TRY(to_status(launch_argmax({of, staging_.argmax_scratch()}, stream_), "argmax"));
     NIBBLE_TRY(forward_.mark("argmax", stream_));
   }
   NIBBLE_TRY(fetch_faults(turn_));

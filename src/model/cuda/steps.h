@@ -65,8 +65,8 @@ class DecodeSteps {
   /// The step behind the one that has just been launched: the host's way from one to the next is
   /// then hidden.
   Status go_ahead(std::span<const SequenceItem> items, int64_t rows, Choice choice);
-  SampleArgs sample_args(int64_t first, int64_t rows) const;
-  ArgmaxArgs argmax_args(int64_t first, int64_t rows, bool step) const;
+  /// Logits of rows [first, first + rows). step: their positions move on.
+  LogitRows logit_rows(int64_t first, int64_t rows, bool step) const;
   Status fetch_faults(int turn);
   Status check_faults(std::span<const SequenceItem> items, int turn);
 
