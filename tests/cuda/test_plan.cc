@@ -66,7 +66,7 @@ TEST(CudaPlan, ExpandedWeightsAreWorthItFromFewerRowsOnAndNeedNoWorkspace) {
     EXPECT_TRUE(made.ok()) << made.status().message();
     return made.ok() ? *made : Plan();
   };
-  for (const auto& [mode, first] : {std::pair{Mode::w4a8, 256}, {Mode::w4a8_fp8, 128}}) {
+  for (const auto& [mode, first] : {std::pair{Mode::w4a8, 640}, {Mode::w4a8_fp8, 128}}) {
     SCOPED_TRACE(mode_name(mode));
     EXPECT_EQ(plan(mode, first, true).family, KernelFamily::ss);
     EXPECT_EQ(plan(mode, first - 1, true).family, KernelFamily::rs);
@@ -300,11 +300,22 @@ TEST(CudaPlan, ManyRowsOfFloatsRunWithExpandedWeights) {
   EXPECT_EQ(plan->order, OperandOrder::natural);  // x is read where it is
   EXPECT_TRUE(multiplies_halves(*plan));
   EXPECT_GE(plan->workspace_bytes, size_t{4096} * 4096 * 2);
-  p.m = 2047;
+  p.m = 1535;
   EXPECT_EQ(kernel_for(p, h200()), "w4a16_rs_sm90");
   p.m = 4096;
   p.group_size = 64;
   EXPECT_EQ(kernel_for(p, h200()), "w4a16_rs_sm90");
+}
+
+// One wave that is full by two thirds is not shared out: the sums cost more (docs/notes.md).
+TEST(CudaPlan, ExpandedWeightsInLessThanAWave) {
+  Problem p = problem(512);  // 3 x 32 tiles of 132
+  p.mode = Mode::w4a8_fp8;
+  EXPECT_FALSE(plan_gemm(p, h200())->ss.split_tail);
+  p.n = 2048;  // 3 x 16
+  EXPECT_TRUE(plan_gemm(p, h200())->ss.split_tail);
+  p.n = 6144;  // 3 x 48
+  EXPECT_TRUE(plan_gemm(p, h200())->ss.split_tail);
 }
 
 // Tiles of 192 rows; of e4m3 also 176, where that pads fewer.

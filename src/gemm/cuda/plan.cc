@@ -29,9 +29,9 @@ struct Candidate {
 /// against rs, int8 with scales per (token, group), int4 codes in fp8 against rs in int8, e4m3 in
 /// fp8 against 16 bits, and 16 bits against rs.
 constexpr int64_t kManyRows = 1536, kManyRowsOfGroups = 3072, kManyRowsOfInt4 = 1024,
-                  kManyRowsOfE4m3 = 512, kManyRowsOfHalves = 2048;
-/// The same where they are expanded already: from where a tile of 192 rows is not mostly padding.
-constexpr int64_t kManyRowsOfExpanded = 256, kManyRowsOfExpandedE4m3 = 128;
+                  kManyRowsOfE4m3 = 512, kManyRowsOfHalves = 1536;
+/// The same where they are expanded already. At 512 rows, int8 in tiles of 192 is slower than rs.
+constexpr int64_t kManyRowsOfExpanded = 640, kManyRowsOfExpandedE4m3 = 128;
 
 /// Up to 64 rows, reading the weights takes as long as int8 products do, and packing codes two a
 /// byte is a launch more. Reasoned from the data sheets of 8.0 and 8.9, not measured.
@@ -305,7 +305,7 @@ constexpr std::array<RsTile, 8> kRsTiles = {{{128, 2, 1, 490},
 constexpr std::array<RsTile, 5> kRsTilesOfGroupScales = {
     {{96, 3, 1, 610}, {64, 3, 1, 490}, {64, 2, 1, 385}, {32, 3, 1, 395}, {32, 2, 2, 400}}};
 constexpr std::array<RsTile, 4> kRsTilesOfHalves = {
-    {{128, 2, 1, 775}, {64, 3, 1, 630}, {32, 3, 1, 502}, {32, 2, 2, 505}}};
+    {{128, 2, 1, 775}, {64, 3, 1, 630}, {32, 3, 1, 502}, {32, 2, 2, 550}}};
 constexpr std::array<RsTile, 1> kRsTilesOfShortGroups = {{{64, 2, 1, 385}}};
 
 /// What depends on the configuration of the time a launch takes, in nanoseconds. Steps follow one
@@ -326,13 +326,14 @@ int64_t rs_cost(const RsSchedule& schedule, const RsConfig& config, int step) {
   return tiles * schedule.slices * kSteps * step / workers + sum;
 }
 
-/// Splitting costs a sum over parts; an almost full last wave is not worth it.
+/// Splitting costs a sum over parts; an almost full last wave is not worth it, nor is an only one
+/// that is full by two thirds.
 bool worth_splitting(const RsSchedule& schedule, int multiprocessors) {
-  constexpr double kFullEnough = 0.95;
   const int tiles = schedule.tiles();
   const int resident = std::max(1, multiprocessors / 2);  // clusters of two blocks
   const int waves = (tiles + resident - 1) / resident;
-  return tiles < kFullEnough * waves * resident;
+  const double full_enough = waves == 1 ? 0.67 : 0.95;
+  return tiles < full_enough * waves * resident;
 }
 
 }  // namespace
