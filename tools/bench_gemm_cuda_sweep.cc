@@ -28,7 +28,11 @@ constexpr DeviceBudget kFirstLook = {
 struct SweepPoint {
   cuda::Plan chosen, best;
   double chosen_us = 0, best_us = 0;
-  size_t candidates = 0;
+  struct Timed {
+    std::string plan;
+    double us;
+  };
+  std::vector<Timed> candidates;  // the slow ones by the first look
 
   double ratio() const { return chosen_us / best_us; }
 };
@@ -103,17 +107,21 @@ Status Sweep::measure(const Problem& problem, const ColdWeights& weights,
   }
   if (runs.empty()) return cuda::plan_gemm(problem, device_).status();
   std::vector<bool> in(runs.size(), true);
-  std::vector<double> us = time(runs, in, weights, kFirstLook);
-  const double least = *std::min_element(us.begin(), us.end());
-  for (size_t i = 1; i < runs.size(); ++i) in[i] = us[i] < kWorthRounds * least;
-  us = time(runs, in, weights,
+  const std::vector<double> look = time(runs, in, weights, kFirstLook);
+  const double least = *std::min_element(look.begin(), look.end());
+  for (size_t i = 1; i < runs.size(); ++i) in[i] = look[i] < kWorthRounds * least;
+  const std::vector<double> us = time(runs, in, weights,
             {.seconds = o_.seconds, .least_rounds = 7, .most_rounds = 25, .graph_us = 1500});
   if (interrupted()) return Status(Code::interrupted, "interrupted");
   size_t best = 0;
   for (size_t i = 0; i < runs.size(); ++i) {
     if (in[i] && us[i] < us[best]) best = i;
   }
-  points_.push_back({runs[0]->plan, runs[best]->plan, us[0], us[best], runs.size()});
+  std::vector<SweepPoint::Timed> timed;
+  for (size_t i = 0; i < runs.size(); ++i) {
+    timed.push_back({configuration(runs[i]->plan), in[i] ? us[i] : look[i]});
+  }
+  points_.push_back({runs[0]->plan, runs[best]->plan, us[0], us[best], std::move(timed)});
   return {};
 }
 
@@ -136,12 +144,16 @@ Status Sweep::measure_shape(int64_t n, int64_t k, std::string& mismatch) {
 
 json to_json(const SweepPoint& point) {
   const Problem& p = point.chosen.problem;
+  json candidates = json::array();
+  for (const SweepPoint::Timed& timed : point.candidates) {
+    candidates.push_back({{"plan", timed.plan}, {"us", timed.us}});
+  }
   return {{"mode", mode_name(p.mode)},
           {"m", p.m},
           {"n", p.n},
           {"k", p.k},
           {"group_size", p.group_size},
-          {"candidates", point.candidates},
+          {"candidates", std::move(candidates)},
           {"chosen", configuration(point.chosen)},
           {"chosen_us", point.chosen_us},
           {"best", configuration(point.best)},
@@ -162,7 +174,7 @@ void print_points(const std::vector<SweepPoint>& points, bool csv) {
         {mode_name(p.mode), std::to_string(p.m), std::to_string(p.n), std::to_string(p.k),
          cell(configuration(point.chosen)), fmt::format("{:.2f}", point.chosen_us),
          same ? "the same" : cell(configuration(point.best)), fmt::format("{:.2f}", point.best_us),
-         fmt::format("{:.3f}", point.ratio()), std::to_string(point.candidates)},
+         fmt::format("{:.3f}", point.ratio()), std::to_string(point.candidates.size())},
         csv);
   }
 }

@@ -201,9 +201,19 @@ std::vector<Variant> variants(const Problem& problem) {
         variant.plan.rs.math_groups = tile.math_groups;
         variant.plan.rs.blocks = tile.blocks;
         variant.plan.rs.split_tail = sharing.split;
+        variant.plan.rs.parts = 1;
         variant.plan.rs.multiprocessors = sharing.multiprocessors;
         add(variant,
             fmt::format(" tile {}x{}{}", tile.tokens, 64 * tile.math_groups, sharing.name));
+      }
+      for (int parts = 2; parts <= tile.most_parts && parts <= layout.slices; parts *= 2) {
+        Variant variant = kernel;
+        variant.plan.rs.token_tile = tile.tokens;
+        variant.plan.rs.math_groups = tile.math_groups;
+        variant.plan.rs.blocks = tile.blocks;
+        variant.plan.rs.parts = parts;
+        add(variant,
+            fmt::format(" tile {}x{} {} parts", tile.tokens, 64 * tile.math_groups, parts));
       }
     }
   }
@@ -215,7 +225,7 @@ bool keeps_the_order(const Plan& plan) {
     case KernelFamily::slab:
     case KernelFamily::slab_fused:  // one or two rows: groups of a slice are summed side by side
       return plan.padded_k == kSlabDepth && plan.problem.m > 2;
-    case KernelFamily::rs: return !plan.rs.split_tail;
+    case KernelFamily::rs: return !plan.rs.split_tail && plan.rs.parts == 1;
     case KernelFamily::ss: return !plan.ss.split_tail;
     case KernelFamily::mma:
     case KernelFamily::mma_int4: return true;

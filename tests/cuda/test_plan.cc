@@ -483,6 +483,30 @@ TEST(CudaPlan, RsScheduleCoversEverySliceOnce) {
   }
 }
 
+// The workers of a cluster have consecutive parts of one tile, from k = 0 on.
+TEST(CudaPlan, PartsOfAClusterCoverEverySliceOnce) {
+  for (const int64_t slices : {2, 3, 7, 28}) {
+    for (const int parts : {2, 4, 8}) {
+      if (parts > slices) continue;
+      const RsSchedule s = rs_schedule(5, 9, slices, 66, false, 8, parts);
+      ASSERT_EQ(s.workers, 45 * parts);
+      ASSERT_FALSE(s.shares_widely());
+      std::set<std::tuple<int, int, int>> done;
+      for (int worker = 0; worker < s.workers; ++worker) {
+        ASSERT_EQ(s.items(worker), 1);
+        const RsWork work = s.work(worker, 0), first = s.work(worker / parts * parts, 0);
+        ASSERT_EQ(work.index, first.index);
+        ASSERT_LT(work.slice0, work.slice1);
+        ASSERT_EQ(work.slice0 == 0, worker % parts == 0);
+        for (int slice = work.slice0; slice < work.slice1; ++slice) {
+          ASSERT_TRUE(done.insert({work.weight_tile, work.token_tile, slice}).second);
+        }
+      }
+      ASSERT_EQ(static_cast<int64_t>(done.size()), 45 * slices);
+    }
+  }
+}
+
 TEST(CudaPlan, WorkspaceHoldsEverythingAligned) {
   for (const Granularity granularity :
        {Granularity::tensor, Granularity::token, Granularity::group, Granularity::static_group}) {

@@ -11,14 +11,15 @@ struct Launch {
   int shared_bytes = 0;
   cudaStream_t stream = nullptr;
   bool programmatic = false;  // with programmatic stream serialization
+  int cluster = 0;            // blocks of a cluster; 0: as the kernel was compiled
 };
 
 template <class... Parameters>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), const Launch& how,
                           const Parameters&... arguments) {
   if (how.shared_bytes > 48 * 1024) {  // more has to be asked for
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes);
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};
@@ -26,11 +27,23 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), const Launch& how,
   config.blockDim = dim3(static_cast<unsigned>(how.threads));
   config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
   config.stream = how.stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = how.programmatic ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (how.programmatic) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (how.cluster > 8) {  // more than every GPU has to take
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+  }
+  if (how.cluster > 0) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(how.cluster), 1, 1};
+  }
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 

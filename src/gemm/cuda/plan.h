@@ -35,10 +35,11 @@ void* workspace_scratch(const Plan& plan, void* workspace);
 
 /// A shape of tile of the rs kernel: rows of x, warpgroups of 64 columns each, and how many blocks
 /// of that shape work on a multiprocessor at once. step: what 128 k of a tile take, measured on an
-/// H200 (docs/notes.md), nanoseconds.
+/// H200 (docs/notes.md), nanoseconds. most_parts: of RsConfig::parts.
 struct RsTile {
   int tokens = 0, math_groups = 0, blocks = 1;
   int step = 0;
+  int most_parts = 1;
 };
 /// What the rs kernels take as activations.
 enum class RsActivations { codes, codes_with_group_scales, halves };

@@ -5,6 +5,9 @@
 // The first `whole` tiles are dealt out round robin. The rest are cut into units of one slice of
 // 512 k, and every worker takes the same number of consecutive units (stream-K, Osama et al. 2023).
 // Who sums a tile that several workers share, always in order of k: tile_output.h.
+//
+// Or, parts > 1: every tile is cut into as many parts along k, one a worker, and the workers of a
+// tile are one cluster, which sums its parts in shared memory.
 #pragma once
 
 #include <cstddef>
@@ -46,8 +49,9 @@ struct RsSchedule {
   int weight_tiles = 0, token_tiles = 0, slices = 0;
   int raster = 1;  // token tiles that are walked together before the next weight tile
   int whole = 0;   // tiles that are not split
-  // by workers, slices, units(), tiles of a band of `raster`, raster, and width of the last band
-  Divisor by_workers, by_slices, by_units, by_band, by_raster, by_last_width;
+  int parts = 1;   // of every tile, along k, by the workers of a cluster: then one item a worker
+  // by workers, slices, units(), tiles of a band of `raster`, raster, width of the last band, parts
+  Divisor by_workers, by_slices, by_units, by_band, by_raster, by_last_width, by_parts;
 
   NIBBLE_HOST_DEVICE int tiles() const { return weight_tiles * token_tiles; }
   /// Less than two tiles a worker: times workers, below 2^32 for K up to 2^22 (plans see to it).
@@ -61,13 +65,30 @@ struct RsSchedule {
 
   /// Number of items of `worker`.
   NIBBLE_HOST_DEVICE int items(int worker) const {
+    return parts > 1 ? 1 : items_of_whole_k(worker);
+  }
+  /// Item number `item` < items(worker) of `worker`.
+  NIBBLE_HOST_DEVICE RsWork work(int worker, int item) const {
+    return parts > 1 ? part(worker) : work_of_whole_k(worker, item);
+  }
+
+  /// The only item of a worker, parts > 1.
+  NIBBLE_HOST_DEVICE RsWork part(int worker) const {
+    RsWork out;
+    const int tile = by_parts.quotient(worker), of = worker - tile * parts;
+    place(tile, out);
+    out.slice0 = by_parts.quotient(of * slices);
+    out.slice1 = by_parts.quotient((of + 1) * slices);
+    return out;
+  }
+  /// items() and work() of kernels that know that parts == 1.
+  NIBBLE_HOST_DEVICE int items_of_whole_k(int worker) const {
     const int begin = first_unit(worker), end = first_unit(worker + 1);
     if (begin == end) return whole_of(worker);
     return whole_of(worker) + tile_of(end - 1) - tile_of(begin) + 1;
   }
 
-  /// Item number `item` < items(worker) of `worker`.
-  NIBBLE_HOST_DEVICE RsWork work(int worker, int item) const {
+  NIBBLE_HOST_DEVICE RsWork work_of_whole_k(int worker, int item) const {
     RsWork out;
     const int split = item - whole_of(worker);
     if (split < 0) {
@@ -115,17 +136,23 @@ struct RsSchedule {
 
 /// resident: clusters that run at once; no more workers than that, and none without work.
 /// split_tail = false: no tile is split. raster: token tiles that are walked together.
+/// parts > 1, at most slices: as many parts of every tile, whatever else is asked for.
 inline RsSchedule rs_schedule(int64_t weight_tiles, int64_t token_tiles, int64_t slices,
-                              int resident, bool split_tail, int raster = 8) {
+                              int resident, bool split_tail, int raster = 8, int parts = 1) {
   RsSchedule s;
   const int64_t most = weight_tiles * token_tiles * (split_tail ? slices : 1);
   s.workers = static_cast<int>(most < resident ? most : resident);
+  if (parts > 1) {
+    s.parts = parts;
+    s.by_parts = Divisor(parts);
+    s.workers = static_cast<int>(weight_tiles * token_tiles * parts);
+  }
   s.weight_tiles = static_cast<int>(weight_tiles);
   s.token_tiles = static_cast<int>(token_tiles);
   s.slices = static_cast<int>(slices);
   s.raster = s.token_tiles < raster ? s.token_tiles : raster;
   const int tiles = s.tiles(), waves = tiles / s.workers;
-  if (!split_tail || tiles % s.workers == 0) {
+  if (parts > 1 || !split_tail || tiles % s.workers == 0) {
     s.whole = tiles;
   } else {
     // One full wave joins the rest, so that each worker has between one and two tiles to split.
@@ -149,6 +176,7 @@ struct RsConfig {
   bool split_tail = false;
   int multiprocessors = 132;
   int blocks = 1;             // of a multiprocessor at once
+  int parts = 1;              // of a tile along k, by a cluster: 1, 2, 4 or 8, at most the slices
   bool programmatic = false;  // launched with programmatic stream serialization
 };
 
@@ -156,7 +184,8 @@ inline RsSchedule rs_schedule_of(const PackedLayout& layout, int64_t m, const Rs
   const int columns = 2 * 64 * config.math_groups;  // of a cluster of two blocks
   return rs_schedule((layout.n + columns - 1) / columns,
                      (m + config.token_tile - 1) / config.token_tile, layout.slices,
-                     config.multiprocessors * config.blocks / 2, config.split_tail);
+                     config.multiprocessors * config.blocks / 2, config.split_tail, 8,
+                     config.parts);
 }
 
 /// Of a launch; zeroed once before its first use and left so.

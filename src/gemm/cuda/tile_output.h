@@ -5,6 +5,9 @@
 // registers and adds the others'. More of them, with `spread`: each stores its part, goes on with
 // its work, and at the very end sums every count-th eight tokens of the tile. What is waited for
 // has been stored by whoever does not wait for anybody before that.
+//
+// Workers of one cluster (schedule.parts > 1): all store their parts in their own shared memory,
+// meet, and each sums every parts-th eight tokens out of everybody's.
 #pragma once
 
 #include <cuda.h>
@@ -79,6 +82,30 @@ struct TileOutput {
       ptx::tensor_store(map, column0, token0, stage);
       ptx::bulk_commit();
     }
+  }
+
+  /// The only item of a worker of a cluster, instead of finish(). rows: shared memory of this warp,
+  /// the same address in every block, 4096 bytes for each 64 tokens, `stride` bytes apart. All
+  /// threads of the cluster meet twice, those that do not multiply by ptx::cluster_*() of their
+  /// own: when all parts are stored, and (this only arrives there) when they have been read.
+  __device__ void finish_in_cluster(const RsWork& work, const float (&f)[kSums], int group,
+                                    uint32_t rows, int stride) const {
+    rows += lane * 16;
+#pragma unroll
+    for (int j = 0; j < kEights; ++j) {
+      ptx::store_float4_shared(rows + j / 8 * stride + j % 8 * 512,
+                               make_float4(f[4 * j], f[4 * j + 1], f[4 * j + 2], f[4 * j + 3]));
+    }
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+    if (p.schedule.parts == 2) {
+      sum_in_cluster<2>(work, group, rows, stride);
+    } else if (p.schedule.parts == 4) {
+      sum_in_cluster<4>(work, group, rows, stride);
+    } else {
+      sum_in_cluster<8>(work, group, rows, stride);
+    }
+    ptx::cluster_arrive();
   }
 
   /// After all items: this worker's share of the tiles that more than two have parts of.
@@ -162,6 +189,42 @@ struct TileOutput {
     if ((ptx::thread() & 127) == 0 &&
         atomicAdd(counter, kReader) / kReader == static_cast<uint32_t>(readers - 1)) {
       *counter = 0;
+    }
+  }
+
+  template <int parts>
+  __device__ void sum_in_cluster(const RsWork& work, int group, uint32_t rows, int stride) const {
+    constexpr int kShare = (kEights + parts - 1) / parts, kMost = 16 / parts;
+    constexpr int kAtOnce = kShare < kMost ? kShare : kMost;
+    const int part = worker & (parts - 1);
+    const int64_t column = column_of(work, group);
+#pragma unroll 1
+    for (int first = part; first < kEights; first += parts * kAtOnce) {
+      float4 v[kAtOnce][parts];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int j = first + i * parts;
+        if (j >= kEights) continue;
+#pragma unroll
+        for (int of = 0; of < parts; ++of) {
+          const uint32_t at = rows + (j >> 3) * stride + (j & 7) * 512;
+          v[i][of] = ptx::load_float4_cluster(ptx::cluster_address(at, 2 * of + rank));
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int j = first + i * parts;
+        if (j >= kEights) continue;
+        float4 sum = v[i][0];
+#pragma unroll
+        for (int of = 1; of < parts; ++of) {
+          sum.x += v[i][of].x;
+          sum.y += v[i][of].y;
+          sum.z += v[i][of].z;
+          sum.w += v[i][of].w;
+        }
+        store_eight(sum, work.token_tile * kTokens + 8 * j, column);
+      }
     }
   }
 

@@ -371,6 +371,7 @@ cudaError_t launch(const GemmArgs& args, const RsConfig& config, void* scratch, 
 
 cudaError_t launch_w4a16_rs_sm90(const GemmArgs& args, const RsConfig& config, void* scratch,
                                  void* reordered, cudaStream_t stream) {
+  if (config.parts != 1) return cudaErrorInvalidValue;
   const void* x = args.x_is_reordered ? args.x : reordered;
   if (!args.x_is_reordered) {
     const cudaError_t error = launch_reorder(args, reordered, stream);

@@ -38,6 +38,7 @@ struct RsParams {
   bool bf16_scales;
   const float* t;  // (m, t_stride), of groups of group_size; null: a scale per token
   int t_stride, group_size;
+  int pair_mask;  // 2 * parts - 2
   TileOutputParams end;
 };
 
@@ -63,6 +64,9 @@ struct Shape {
   // Codes of the next block are expanded while products read those of this one; where registers do
   // not hold both, when the products are done.
   static constexpr int kCodeSets = kMathGroups == 4 ? 1 : 2;
+  // Parts of a tile may be summed in a cluster; elsewhere it would take registers from the loop.
+  static constexpr bool kInCluster =
+      kPromoted == 128 && kTokens != 96 && kMathGroups != 4 && !(kGroupScales && kResident == 2);
   // The first slice comes block by block. Of 32 rows it gains nothing; with short groups or a scale
   // per (token, group) it is not tried yet.
   static constexpr bool kFirstByBlocks = kTokens > 32 && kPromoted == 128 && !kGroupScales;
@@ -151,22 +155,33 @@ struct Kernel {
     ptx::fence_mbarrier_init();
   }
 
+  __device__ bool in_cluster() const { return S::kInCluster && p.pair_mask != 0; }
+  __device__ int items() const {
+    return in_cluster() ? 1 : p.end.schedule.items_of_whole_k(cluster);
+  }
+  __device__ RsWork work_of(int item) const {
+    return in_cluster() ? p.end.schedule.part(cluster)
+                        : p.end.schedule.work_of_whole_k(cluster, item);
+  }
+  /// Rank in the cluster of the first of the two blocks that share activations.
+  __device__ int first_of_pair() const { return S::kInCluster ? 2 * cluster & p.pair_mask : 0; }
+
   /// One thread: this block's half of every activation block, for both blocks of the cluster.
   __device__ void copy_activations(const CUtensorMap* map) const {
     ptx::grid_wait();
     int stage = 0;
     uint32_t phase = 1;  // the first pass through the ring does not wait
-    const int items = p.end.schedule.items(cluster);
+    const int count = items();
 #pragma unroll 1
-    for (int item = 0; item < items; ++item) {
-      const RsWork work = p.end.schedule.work(cluster, item);
+    for (int item = 0; item < count; ++item) {
+      const RsWork work = work_of(item);
       const int row = work.token_tile * kTokens + rank * (kTokens / 2);
 #pragma unroll 1
       for (int block = work.slice0 * S::kBlocks; block < work.slice1 * S::kBlocks; ++block) {
         ptx::mbarrier_wait(act_empty(stage), phase);
         ptx::mbarrier_expect(act_full(stage), S::kActBytes);
         ptx::tensor_load_multicast(base + stage * S::kActBytes + rank * (S::kActBytes / 2), map,
-                                   block * kBlockDepth, row, act_full(stage), 3);
+                                   block * kBlockDepth, row, act_full(stage), 3 << first_of_pair());
         if (++stage == S::kActs) stage = 0, phase ^= 1;
       }
     }
@@ -176,10 +191,10 @@ struct Kernel {
   __device__ void copy_weights() const {
     int stage = 0;
     uint32_t phase = 1;
-    const int items = p.end.schedule.items(cluster);
+    const int count = items();
 #pragma unroll 1
-    for (int item = 0; item < items; ++item) {
-      const RsWork work = p.end.schedule.work(cluster, item);
+    for (int item = 0; item < count; ++item) {
+      const RsWork work = work_of(item);
       const int64_t wanted =
           int64_t{work.weight_tile} * (2 * kMathWarps) + rank * kMathWarps + lane;
       const int64_t tile = wanted < p.tiles ? wanted : p.tiles - 1;
@@ -226,10 +241,10 @@ struct Kernel {
   __device__ void copy_scales() const {
     ptx::grid_wait();
     uint32_t done = 0;
-    const int items = p.end.schedule.items(cluster);
+    const int count = items();
 #pragma unroll 1
-    for (int item = 0; item < items; ++item) {
-      const RsWork work = p.end.schedule.work(cluster, item);
+    for (int item = 0; item < count; ++item) {
+      const RsWork work = work_of(item);
       const int64_t token = int64_t{work.token_tile} * kTokens;
       const auto left = static_cast<int>(p.end.m - token);
       const float* tile = p.t + token * p.t_stride;
@@ -333,8 +348,8 @@ struct Kernel {
   }
 
   __device__ void multiply(const CUtensorMap* out_map) const {
-    const int items = p.end.schedule.items(cluster);
-    if (items == 0) return ptx::cluster_arrive();
+    const int count = items();
+    if (count == 0) return ptx::cluster_arrive();
     const uint32_t tokens = wgmma_operand(base);
     int c[S::kSums];
     float f[S::kSums];
@@ -349,13 +364,13 @@ struct Kernel {
     expand(a[0], scales, slab + lane * 16, 0);
     ptx::grid_wait();
 #pragma unroll 1
-    for (int item = 0; item < items; ++item) {
-      const RsWork work = p.end.schedule.work(cluster, item);
+    for (int item = 0; item < count; ++item) {
+      const RsWork work = work_of(item);
 #pragma unroll
       for (int i = 0; i < S::kSums; ++i) f[i] = 0.0f;
 #pragma unroll 1
       for (int left = work.slice1 - work.slice0; left > 0; --left) {
-        const bool more = left > 1 || item + 1 < items;
+        const bool more = left > 1 || item + 1 < count;
         SliceScales next;
         const int acts = done % S::kActSlices * S::kBlocks;
         if constexpr (S::kGroupScales) {
@@ -409,12 +424,17 @@ struct Kernel {
         ++done;
         scales = next;
       }
-      if (item + 1 == items) ptx::cluster_arrive();  // the other block's barriers are done with
+      if (in_cluster()) {
+        const int warp = ptx::thread() >> 5;
+        const typename S::Output output{p.end, cluster, rank, ptx::lane()};
+        return output.finish_in_cluster(work_of(0), f, warp >> 2,
+                                        base + S::kWeights + warp * S::kSlabBytes, S::kSliceBytes);
+      }
+      if (item + 1 == count) ptx::cluster_arrive();  // the other block's barriers are done with
       // all of it made anew: nothing of it takes registers while products run
       const typename S::Output output{p.end, cluster, rank, ptx::lane()};
       const int of = ptx::thread() >> 7;
-      output.finish(p.end.schedule.work(cluster, ptx::opaque(item)), f, out_map, of,
-                    base + S::kOut + of * S::kStageOut);
+      output.finish(work_of(ptx::opaque(item)), f, out_map, of, base + S::kOut + of * S::kStageOut);
     }
     typename S::Output{p.end, cluster, rank, lane}.finish_spread(ptx::thread() >> 7);
     if ((threadIdx.x & 127) == 0) ptx::bulk_wait_all();
@@ -422,7 +442,8 @@ struct Kernel {
 
   /// This warp's products have read block u of the activations.
   __device__ void release_block(int u) const {
-    ptx::mbarrier_arrive_cluster_if(lane < 2, ptx::cluster_address(act_empty(u), lane & 1));
+    ptx::mbarrier_arrive_cluster_if(
+        lane < 2, ptx::cluster_address(act_empty(u), first_of_pair() + (lane & 1)));
   }
 
   /// This warp has read its slab of slice `done`; on to the next in the ring.
@@ -435,7 +456,7 @@ struct Kernel {
 };
 
 template <class S>
-__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(S::kThreads, S::kResident)
+__global__ void __launch_bounds__(S::kThreads, S::kResident)
     w4a8_rs_sm90(const __grid_constant__ CUtensorMap act_map,
                  const __grid_constant__ CUtensorMap out_map, const __grid_constant__ RsParams p) {
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -465,6 +486,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(S::kThreads, S::kRes
       if (warp == S::kMathWarps + 2) kernel.copy_scales();
     }
     ptx::cluster_arrive();
+    if (kernel.in_cluster()) {  // these only come along: finish_in_cluster()
+      ptx::cluster_wait();
+      ptx::cluster_arrive();
+    }
   } else {
     ptx::register_increase<S::kMathRegisters>();
     kernel.multiply(&out_map);
@@ -485,6 +510,7 @@ cudaError_t launch(const GemmArgs& args, const RsConfig& config, void* scratch,
   p.t = args.group_scales ? args.scales : nullptr;
   p.t_stride = static_cast<int>(args.layout.k / args.layout.group_size);
   p.group_size = static_cast<int>(args.layout.group_size);
+  p.pair_mask = 2 * config.parts - 2;
   p.end.t = args.group_scales ? nullptr : args.scales;
   p.end.m = args.m;
   p.end.n = args.layout.n;
@@ -505,13 +531,18 @@ cudaError_t launch(const GemmArgs& args, const RsConfig& config, void* scratch,
                             S::kTokens);
     if (error != cudaSuccess) return error;
   }
+  const bool in_cluster =
+      S::kInCluster && (config.parts == 2 || config.parts == 4 || config.parts == 8);
+  if (config.parts != 1 && !in_cluster) return cudaErrorInvalidValue;
+  if (config.parts > args.layout.slices) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<unsigned>(p.end.schedule.workers * 2));
   return launch_kernel(w4a8_rs_sm90<S>,
                        {.grid = grid,
                         .threads = S::kThreads,
                         .shared_bytes = S::kShared,
                         .stream = stream,
-                        .programmatic = config.programmatic},
+                        .programmatic = config.programmatic,
+                        .cluster = 2 * config.parts},
                        act_map, out_map, p);
 }
 
@@ -538,7 +569,7 @@ cudaError_t launch_w4a8_rs_sm90(const GemmArgs& args, const RsConfig& config, vo
                                 cudaStream_t stream) {
   return launch_one<Shape<128, 2, 128, false>, Shape<96, 3, 128, false>, Shape<64, 4, 128, false>,
                     Shape<64, 3, 128, false>, Shape<64, 2, 128, false>, Shape<64, 1, 128, false>,
-                    Shape<32, 3, 128, false>, Shape<32, 2, 128, false, 2>, Shape<96, 3, 128, true>,
+                    Shape<32, 3, 128, false>, Shape<32, 2, 128, false, 2>, Shape<32, 1, 128, false, 2>, Shape<32, 2, 128, false>, Shape<96, 3, 128, true>,
                     Shape<64, 3, 128, true>, Shape<64, 2, 128, true>, Shape<32, 3, 128, true>,
                     Shape<32, 2, 128, true, 2>, Shape<64, 2, 64, false>, Shape<64, 2, 32, false>>(
       args, config, scratch, stream);
