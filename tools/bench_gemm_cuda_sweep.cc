@@ -110,8 +110,9 @@ Status Sweep::measure(const Problem& problem, const ColdWeights& weights,
   const std::vector<double> look = time(runs, in, weights, kFirstLook);
   const double least = *std::min_element(look.begin(), look.end());
   for (size_t i = 1; i < runs.size(); ++i) in[i] = look[i] < kWorthRounds * least;
-  const std::vector<double> us = time(runs, in, weights,
-            {.seconds = o_.seconds, .least_rounds = 7, .most_rounds = 25, .graph_us = 1500});
+  const std::vector<double> us =
+      time(runs, in, weights,
+           {.seconds = o_.seconds, .least_rounds = 7, .most_rounds = 25, .graph_us = 1500});
   if (interrupted()) return Status(Code::interrupted, "interrupted");
   size_t best = 0;
   for (size_t i = 0; i < runs.size(); ++i) {

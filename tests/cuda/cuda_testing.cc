@@ -206,14 +206,12 @@ std::vector<Variant> variants(const Problem& problem) {
         add(variant,
             fmt::format(" tile {}x{}{}", tile.tokens, 64 * tile.math_groups, sharing.name));
       }
-      for (int parts = 2; parts <= tile.most_parts && parts <= layout.slices; parts *= 2) {
+      for (const RsConfig& config : rs_configs(layout, tile, kernel.plan.rs.multiprocessors)) {
+        if (config.parts == 1) continue;
         Variant variant = kernel;
-        variant.plan.rs.token_tile = tile.tokens;
-        variant.plan.rs.math_groups = tile.math_groups;
-        variant.plan.rs.blocks = tile.blocks;
-        variant.plan.rs.parts = parts;
+        variant.plan.rs = config;
         add(variant,
-            fmt::format(" tile {}x{} {} parts", tile.tokens, 64 * tile.math_groups, parts));
+            fmt::format(" tile {}x{} {} parts", tile.tokens, 64 * tile.math_groups, config.parts));
       }
     }
   }

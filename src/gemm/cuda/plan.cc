@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <optional>
 #include <string_view>
 
 #include "gemm/cuda/int4_operand.h"
@@ -295,35 +296,50 @@ std::string family_text(const Plan& plan) {
 
 // What w4a8_rs_sm90 and w4a16_rs_sm90 are compiled for. Steps: with all multiprocessors at work,
 // fitted together with the constants of rs_cost() to the times of docs/notes.md.
-// Parts of a cluster are not chosen yet: what their sum costs has not been measured.
 // One warpgroup of 64 rows takes 240; 300 because it begins later than two blocks of 32 rows.
-constexpr std::array<RsTile, 10> kRsTiles = {{{128, 2, 1, 490, 4},
+constexpr std::array<RsTile, 8> kRsTiles = {{{128, 2, 1, 490, 2},
                                              {96, 3, 1, 610},
                                              {64, 4, 1, 610},
-                                             {64, 3, 1, 490, 8},
-                                             {64, 2, 1, 385, 8},
-                                             {64, 1, 1, 300, 8},
-                                             {32, 3, 1, 395, 8},
-                                             {32, 2, 2, 400, 8},
-                                             {32, 1, 2, 300, 8},
-                                             {32, 2, 1, 320, 8}}};
+                                             {64, 3, 1, 490, 4},
+                                             {64, 2, 1, 385, 4},
+                                             {64, 1, 1, 300, 4},
+                                             {32, 3, 1, 395, 4},
+                                             {32, 2, 2, 400, 4}}};
 constexpr std::array<RsTile, 5> kRsTilesOfGroupScales = {
-    {{96, 3, 1, 610}, {64, 3, 1, 490, 8}, {64, 2, 1, 385, 8}, {32, 3, 1, 395, 8}, {32, 2, 2, 400}}};
+    {{96, 3, 1, 610}, {64, 3, 1, 490, 4}, {64, 2, 1, 385, 4}, {32, 3, 1, 395, 4}, {32, 2, 2, 400}}};
 constexpr std::array<RsTile, 4> kRsTilesOfHalves = {
     {{128, 2, 1, 775}, {64, 3, 1, 630}, {32, 3, 1, 502}, {32, 2, 2, 550}}};
 constexpr std::array<RsTile, 1> kRsTilesOfShortGroups = {{{64, 2, 1, 385}}};
+
+/// What the parts of a cluster take, all of them at work at once; none if they do not fit, since
+/// not all multiprocessors lie so that a cluster has room. Fitted to the times of docs/notes.md.
+std::optional<int64_t> cost_of_parts(const RsSchedule& schedule, const RsConfig& config, int step) {
+  constexpr int64_t kSum = 1400, kSumOfPart = 300, kSumOfToken = 15, kAlone = 500, kBeside = 3300;
+  const int clusters = config.multiprocessors * config.blocks * 9 / 10 / (2 * config.parts);
+  if (schedule.tiles() > clusters) return std::nullopt;
+  const int64_t slices = (schedule.slices + config.parts - 1) / config.parts;
+  const int64_t blocks = int64_t{schedule.tiles()} * 2 * config.parts;
+  const int64_t beside = std::max<int64_t>(0, blocks - config.multiprocessors);
+  return slices * (kSlabDepth / kBlockDepth) * step + kSum + config.parts * kSumOfPart +
+         config.token_tile * kSumOfToken + (config.blocks == 1 ? kAlone : 0) +
+         beside * kBeside / config.multiprocessors;
+}
 
 /// What depends on the configuration of the time a launch takes, in nanoseconds. Steps follow one
 /// another, so whole tiles cost what the worker with most of them does; shared ones cost the mean
 /// (fits better than the longest worker's, because sums wait for less than that), and a sum: more
 /// of it where more than two share, whose parts all go through L2.
-int64_t rs_cost(const RsSchedule& schedule, const RsConfig& config, int step) {
+std::optional<int64_t> rs_cost(const RsSchedule& schedule, const RsConfig& config, int step) {
   constexpr int64_t kSum = 4000, kWideSum = 2500, kBytesOfNanosecond = 6667;
   constexpr int64_t kSteps = kSlabDepth / kBlockDepth;
+  if (config.parts > 1) return cost_of_parts(schedule, config, step);
   const int64_t tiles = schedule.tiles(), workers = schedule.workers;
   if (schedule.whole == tiles) {
     return (tiles + workers - 1) / workers * schedule.slices * kSteps * step;
   }
+  // Parts of the largest tiles take longer to sum than sharing them widely saves.
+  const bool large = config.token_tile == 128 || config.math_groups == 4;
+  if (large && schedule.shares_widely()) return std::nullopt;
   const int64_t parts = workers * 2 * config.token_tile * 64 * config.math_groups;
   const int64_t sum = kSum + (schedule.shares_widely()
                                   ? kWideSum + parts * int64_t{sizeof(float)} / kBytesOfNanosecond
@@ -367,26 +383,37 @@ std::span<const RsTile> rs_tiles(const PackedLayout& layout, RsActivations activ
   return kRsTiles;
 }
 
+std::vector<RsConfig> rs_configs(const PackedLayout& layout, const RsTile& tile,
+                                 int multiprocessors) {
+  RsConfig config;
+  config.token_tile = tile.tokens;
+  config.math_groups = tile.math_groups;
+  config.blocks = tile.blocks;
+  config.multiprocessors = multiprocessors;
+  config.programmatic = true;
+  std::vector<RsConfig> all;
+  for (const bool split : {false, true}) {
+    config.split_tail = split;
+    all.push_back(config);
+  }
+  config.split_tail = false;
+  for (int parts = 2; parts <= tile.most_parts && parts <= layout.slices; ++parts) {
+    config.parts = parts;
+    all.push_back(config);
+  }
+  return all;
+}
+
 RsConfig rs_config(const PackedLayout& layout, int64_t m, RsActivations activations,
                    int multiprocessors) {
   RsConfig best;
   int64_t least = std::numeric_limits<int64_t>::max();
   for (const RsTile& tile : rs_tiles(layout, activations)) {
-    for (const bool split : {false, true}) {
-      RsConfig config;
-      config.token_tile = tile.tokens;
-      config.math_groups = tile.math_groups;
-      config.blocks = tile.blocks;
-      config.split_tail = split;
-      config.multiprocessors = multiprocessors;
-      config.programmatic = true;
-      // Parts of the largest tiles take longer to sum than sharing them widely saves.
-      const RsSchedule schedule = rs_schedule_of(layout, m, config);
-      const bool large = tile.tokens == 128 || tile.math_groups == 4;
-      if (large && schedule.shares_widely()) continue;
-      const int64_t cost = rs_cost(schedule, config, tile.step);
-      if (cost >= least) continue;
-      least = cost;
+    for (const RsConfig& config : rs_configs(layout, tile, multiprocessors)) {
+      const std::optional<int64_t> cost =
+          rs_cost(rs_schedule_of(layout, m, config), config, tile.step);
+      if (!cost || *cost >= least) continue;
+      least = *cost;
       best = config;
     }
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <span>
+#include <vector>
 
 #include "gemm/cuda/gemm_cuda.h"
 
@@ -47,6 +48,11 @@ RsActivations rs_activations(const Problem& problem);
 
 /// Tiles that there is a kernel for; empty if none is for such groups.
 std::span<const RsTile> rs_tiles(const PackedLayout& layout, RsActivations activations);
+
+/// Every way to multiply by a tile: whole tiles, the last ones shared, or as many parts of each as
+/// the kernel and K allow.
+std::vector<RsConfig> rs_configs(const PackedLayout& layout, const RsTile& tile,
+                                 int multiprocessors);
 
 /// The configuration of the rs kernel for m rows; rs_tiles() is not empty.
 RsConfig rs_config(const PackedLayout& layout, int64_t m, RsActivations activations,

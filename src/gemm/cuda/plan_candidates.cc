@@ -42,21 +42,9 @@ class Candidates {
 /// rs: each shape of tile, whole, with the last ones shared, or cut into parts of a cluster.
 void Candidates::add_tiles(const Plan& plan) {
   for (const RsTile& tile : rs_tiles(layout(plan), rs_activations(plan.problem))) {
-    for (const bool split : {false, true}) {
+    for (const RsConfig& config : rs_configs(layout(plan), tile, device_.multiprocessors)) {
       Plan other = plan;
-      other.rs.token_tile = tile.tokens;
-      other.rs.math_groups = tile.math_groups;
-      other.rs.blocks = tile.blocks;
-      other.rs.split_tail = split;
-      add(other);
-    }
-    for (int parts = 2; parts <= tile.most_parts && parts <= layout(plan).slices; parts *= 2) {
-      Plan other = plan;
-      other.rs.token_tile = tile.tokens;
-      other.rs.math_groups = tile.math_groups;
-      other.rs.blocks = tile.blocks;
-      other.rs.split_tail = false;
-      other.rs.parts = parts;
+      other.rs = config;
       add(other);
     }
   }

@@ -176,7 +176,7 @@ struct RsConfig {
   bool split_tail = false;
   int multiprocessors = 132;
   int blocks = 1;             // of a multiprocessor at once
-  int parts = 1;              // of a tile along k, by a cluster: 1, 2, 4 or 8, at most the slices
+  int parts = 1;              // of a tile along k, by a cluster: 1 to 4, at most the slices
   bool programmatic = false;  // launched with programmatic stream serialization
 };
 

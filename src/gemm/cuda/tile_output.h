@@ -40,6 +40,10 @@ struct TileOutput {
 
   const TileOutputParams& p;
   int worker, rank, lane;
+  /// Shared memory: p.t of the tile's tokens, kTokens floats, in time before the barriers of
+  /// finish() and finish_in_cluster(). 0: p.t is read at the end, which takes most of a
+  /// microsecond.
+  uint32_t scales = 0;
 
   /// stage: kStageBytes of shared memory of this warpgroup, 1024-aligned.
   __device__ void finish(const RsWork& work, float (&f)[kSums], const CUtensorMap* map, int group,
@@ -66,9 +70,9 @@ struct TileOutput {
       uint32_t r[4];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int64_t token = token0 + 8 * (j + h) + (lane & 3) * 2;
         const int i = 4 * (j + h);
-        const float t0 = scale_of(token), t1 = scale_of(token + 1);
+        const float2 t = scales_of_pair(token0, 8 * (j + h) + (lane & 3) * 2);
+        const float t0 = t.x, t1 = t.y;
         r[2 * h] = rounded(scaled(f[i], t0, bias0), scaled(f[i + 1], t1, bias0));
         r[2 * h + 1] = rounded(scaled(f[i + 2], t0, bias8), scaled(f[i + 3], t1, bias8));
       }
@@ -98,12 +102,10 @@ struct TileOutput {
     }
     ptx::cluster_arrive();
     ptx::cluster_wait();
-    if (p.schedule.parts == 2) {
-      sum_in_cluster<2>(work, group, rows, stride);
-    } else if (p.schedule.parts == 4) {
-      sum_in_cluster<4>(work, group, rows, stride);
-    } else {
-      sum_in_cluster<8>(work, group, rows, stride);
+    switch (p.schedule.parts) {
+      case 2: sum_in_cluster<2>(work, group, rows, stride); break;
+      case 3: sum_in_cluster<3>(work, group, rows, stride); break;
+      default: sum_in_cluster<4>(work, group, rows, stride);
     }
     ptx::cluster_arrive();
   }
@@ -183,7 +185,8 @@ struct TileOutput {
 #pragma unroll 1
     for (int j = worker - sharers.first; j < kEights; j += sharers.count) {
       const float4 sum = sum_of_eight(sharers, group, j);
-      store_eight(sum, work.token_tile * kTokens + 8 * j, column);
+      const int64_t token0 = work.token_tile * kTokens + 8 * j, token = token0 + (lane & 3) * 2;
+      store_eight(sum, token0, column, make_float2(scale_of(token), scale_of(token + 1)));
     }
     // The last to have seen all parts leaves the counter as it was, for the next launch.
     if ((ptx::thread() & 127) == 0 &&
@@ -194,12 +197,10 @@ struct TileOutput {
 
   template <int parts>
   __device__ void sum_in_cluster(const RsWork& work, int group, uint32_t rows, int stride) const {
-    constexpr int kShare = (kEights + parts - 1) / parts, kMost = 16 / parts;
-    constexpr int kAtOnce = kShare < kMost ? kShare : kMost;
-    const int part = worker & (parts - 1);
+    constexpr int kShare = (kEights + parts - 1) / parts, kAtOnce = kShare < 4 ? kShare : 4;
     const int64_t column = column_of(work, group);
 #pragma unroll 1
-    for (int first = part; first < kEights; first += parts * kAtOnce) {
+    for (int first = worker % parts; first < kEights; first += parts * kAtOnce) {
       float4 v[kAtOnce][parts];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
@@ -223,7 +224,8 @@ struct TileOutput {
           sum.z += v[i][of].z;
           sum.w += v[i][of].w;
         }
-        store_eight(sum, work.token_tile * kTokens + 8 * j, column);
+        const int token0 = work.token_tile * kTokens;
+        store_eight(sum, token0 + 8 * j, column, scales_of_pair(token0, 8 * j + (lane & 3) * 2));
       }
     }
   }
@@ -252,12 +254,10 @@ struct TileOutput {
     return sum;
   }
 
-  /// sum: f[0..3] of 8 tokens, of which the first is token0.
-  __device__ void store_eight(float4 sum, int64_t token0, int64_t column) const {
+  /// sum: f[0..3] of 8 tokens, of which the first is token0; t: scales of this thread's two.
+  __device__ void store_eight(float4 sum, int64_t token0, int64_t column, float2 t) const {
     const float f[4] = {sum.x, sum.y, sum.z, sum.w};
     if (p.out.type == Element::f32) return store_floats(f, token0, column);
-    const int64_t token = token0 + (lane & 3) * 2;
-    const float t0 = scale_of(token), t1 = scale_of(token + 1);
     const int64_t to_token = token0 + (lane >> 2);
     auto* row = static_cast<uint16_t*>(p.out.y) + to_token * p.out.stride;
 #pragma unroll
@@ -265,7 +265,7 @@ struct TileOutput {
       const int64_t n = column + 8 * h, to = n - (lane >> 2) + (lane & 3) * 2;
       const float bias = bias_of(n);
       const uint32_t pair =
-          ptx::transposed(rounded(scaled(f[2 * h], t0, bias), scaled(f[2 * h + 1], t1, bias)));
+          ptx::transposed(rounded(scaled(f[2 * h], t.x, bias), scaled(f[2 * h + 1], t.y, bias)));
       if (to_token < p.m && to < p.n) *reinterpret_cast<uint32_t*>(row + to) = pair;
     }
   }
@@ -279,6 +279,11 @@ struct TileOutput {
   __device__ float scale_of(int64_t token) const {
     // not __ldg: the kernel in front may have written it
     return p.t == nullptr || token >= p.m ? 1.0f : ptx::load_float(p.t + token);
+  }
+  /// Of tokens token0 + offset and the one behind it, offset even.
+  __device__ float2 scales_of_pair(int64_t token0, int offset) const {
+    if (scales != 0) return ptx::load_float2_shared(scales + 4 * offset);
+    return make_float2(scale_of(token0 + offset), scale_of(token0 + offset + 1));
   }
   __device__ float bias_of(int64_t column) const {
     return p.out.bias != nullptr && column < p.n ? __ldg(p.out.bias + column) : 0.0f;

@@ -38,7 +38,6 @@ struct RsParams {
   bool bf16_scales;
   const float* t;  // (m, t_stride), of groups of group_size; null: a scale per token
   int t_stride, group_size;
-  int pair_mask;  // 2 * parts - 2
   TileOutputParams end;
 };
 
@@ -67,6 +66,9 @@ struct Shape {
   // Parts of a tile may be summed in a cluster; elsewhere it would take registers from the loop.
   static constexpr bool kInCluster =
       kPromoted == 128 && kTokens != 96 && kMathGroups != 4 && !(kGroupScales && kResident == 2);
+  // A token's scale is asked for before the products; elsewhere it would spill.
+  static constexpr bool kScalesEarly =
+      kPromoted == 128 && kTokens != 96 && kMathGroups != 4 && !kGroupScales;
   // The first slice comes block by block. Of 32 rows it gains nothing; with short groups or a scale
   // per (token, group) it is not tried yet.
   static constexpr bool kFirstByBlocks = kTokens > 32 && kPromoted == 128 && !kGroupScales;
@@ -91,9 +93,10 @@ struct Shape {
   static constexpr int kOut = kActs * kActBytes;
   static constexpr int kScales = kOut + kMathGroups * kStageOut;
   static constexpr int kWeights = kScales + kScaleSlices * kBlocks * kScaleBytes;
-  static constexpr int kRoom = kSharedBytes - 512 - kWeights;
+  static constexpr int kRoom = kSharedBytes - 512 - kMathGroups * kTokens * 4 - kWeights;
   static constexpr int kSlices = kRoom / kSliceBytes < 3 ? kRoom / kSliceBytes : 3;
-  static constexpr int kBarriers = (kWeights + kSlices * kSliceBytes + 15) / 16 * 16;
+  static constexpr int kTokenScales = (kWeights + kSlices * kSliceBytes + 15) / 16 * 16;
+  static constexpr int kBarriers = kTokenScales + kMathGroups * kTokens * 4;
   static constexpr int kFirstBarriers = kFirstByBlocks ? kBlocks : 0;
   static constexpr int kShared =
       kBarriers + 8 * (2 * (kActs + kSlices + kScaleSlices) + kFirstBarriers);
@@ -124,6 +127,7 @@ struct Kernel {
   const RsParams& p;
   uint32_t base;
   int rank, cluster, lane;
+  int first_of_pair;  // of the two blocks that share activations, its rank in the cluster
 
   __device__ uint32_t act_full(int i) const { return base + S::kBarriers + 8 * i; }
   __device__ uint32_t act_empty(int i) const { return act_full(S::kActs + i); }
@@ -155,7 +159,7 @@ struct Kernel {
     ptx::fence_mbarrier_init();
   }
 
-  __device__ bool in_cluster() const { return S::kInCluster && p.pair_mask != 0; }
+  __device__ bool in_cluster() const { return S::kInCluster && p.end.schedule.parts > 1; }
   __device__ int items() const {
     return in_cluster() ? 1 : p.end.schedule.items_of_whole_k(cluster);
   }
@@ -163,9 +167,6 @@ struct Kernel {
     return in_cluster() ? p.end.schedule.part(cluster)
                         : p.end.schedule.work_of_whole_k(cluster, item);
   }
-  /// Rank in the cluster of the first of the two blocks that share activations.
-  __device__ int first_of_pair() const { return S::kInCluster ? 2 * cluster & p.pair_mask : 0; }
-
   /// One thread: this block's half of every activation block, for both blocks of the cluster.
   __device__ void copy_activations(const CUtensorMap* map) const {
     ptx::grid_wait();
@@ -181,7 +182,7 @@ struct Kernel {
         ptx::mbarrier_wait(act_empty(stage), phase);
         ptx::mbarrier_expect(act_full(stage), S::kActBytes);
         ptx::tensor_load_multicast(base + stage * S::kActBytes + rank * (S::kActBytes / 2), map,
-                                   block * kBlockDepth, row, act_full(stage), 3 << first_of_pair());
+                                   block * kBlockDepth, row, act_full(stage), 3 << first_of_pair);
         if (++stage == S::kActs) stage = 0, phase ^= 1;
       }
     }
@@ -368,6 +369,7 @@ struct Kernel {
       const RsWork work = work_of(item);
 #pragma unroll
       for (int i = 0; i < S::kSums; ++i) f[i] = 0.0f;
+      const float t = S::kScalesEarly ? scale_for_later(work) : 1.0f;
 #pragma unroll 1
       for (int left = work.slice1 - work.slice0; left > 0; --left) {
         const bool more = left > 1 || item + 1 < count;
@@ -424,26 +426,39 @@ struct Kernel {
         ++done;
         scales = next;
       }
+      const int of = ptx::thread() >> 7;
+      const uint32_t token_scales = S::kScalesEarly ? base + S::kTokenScales + of * kTokens * 4 : 0;
+      if (S::kScalesEarly && (ptx::thread() & 127) < kTokens) {
+        ptx::store_float_shared(token_scales + (ptx::thread() & 127) * 4, t);
+      }
       if (in_cluster()) {
         const int warp = ptx::thread() >> 5;
-        const typename S::Output output{p.end, cluster, rank, ptx::lane()};
+        const typename S::Output output{p.end, cluster, rank, ptx::lane(), token_scales};
         return output.finish_in_cluster(work_of(0), f, warp >> 2,
                                         base + S::kWeights + warp * S::kSlabBytes, S::kSliceBytes);
       }
       if (item + 1 == count) ptx::cluster_arrive();  // the other block's barriers are done with
       // all of it made anew: nothing of it takes registers while products run
-      const typename S::Output output{p.end, cluster, rank, ptx::lane()};
-      const int of = ptx::thread() >> 7;
+      const typename S::Output output{p.end, cluster, rank, ptx::lane(), token_scales};
       output.finish(work_of(ptx::opaque(item)), f, out_map, of, base + S::kOut + of * S::kStageOut);
     }
     typename S::Output{p.end, cluster, rank, lane}.finish_spread(ptx::thread() >> 7);
     if ((threadIdx.x & 127) == 0) ptx::bulk_wait_all();
   }
 
+  /// p.end.t of one of the tile's tokens a thread, asked for before the products.
+  __device__ float scale_for_later(const RsWork& work) const {
+    const int token = ptx::thread() & 127;
+    const int64_t row = int64_t{work.token_tile} * kTokens + token;
+    return p.end.t == nullptr || token >= kTokens || row >= p.end.m
+               ? 1.0f
+               : ptx::load_float(p.end.t + row);
+  }
+
   /// This warp's products have read block u of the activations.
   __device__ void release_block(int u) const {
-    ptx::mbarrier_arrive_cluster_if(
-        lane < 2, ptx::cluster_address(act_empty(u), first_of_pair() + (lane & 1)));
+    ptx::mbarrier_arrive_cluster_if(lane < 2,
+                                    ptx::cluster_address(act_empty(u), first_of_pair + (lane & 1)));
   }
 
   /// This warp has read its slab of slice `done`; on to the next in the ring.
@@ -465,8 +480,13 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
     ptx::tensor_prefetch(&act_map);
     ptx::tensor_prefetch(&out_map);
   }
-  const Kernel<S> kernel{p, ptx::shared_address(shared), static_cast<int>(blockIdx.x & 1),
-                         static_cast<int>(blockIdx.x >> 1), static_cast<int>(threadIdx.x & 31)};
+  const Kernel<S> kernel{
+      p,
+      ptx::shared_address(shared),
+      static_cast<int>(blockIdx.x & 1),
+      static_cast<int>(blockIdx.x >> 1),
+      static_cast<int>(threadIdx.x & 31),
+      S::kInCluster ? static_cast<int>(blockIdx.x) % (2 * p.end.schedule.parts) & ~1 : 0};
   // Weights are copied at once: to this block alone, and no kernel in front has written them.
   const bool copies_weights = warp == S::kMathWarps + 1;
   if (copies_weights && kernel.lane == 0) kernel.init_barriers();
@@ -478,7 +498,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
     ptx::register_decrease<S::kProducerRegisters>();
     if (warp == S::kMathWarps && kernel.lane == 0) kernel.copy_activations(&act_map);
     if (copies_weights) {
-      if (kernel.lane < S::kMathWarps) kernel.copy_weights();
+      if (kernel.lane < kMathWarps) kernel.copy_weights();
       __syncwarp();
       ptx::cluster_wait();
     }
@@ -510,7 +530,6 @@ cudaError_t launch(const GemmArgs& args, const RsConfig& config, void* scratch,
   p.t = args.group_scales ? args.scales : nullptr;
   p.t_stride = static_cast<int>(args.layout.k / args.layout.group_size);
   p.group_size = static_cast<int>(args.layout.group_size);
-  p.pair_mask = 2 * config.parts - 2;
   p.end.t = args.group_scales ? nullptr : args.scales;
   p.end.m = args.m;
   p.end.n = args.layout.n;
@@ -531,8 +550,7 @@ cudaError_t launch(const GemmArgs& args, const RsConfig& config, void* scratch,
                             S::kTokens);
     if (error != cudaSuccess) return error;
   }
-  const bool in_cluster =
-      S::kInCluster && (config.parts == 2 || config.parts == 4 || config.parts == 8);
+  const bool in_cluster = S::kInCluster && config.parts >= 2 && config.parts <= 4;
   if (config.parts != 1 && !in_cluster) return cudaErrorInvalidValue;
   if (config.parts > args.layout.slices) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<unsigned>(p.end.schedule.workers * 2));
@@ -569,7 +587,7 @@ cudaError_t launch_w4a8_rs_sm90(const GemmArgs& args, const RsConfig& config, vo
                                 cudaStream_t stream) {
   return launch_one<Shape<128, 2, 128, false>, Shape<96, 3, 128, false>, Shape<64, 4, 128, false>,
                     Shape<64, 3, 128, false>, Shape<64, 2, 128, false>, Shape<64, 1, 128, false>,
-                    Shape<32, 3, 128, false>, Shape<32, 2, 128, false, 2>, Shape<32, 1, 128, false, 2>, Shape<32, 2, 128, false>, Shape<96, 3, 128, true>,
+                    Shape<32, 3, 128, false>, Shape<32, 2, 128, false, 2>, Shape<96, 3, 128, true>,
                     Shape<64, 3, 128, true>, Shape<64, 2, 128, true>, Shape<32, 3, 128, true>,
                     Shape<32, 2, 128, true, 2>, Shape<64, 2, 64, false>, Shape<64, 2, 32, false>>(
       args, config, scratch, stream);
