@@ -2,6 +2,8 @@
 // bits. Those are held against the oracle by test_cuda_fused_quantize.cc and test_cuda_gemm.cc.
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <bit>
 #include <cmath>
 #include <optional>
 #include <utility>
@@ -164,6 +166,42 @@ TEST(CudaFusedProduct, FloatRowsGiveTheBitsOfTwoLaunches) {
   EXPECT_GE(count, 11 * 12);
 }
 
+/// RowRanges of `count` parts of each row, and zeros up to a multiple of 4.
+std::vector<uint32_t> ranges_of(const std::vector<float>& x, int64_t m, int64_t count) {
+  const int64_t k = static_cast<int64_t>(x.size()) / m, padded = (count + 3) / 4 * 4;
+  std::vector<uint32_t> largest(static_cast<size_t>(m * padded));
+  for (int64_t i = 0; i < m * k; ++i) {
+    uint32_t& part = largest[static_cast<size_t>(i / k * padded + i % k % count)];
+    part = std::max(part, std::bit_cast<uint32_t>(std::fabs(x[static_cast<size_t>(i)])));
+  }
+  return largest;
+}
+
+TEST(CudaFusedProduct, RowsOfKnownRangesGiveTheBitsOfTwoLaunches) {
+  NIBBLE_NEEDS_GPU();
+  std::mt19937 random(26);
+  int streamed = 0;
+  for_all_cases(Fusion::rows, random, [&](const Case& c, const SlabConfig& how) {
+    const Problem& p = c.plan.problem;
+    for (const int count : {3, 132, kMostRowRanges}) {
+      std::vector<float> values = random_floats(p.m * p.k, random);
+      if (count == 3) values.back() = NAN;
+      const Buffer x(values);
+      const std::vector<uint32_t> largest = ranges_of(values, p.m, count);
+      const Buffer parts(largest);
+      const RowRanges ranges{parts.as<uint32_t>(), static_cast<int>(largest.size() / p.m)};
+      QuantizeArgs args = quantize_args(c.plan, c.input(x.as<>()), c.operand());
+      args.type = Element::f32;
+      NIBBLE_CHECK_CUDA(launch_quantize(args, nullptr));
+      c.multiply_apart();
+      NIBBLE_CHECK_CUDA(launch_w4a8_slab_rows_sm90(args, c.product(), how, nullptr, ranges));
+      c.expect_same();
+    }
+    streamed += how.form == SlabForm::streamed;
+  });
+  EXPECT_GE(streamed, 2 * 3 * 12);
+}
+
 /// Input of a norm, twice: launch_norm_quantize() writes where it reads.
 struct NormInput {
   std::vector<float> hidden;
@@ -264,6 +302,9 @@ TEST(CudaFusedProduct, AGateGivesTheCodesOfThreeLaunches) {
     args.gated = gated.as<float>();
     args.gated_stride = width;
     args.function = function;
+    const int parts = gated_ranges(c.product().layout, how);
+    const Buffer ranges(static_cast<size_t>(p.m * parts * 4));
+    args.ranges = {ranges.as<uint32_t>(), parts};
     NIBBLE_CHECK_CUDA(launch_w4a8_slab_norm_sm90(args, how, nullptr));
     QuantizeArgs floats = to;
     floats.x = gated.as<>();
@@ -276,6 +317,14 @@ TEST(CudaFusedProduct, AGateGivesTheCodesOfThreeLaunches) {
     ASSERT_EQ(codes.download<int8_t>(), codes_of_fused.download<int8_t>());
     ASSERT_EQ(scales.download<float>(), scales_of_fused.download<float>());
     ASSERT_TRUE(gated.guard_is_intact());
+    ASSERT_TRUE(ranges.guard_is_intact());
+    const std::vector<float> values = gated.download<float>();
+    const std::vector<uint32_t> largest = ranges.download<uint32_t>();
+    const std::vector<uint32_t> expected = ranges_of(values, p.m, 1);
+    for (int64_t m = 0; m < p.m; ++m) {
+      ASSERT_EQ(*std::max_element(largest.begin() + m * parts, largest.begin() + (m + 1) * parts),
+                expected[static_cast<size_t>(4 * m)]);
+    }
     x.expect_sums(true);
   };
   const int count =

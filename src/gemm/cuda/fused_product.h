@@ -12,6 +12,19 @@
 
 namespace nibble::cuda {
 
+/// Largest |x| of parts of each row, any parts: bits of floats, a NaN above infinity. (m, count),
+/// count a multiple of 4, at a multiple of 16 bytes.
+struct RowRanges {
+  uint32_t* largest = nullptr;
+  int count = 0;
+};
+inline constexpr int kMostRowRanges = 512;
+/// How many the product with a gate makes of a row.
+constexpr int gated_ranges(const PackedLayout& layout, const SlabConfig& config) {
+  const int64_t blocks = config.blocks < layout.tiles ? config.blocks : layout.tiles;
+  return static_cast<int>((blocks * (config.tile_warps / 2) + 3) / 4 * 4);
+}
+
 /// w4a8_slab_norm_sm90.cu: launch_norm_quantize() and the product, form `registers`. norm.hidden is
 /// left as it is, because every block reads it: hidden + d goes to `sum`.
 struct NormProductArgs {
@@ -24,13 +37,16 @@ struct NormProductArgs {
   float* gated = nullptr;
   int64_t gated_stride = 0;
   GateFunction function = GateFunction::silu;
+  RowRanges ranges;  // written: of gated, count as gated_ranges() has it; or empty
 };
 cudaError_t launch_w4a8_slab_norm_sm90(const NormProductArgs& args, const SlabConfig& config,
                                        cudaStream_t stream);
 
 /// w4a8_slab_rows_sm90.cu: launch_quantize() of x and the product. x of any type, rows 16-byte
-/// aligned, k a multiple of 8.
+/// aligned, k a multiple of 8. With `ranges` of float x, at most kMostRowRanges, blocks of the form
+/// `streamed` need not look for them; others have no use for them.
 cudaError_t launch_w4a8_slab_rows_sm90(const QuantizeArgs& x, const GemmArgs& product,
-                                       const SlabConfig& config, cudaStream_t stream);
+                                       const SlabConfig& config, cudaStream_t stream,
+                                       const RowRanges& ranges = {});
 
 }  // namespace nibble::cuda

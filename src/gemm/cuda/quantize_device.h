@@ -213,15 +213,18 @@ struct Encoding {
   bool clamps = true;  // false: no x is so large that it has to be clamped before it is rounded
 };
 
+/// largest: bits of the largest |x|.
+__device__ __forceinline__ Encoding symmetric_encoding(uint32_t largest, const QuantizeArgs& a) {
+  const float limit = static_cast<float>(a.limit);
+  const float amax = __fmul_rn(__uint_as_float(largest), a.clip);
+  if (amax < kSmallestRange) return {};
+  // Unclipped: |x * inverse| is at most limit * (1 + 2^-22), which is rounded to limit.
+  return {__fdiv_rn(amax, limit), __fdiv_rn(limit, amax), -limit, limit, a.clip != 1.0f};
+}
+
 __device__ __forceinline__ Encoding dynamic_encoding(const Range& range, const QuantizeArgs& a) {
+  if (a.symmetric) return symmetric_encoding(range.amax, a);
   Encoding e;
-  if (a.symmetric) {
-    const float limit = static_cast<float>(a.limit);
-    const float amax = __fmul_rn(__uint_as_float(range.amax), a.clip);
-    if (amax < kSmallestRange) return e;
-    // Unclipped: |x * inverse| is at most limit * (1 + 2^-22), which is rounded to limit.
-    return {__fdiv_rn(amax, limit), __fdiv_rn(limit, amax), -limit, limit, a.clip != 1.0f};
-  }
   const float low = __fmul_rn(-__uint_as_float(range.low), a.clip);
   const float high = __fmul_rn(__uint_as_float(range.high), a.clip);
   const float scale = __fsub_rn(__fdiv_rn(high, 15.0f), __fdiv_rn(low, 15.0f));

@@ -40,9 +40,11 @@ struct Params {
 /// The same for blocks that make the activations themselves (slab_made.h).
 struct MadeParams : Params {
   SlabRows rows;
-  int early_warps = 0;     // those that ask for a slab before the kernel in front is complete
-  int up_tiles = 0;        // gated: how far a tile of up is behind that of its gate
-  bool gelu_tanh = false;  // gated: the function, else silu
+  int early_warps = 0;          // those that ask for a slab before the kernel in front is complete
+  int up_tiles = 0;             // gated: how far a tile of up is behind that of its gate
+  bool gelu_tanh = false;       // gated: the function, else silu
+  uint32_t* largest = nullptr;  // gated: RowRanges, or null
+  int largest_count = 0;
 };
 
 /// A kernel's compile-time choices.

@@ -29,6 +29,36 @@ __device__ __forceinline__ Range range_of_row(Range mine, uint32_t shared, int r
   return all;
 }
 
+/// choose_encoding() of what made_of() lets through.
+__device__ __forceinline__ Encoding made_encoding(uint32_t largest, const QuantizeArgs& a,
+                                                  int64_t index) {
+  if (largest >= kInfinityBits) {
+    Encoding e;
+    e.scale = __uint_as_float(0x7fc00000u);
+    return e;
+  }
+  if (a.scaling == Scaling::token || a.scaling == Scaling::group) {
+    return symmetric_encoding(largest, a);
+  }
+  const float limit = static_cast<float>(a.limit), scale = a.static_scales[index];
+  return {scale, __fdiv_rn(1.0f, scale), -limit, limit};
+}
+
+/// The same of a chunk whose group's scale is its own; stores that scale.
+template <class S>
+__device__ __forceinline__ Encoding group_encoding(const MadeParams& p, const QuantizeArgs& to,
+                                                   const Chunk& x, int row, int chunk,
+                                                   uint32_t shared) {
+  constexpr int kWidth = S::kPromoted / kChunk;  // lanes of a group
+  const int group = chunk / kWidth;
+  const Range range = lanes_range(widen({}, x, true), kWidth, true);
+  const Encoding e = made_encoding(range.amax, to, min(group, p.groups - 1));
+  if (chunk % kWidth == 0 && group < p.groups) {
+    ptx::store_float_shared(shared + p.rows.scales + (row * p.groups + group) * 4, e.scale);
+  }
+  return e;
+}
+
 /// A row's codes and scales to shared memory; read after a barrier.
 template <class S, int kChunks>
 __device__ __forceinline__ void quantize_row(const MadeParams& p, const QuantizeArgs& to,
@@ -40,21 +70,13 @@ __device__ __forceinline__ void quantize_row(const MadeParams& p, const Quantize
     Range range;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) range = widen(range, x[i], true);
-    e = choose_encoding(range_of_row(range, shared, row), to, 0);
+    e = made_encoding(range_of_row(range, shared, row).amax, to, 0);
     if (threadIdx.x == 0) ptx::store_float_shared(shared + kTokenScales + 4 * row, e.scale);
   }
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
     const int chunk = i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-    if constexpr (S::kGroupScales) {
-      constexpr int kWidth = S::kPromoted / kChunk;  // lanes of a group
-      const int group = chunk / kWidth;
-      const Range range = lanes_range(widen({}, x[i], true), kWidth, true);
-      e = choose_encoding(range, to, min(group, p.groups - 1));
-      if (chunk % kWidth == 0 && group < p.groups) {
-        ptx::store_float_shared(shared + p.rows.scales + (row * p.groups + group) * 4, e.scale);
-      }
-    }
+    if constexpr (S::kGroupScales) e = group_encoding<S>(p, to, x[i], row, chunk, shared);
     if (chunk < chunks) ptx::store8_shared(codes + chunk * kChunk, encode(x[i], e));
   }
 }
@@ -77,13 +99,10 @@ __device__ __forceinline__ void make_rows(const Source& source,
   __syncthreads();
 }
 
-/// What both forms do with the rows that lie in shared memory.
-template <class S, class Source>
-struct MadeSlice {
-  using Parameters = typename Source::Parameters;
+/// What all do with the rows that lie in shared memory.
+template <class S>
+struct MadeRows {
   static constexpr bool kMade = true;
-  Source source;
-  typename Source::Fetched fetched[kSlabFusedTokens];
   HeldSlice<S> held;
   SliceScales<S> scales;
 
@@ -105,9 +124,22 @@ struct MadeSlice {
                                            bool bf16_scales, Accumulator<S>& acc) const {
     acc.add(at, slab, table, bf16_scales, held);
   }
+  /// rows: where the codes begin
+  __device__ __forceinline__ void take(const MadeParams& p, const Place& at, uint32_t rows,
+                                       uint32_t table, int slice) {
+    hold(p, at, rows - p.shared.activations, slice);
+    put(at, table);
+  }
+};
+
+template <class S, class Source>
+struct MadeSlice : MadeRows<S> {
+  using Parameters = typename Source::Parameters;
+  Source source;
+  typename Source::Fetched fetched[kSlabFusedTokens];
 
   __device__ __forceinline__ void prepare(const Parameters& p) { source.prepare(p); }
-  __device__ __forceinline__ void fetch(const Parameters& p) {
+  __device__ __forceinline__ void fetch(const Parameters& p, const Place&) {
 #pragma unroll
     for (int row = 0; row < kSlabFusedTokens; ++row) {
       fetched[row] = source.fetch(p, row, row < p.m);
@@ -117,20 +149,15 @@ struct MadeSlice {
   // form `registers`
   __device__ __forceinline__ void load(const Parameters& p, const Place& at, uint8_t* memory) {
     make_rows<S>(source, fetched, p, memory);
-    hold(p, at, ptx::shared_address(memory), min(at.k_warp, p.slices - 1));
+    this->hold(p, at, ptx::shared_address(memory), min(at.k_warp, p.slices - 1));
   }
   __device__ __forceinline__ void store(const Place& at, uint32_t, uint32_t table) {
-    put(at, table);
+    this->put(at, table);
   }
 
-  // form `streamed`: rows is where the codes begin
-  __device__ __forceinline__ void make(const Parameters& p, uint8_t* memory) {
+  // form `streamed`
+  __device__ __forceinline__ void make(const Parameters& p, const Place&, uint8_t* memory) {
     make_rows<S>(source, fetched, p, memory);
-  }
-  __device__ __forceinline__ void take(const Parameters& p, const Place& at, uint32_t rows,
-                                       uint32_t table, int slice) {
-    hold(p, at, rows - p.shared.activations, slice);
-    put(at, table);
   }
 };
 

@@ -95,7 +95,7 @@ __device__ __forceinline__ float through_16_bits(Element type, float x) {
 template <class S, class Wait>
 __device__ __forceinline__ void reduce_gated(const MadeParams& p, uint32_t shared,
                                              uint32_t partials, int first_tile, int tiles,
-                                             Wait&& ready) {
+                                             uint32_t& largest, Wait&& ready) {
   ready();
   const int outputs = tiles / 2 * kSlabColumns * S::kColumns, width = p.n / 2;
 #pragma unroll 1
@@ -116,8 +116,26 @@ __device__ __forceinline__ void reduce_gated(const MadeParams& p, uint32_t share
     }
     const float gate = p.gelu_tanh ? gated<GateFunction::gelu_tanh>(value[0])
                                    : gated<GateFunction::silu>(value[0]);
-    static_cast<float*>(p.out.y)[token * p.out.stride + n] = gate * value[1];
+    const float y = gate * value[1];
+    static_cast<float*>(p.out.y)[token * p.out.stride + n] = y;
+    largest = max(largest, __float_as_uint(fabsf(y)));
   }
+}
+
+/// After the last step: the block's part of RowRanges. A warp has reduced one pair of tiles of each
+/// step, 16 columns of a token in each of its halves.
+__device__ __forceinline__ void store_largest(const MadeParams& p, const Place& at,
+                                              uint32_t largest) {
+  static_assert(kSlabFusedTokens * kSlabColumns == 32);
+  const int pairs = 1 << p.tile_warps_log2 >> 1, token = at.lane / kSlabColumns;
+  if (p.largest == nullptr || at.warp >= pairs) return;
+  largest = lanes_max(largest, kSlabColumns);
+  uint32_t* to = p.largest + token * p.largest_count;
+  if (token >= p.m) return;
+  if (at.lane % kSlabColumns == 0) to[static_cast<int>(blockIdx.x) * pairs + at.warp] = largest;
+  if (blockIdx.x + 1 < gridDim.x || at.warp != 0) return;
+  const int rest = static_cast<int>(gridDim.x) * pairs + at.lane % kSlabColumns;
+  if (rest < p.largest_count) to[rest] = 0;  // fewer than four
 }
 
 /// End of a step of all warps, each with a tile of its own: adds the partials of the step before,
@@ -126,14 +144,14 @@ __device__ __forceinline__ void reduce_gated(const MadeParams& p, uint32_t share
 template <class S, class Parameters>
 __device__ __forceinline__ bool finish_step(const Parameters& p, const Place& at,
                                             const Tiles& tiles, uint32_t shared, int step,
-                                            Accumulator<S>& acc) {
+                                            Accumulator<S>& acc, uint32_t& largest) {
   const uint32_t partials = shared + p.shared.partials, barrier = shared + kStepBarrier;
   if (step > 0) {
     const int before = step - 1, first = before << p.tile_warps_log2;
     if constexpr (S::kGated) {
       reduce_gated<S>(p, shared, partials + (before & 1) * p.shared.partials_bytes,
                       tiles.first + first, min(1 << p.tile_warps_log2, tiles.count - first),
-                      [&] { ptx::mbarrier_wait(barrier, before & 1); });
+                      largest, [&] { ptx::mbarrier_wait(barrier, before & 1); });
     } else {
       reduce<S>(p, shared, partials + (before & 1) * p.shared.partials_bytes, tiles.first + first,
                 min(1 << p.tile_warps_log2, tiles.count - first),

@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(32 * S::kRegistersWarps, 1)
   Ring ring(p, shared, at.warp);
 
   Activations activations;
-  [[maybe_unused]] int requested = 0;  // slabs, by the leader, of a block that makes its rows
+  [[maybe_unused]] uint32_t largest = 0;  // gated: of what this thread has stored
+  [[maybe_unused]] int requested = 0;     // slabs, by the leader, of a block that makes its rows
   [[maybe_unused]] const auto request = [&](int stages) {
 #pragma unroll 1
     for (; requested < stages && has_slab(requested); ++requested, next += step_bytes) {
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(32 * S::kRegistersWarps, 1)
   __syncthreads();
   if constexpr (Activations::kMade) {
     ptx::grid_wait();
-    activations.fetch(p);
+    activations.fetch(p, at);
     if (at.leader) request(p.stages);
     activations.load(p, at, memory);
   } else if (!p.activations_first) {
@@ -96,8 +97,9 @@ __global__ void __launch_bounds__(32 * S::kRegistersWarps, 1)
       }
       ring.advance();
     }
-    if (!finish_step<S>(p, at, tiles, shared, step, acc)) break;
+    if (!finish_step<S>(p, at, tiles, shared, step, acc, largest)) break;
   }
+  if constexpr (S::kGated) store_largest(p, at, largest);
 }
 
 }  // namespace nibble::cuda::slab

@@ -51,9 +51,9 @@ __global__ void __launch_bounds__(32 * S::kStreamedWarps, 1)
     if (at.leader) queue.request_part(0, before);
     ptx::grid_launch_dependents();
     ptx::grid_wait();
-    activations.fetch(p);
+    activations.fetch(p, at);
     if (at.leader) queue.request_part(before, p.stages);
-    activations.make(p, memory);
+    activations.make(p, at, memory);
   } else {
     // Behind the slabs, they would wait until those have drained from the queue.
     if (p.activations_first) activations.request(p, at, rows, rows_barrier, at.k_warp);

@@ -138,6 +138,8 @@ cudaError_t launch_w4a8_slab_norm_sm90(const NormProductArgs& args, const SlabCo
   const bool gated = args.gated != nullptr;
   if (!slab::made_of(args.to, product, config) || !slab::norm_is_valid(args) ||
       config.form != SlabForm::registers ||
+      (args.ranges.largest != nullptr &&
+       args.ranges.count != gated_ranges(product.layout, config)) ||
       (gated && (product.layout.n % (2 * kSlabColumns) != 0 || config.tile_warps < 2 ||
                  product.out.type == Element::f32))) {
     return cudaErrorInvalidValue;
@@ -156,6 +158,8 @@ cudaError_t launch_w4a8_slab_norm_sm90(const NormProductArgs& args, const SlabCo
       params.up_tiles = static_cast<int>(pairs);
       params.gelu_tanh = args.function == GateFunction::gelu_tanh;
       params.out.y = args.gated;
+      params.largest = args.ranges.largest;
+      params.largest_count = args.ranges.count;
       params.out.stride = args.gated_stride;
     }
     return slab::launch_blocks(kernel.function, product, config, params.shared.total, stream,

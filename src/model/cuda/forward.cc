@@ -97,6 +97,7 @@ Status Forward::allocate() {
   const auto few = static_cast<size_t>(std::min<int64_t>(rows_, kSlabFusedTokens));
   NIBBLE_TRY(residuals_[1].allocate(few * static_cast<size_t>(c.hidden) * sizeof(float), device));
   NIBBLE_TRY(gated_.allocate(few * static_cast<size_t>(c.intermediate) * sizeof(float), device));
+  NIBBLE_TRY(gated_ranges_.allocate(few * kMostRowRanges * sizeof(uint32_t), device));
   NIBBLE_TRY(qkv_.allocate(bytes(q + 2 * kv, 2), device));
   NIBBLE_TRY(q_.allocate(bytes(q, 2), device));
   // Rows that are left out of attention keep what is there.
@@ -347,6 +348,14 @@ std::optional<SlabConfig> Forward::fused_slot(int64_t layer, Slot slot, Fusion f
   return fused_config(**found, fusion, model_.device);
 }
 
+/// Of what Fusion::norm_and_gate with that configuration gives.
+RowRanges Forward::ranges_of_gate(const Plan& plan, const SlabConfig& config) const {
+  const Problem& p = plan.problem;
+  const int count = gated_ranges(packed_layout(p.n, p.k, p.group_size), config);
+  if (count > kMostRowRanges) return {};
+  return {gated_ranges_.as<uint32_t>(), count};
+}
+
 /// y: of Fusion::norm_and_gate (rows, n / 2) float.
 Status Forward::run_fused(int64_t layer, Slot slot, const Source& source, Fusion fusion,
                           const Plan& plan, const SlabConfig& config, void* y,
@@ -365,8 +374,8 @@ Status Forward::run_fused(int64_t layer, Slot slot, const Source& source, Fusion
   if (fusion == Fusion::rows) {
     if (source.floats) to.type = Element::f32;
     note("w4a8_slab_rows_sm90", mode_name(spec.mode));
-    NIBBLE_TRY(
-        to_status(launch_w4a8_slab_rows_sm90(to, product, config, stream), "w4a8_slab_rows_sm90"));
+    NIBBLE_TRY(to_status(launch_w4a8_slab_rows_sm90(to, product, config, stream, source.ranges),
+                         "w4a8_slab_rows_sm90"));
     return mark(fused_name(slot, fusion), stream);
   }
   NormProductArgs args;
@@ -381,6 +390,7 @@ Status Forward::run_fused(int64_t layer, Slot slot, const Source& source, Fusion
     args.gated = static_cast<float*>(y);
     args.gated_stride = linear.n / 2;
     args.function = gate_args(plan.problem.m).function;
+    args.ranges = ranges_of_gate(plan, config);
   }
   note("w4a8_slab_norm_sm90", mode_name(spec.mode));
   NIBBLE_TRY(to_status(launch_w4a8_slab_norm_sm90(args, config, stream), "w4a8_slab_norm_sm90"));
@@ -547,6 +557,7 @@ Status Forward::layers(const PassInputs& inputs, int64_t rows, cudaStream_t stre
                            gated_.as<>(), stream));
       gated.x = gated_.as<>();
       gated.floats = true;
+      gated.ranges = ranges_of_gate(*gate_plan, *fused);
     } else {
       NIBBLE_TRY(run_slot(i, Slot::gate_up, norm, rows, gate_up_.as<>(), stream));
       gated.kind = Source::Kind::gate;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "gemm/cuda/cublas.h"
+#include "gemm/cuda/fused_product.h"
 #include "gemm/cuda/fused_quantize.h"
 #include "gemm/cuda/head_product.h"
 #include "model/config.h"
@@ -110,6 +111,7 @@ class Forward {
     const void* x = nullptr;  // rows that are there
     int64_t width = 0;
     bool floats = false;  // those rows; else of the model's type
+    RowRanges ranges;     // of float rows, if known
 
     const char* operation() const { return kind == Kind::norm ? "norm" : "gate"; }
     const char* quantizing() const {
@@ -126,6 +128,7 @@ class Forward {
                   cudaStream_t stream);
   std::optional<SlabConfig> fused_slot(int64_t layer, Slot slot, Fusion fusion, int64_t rows,
                                        const Plan** plan);
+  RowRanges ranges_of_gate(const Plan& plan, const SlabConfig& config) const;
   Status run_fused(int64_t layer, Slot slot, const Source& source, Fusion fusion, const Plan& plan,
                    const SlabConfig& config, void* y, cudaStream_t stream);
   NormArgs norm_args(const Source& source, int64_t rows) const;
@@ -153,7 +156,7 @@ class Forward {
   // The residual stream; a product that norms for itself reads one and writes the other.
   DeviceBuffer residuals_[2];
   int residual_ = 0;  // after what has been enqueued
-  DeviceBuffer gated_;
+  DeviceBuffer gated_, gated_ranges_;
   DeviceBuffer qkv_, q_, attention_, delta_, gate_up_, rows16_, workspace_;
   DeviceBuffer states_, high_, low_, logits_, decode_scratch_, faults_;
   std::map<std::string, std::string> kernels_;

@@ -245,7 +245,7 @@ void multiply_gated(const NormProductArgs& a, const std::vector<float>& x) {
 }  // namespace
 
 cudaError_t launch_w4a8_slab_rows_sm90(const QuantizeArgs& x, const GemmArgs& args,
-                                       const SlabConfig&, cudaStream_t stream) {
+                                       const SlabConfig&, cudaStream_t stream, const RowRanges&) {
   host::enqueue(stream, [=] { multiply_made(args, x, loaded_rows(x)); });
   return cudaSuccess;
 }
