@@ -1,6 +1,5 @@
 // silu_quantize.cu's rows of one scale, each by a cluster of blocks: a chunk a thread, the row's
 // range put together in shared memory of all of them, by one barrier of the cluster.
-#include <cstdlib>
 #include "gemm/cuda/gate_cluster.h"
 #include "gemm/cuda/gate_source.h"
 #include "gemm/cuda/ptx_cluster.h"
@@ -98,9 +97,7 @@ int gate_cluster_blocks(const GateQuantizeArgs& args) {
   if (!args.clusters || !one_scale) return 1;
   const int64_t chunks = a.padded_k / kChunk;
   int blocks = 1;
-  static const char* tmp = getenv("NIBBLE_T_GATE");  // TEMPORARY
-  const int most = tmp != nullptr ? atoi(tmp) : kMostClusterBlocks;
-  while (blocks < most && 2 * blocks * a.m <= kFewParts &&
+  while (blocks < kMostClusterBlocks && 2 * blocks * a.m <= kFewParts &&
          chunks >= int64_t{2} * blocks * kLeastBlockChunks) {
     blocks *= 2;
   }

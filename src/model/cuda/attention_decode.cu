@@ -1,14 +1,16 @@
 // Attention of one query row a sequence: bound by reading the cache. An item is 256 positions of
 // one KV head; each warp of a block takes whole pages of it, all query heads of the KV head at
 // once, and begins to load its next page, of this item or the next, as soon as one has been read.
-// The warps' results are added in order in shared memory, those of a row's splits by the block that
-// finishes last, also in order: one launch, and the same bits in any batch. That last step is for a
-// warp of its own: a block that is late once would else be last, and merge, every time.
+// Few items have a warp for each page, many have one for all of theirs, so that four blocks share a
+// multiprocessor and none of its warps waits for another. Either way every page of an item has a
+// result of its own (head_dim above 128: every other one). They are added in order in shared
+// memory, those of a row's splits by the block that finishes last, also in order: one launch, and
+// the same bits in any batch. That last step is for a warp of its own: a block that is late once
+// would else be last, and merge, every time.
 //
 // Products: S^T (positions, heads) = K Q^T and O^T (channels, heads) += V^T P^T, m16n8k16: query
 // heads are the narrow side.
 #include <algorithm>
-#include <cstdlib>
 
 #include "gemm/cuda/launch.h"
 #include "gemm/cuda/quantize_device.h"
@@ -201,7 +203,8 @@ struct Warp {
 constexpr int kWarpsDone = 1, kReadyToMerge = 2, kStored = 3;  // barriers
 
 template <Element type, int kDim, int warps, bool with_rope>
-__global__ void __launch_bounds__(DecodeShape<kDim, warps>::kAllThreads, DecodeShape<kDim, warps>::kBlocks)
+__global__ void __launch_bounds__(DecodeShape<kDim, warps>::kAllThreads,
+                                  DecodeShape<kDim, warps>::kBlocks)
     attention_decode(const __grid_constant__ DecodeArgs a) {
   using S = DecodeShape<kDim, warps>;
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -366,14 +369,8 @@ cudaError_t launch(const DecodeArgs& a, cudaStream_t stream) {
   const int64_t groups = a.attention.heads / a.attention.kv.kv_heads;
   const int64_t least = a.rows * a.attention.kv.kv_heads * decode_parts(groups);
   const int64_t items = least * splits;
-  static const char* tmp = getenv("NIBBLE_T_WARPS");  // TEMPORARY
   if constexpr (kDecodeResults<kDim> == kSplitPages) {
-    int want = least > a.multiprocessors ? 1 : 4;
-    if (tmp != nullptr) want = least > a.multiprocessors || atoi(tmp) < 0 ? abs(atoi(tmp)) : 4;
-    if (want == 1) return launch<type, kDim, 1>(a, items, stream);
-    if constexpr (kDim == 128 && type == Element::bf16) {
-      if (want == 2) return launch<type, kDim, 2>(a, items, stream);
-    }
+    if (least > a.multiprocessors) return launch<type, kDim, 1>(a, items, stream);
   }
   return launch<type, kDim, kDecodeResults<kDim>>(a, items, stream);
 }

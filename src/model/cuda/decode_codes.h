@@ -8,8 +8,8 @@
 
 namespace nibble::cuda {
 
-/// Stores codes and scale of a head, by a whole warp. v[i] of a lane is channel 4 lane + i (kRun 4),
-/// or 2 lane + i and, from i = 2 on, 64 further (kRun 2).
+/// Stores codes and scale of a head, by a whole warp. v[i] of a lane is channel 4 lane + i (kRun
+/// 4), or 2 lane + i and, from i = 2 on, 64 further (kRun 2).
 template <int kRun>
 __device__ __forceinline__ void store_head_codes(const DecodeArgs& a, int row, int head,
                                                  const float (&v)[4], int lane) {

@@ -63,8 +63,8 @@ __device__ __forceinline__ void store_result(const AttentionArgs& a, int row, in
 /// Adds the results of a block for an item: to out, or to scratch if there are other splits.
 template <int kDim, int warps>
 __device__ __forceinline__ void add_results(const DecodeArgs& a, const DecodeItem& item,
-                                          const float* results, const float2* states,
-                                          const DecodeScratch& scratch) {
+                                            const float* results, const float2* states,
+                                            const DecodeScratch& scratch) {
   using S = DecodeShape<kDim, warps>;
   const int groups = static_cast<int>(a.attention.heads / a.attention.kv.kv_heads);
   const int first_head = item.kv_head * groups + item.part * kDecodeHeads;

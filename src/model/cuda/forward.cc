@@ -4,7 +4,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "gemm/cuda/fused_product.h"
 #include "gemm/cuda/fused_quantize.h"
@@ -462,8 +461,6 @@ AttentionArgs Forward::attention_args(int64_t layer) const {
 
 std::optional<QuantizeArgs> Forward::attention_codes(int64_t layer, const PassInputs& inputs,
                                                      int64_t rows) {
-  static const char* tmp = getenv("NIBBLE_T_CODES");  // TEMPORARY
-  if (tmp != nullptr && atoi(tmp) == 0) return std::nullopt;
   const DeviceGroup& group =
       model_.layers[static_cast<size_t>(layer)].groups[static_cast<int>(Slot::o)];
   const LinearSpec& spec = plan_.at(layer, Slot::o);
@@ -505,10 +502,7 @@ Status Forward::attend(int64_t layer, const PassInputs& inputs, int64_t rows,
   rope.eps = static_cast<float>(c.norm_eps);
   rope.faults = faults();
   rope.programmatic = model_.device.programmatic();
-  static const char* tmp = getenv("NIBBLE_T_ROPE");  // TEMPORARY
-  const bool all = tmp == nullptr || atoi(tmp) != 0;
-  const bool together = inputs.num_tiles == 0 && decode_takes(rope) &&
-                        (all || rows * c.kv_heads <= model_.device.multiprocessors);
+  const bool together = inputs.num_tiles == 0 && decode_takes(rope);
   if (!together) {
     NIBBLE_TRY(to_status(launch_rope(rope, stream), "rope"));
     NIBBLE_TRY(mark("rope, keys and values", stream));

@@ -104,7 +104,7 @@ class Forward {
   /// Where the input of a slot's products comes from.
   struct Source {
     enum class Kind { norm, gate, rows, codes } kind = Kind::rows;  // codes: the operand is there
-    const float* norm = nullptr;  // of hidden + delta
+    const float* norm = nullptr;                                    // of hidden + delta
     const float* post_norm = nullptr;
     const void* delta = nullptr;
     const void* x = nullptr;  // rows that are there
