@@ -332,6 +332,7 @@ void gate(int64_t rows, bool quantized) {
   GateQuantizeArgs args;
   args.to = codes_of(rows, kMlp, out, scales);
   args.to.x_stride = args.up_stride = 2 * kMlp;
+  args.clusters = true;
   const double us = microseconds(launches_of(copies), [&](int i) {
     GateQuantizeArgs a = args;
     const int64_t at = i % copies * elements;
@@ -422,7 +423,7 @@ int run(const std::string& only, FlashinferPrefill* flashinfer) {
   };
   copy();
   if (wanted("decode")) {
-    for (const int64_t context : {512, 4096}) {
+    for (const int64_t context : {64, 512, 4096}) {
       for (const int64_t rows : {1, 8, 32, 64}) decode(rows, context, 8192, multiprocessors);
     }
   }

@@ -184,13 +184,18 @@ TEST(CudaAttention, DecodeOfASequenceDoesNotDependOnTheOthers) {
     const Buffer scratch = decode_scratch(c, kRows, kContext);
     run_decode(all, cache, scratch, kContext);
     const std::vector<uint16_t> found = all.result();
+    all.out.fill(0xcc);
+    run_decode(all, cache, scratch, kContext, 3);  // blocks of other numbers of warps
+    ASSERT_EQ(all.result(), found);
     for (const int64_t row : {0, 17, 39}) {
       const auto first = all.q.begin() + row * all.stride;
       const Queries alone(c, {sequence[row]}, {position[row]},
                           std::vector<uint16_t>(first, first + all.stride));
-      run_decode(alone, cache, scratch, kContext, 5);
       const auto begin = found.begin() + row * all.stride;
-      ASSERT_EQ(alone.result(), std::vector<uint16_t>(begin, begin + all.stride)) << row;
+      for (const int blocks : {0, 5, 1}) {
+        run_decode(alone, cache, scratch, kContext, blocks);
+        ASSERT_EQ(alone.result(), std::vector<uint16_t>(begin, begin + all.stride)) << row;
+      }
     }
     for (int64_t i = 0; i < all.stride; ++i) ASSERT_EQ(found[5 * all.stride + i], 0xcccc);
   }
@@ -203,7 +208,7 @@ struct RopeResult {
 
 /// A decoding step of rows of q, k and v: rope and attention in one launch or in two. The keys and
 /// values of the rows' positions are not in the cache yet.
-RopeResult decode_with_rope(const Case& c, bool together, uint32_t seed) {
+RopeResult decode_with_rope(const Case& c, bool together, uint32_t seed, int blocks = 0) {
   constexpr int64_t kContext = 1400;
   std::mt19937 random(seed);
   const PagedCache cache(c.kv_type, c.kv_heads, c.head_dim, 9, kContext, random);
@@ -243,7 +248,7 @@ RopeResult decode_with_rope(const Case& c, bool together, uint32_t seed) {
   args.position = rope.position;
   args.max_context = kContext;
   args.scratch = scratch.as<>();
-  args.multiprocessors = multiprocessors();
+  args.multiprocessors = blocks > 0 ? blocks : multiprocessors();
   if (together) {
     EXPECT_TRUE(decode_takes(rope));
     args.rope = rope;
@@ -265,14 +270,93 @@ TEST(CudaAttention, DecodeWithRopeIsRopeAndThenDecode) {
     SCOPED_TRACE(
         fmt::format("heads {}/{} dim {} window {}", c.heads, c.kv_heads, c.head_dim, c.window));
     const RopeResult apart = decode_with_rope(c, false, 31);
-    for (int turn = 0; turn < 3; ++turn) {
-      const RopeResult together = decode_with_rope(c, true, 31);
+    for (const int blocks : {0, 0, 3, 1}) {
+      const RopeResult together = decode_with_rope(c, true, 31, blocks);
       ASSERT_EQ(together.out, apart.out);
       ASSERT_EQ(together.keys, apart.keys);
       ASSERT_EQ(together.values, apart.values);
       ASSERT_EQ(together.faults, apart.faults);
     }
     EXPECT_EQ(apart.faults, (std::vector<int32_t>{0, 1, 0, 0, 1, 0, 0, 0, 0}));
+  }
+}
+
+/// Codes and scales of a decoding step, by the decode kernel itself or from what it gives.
+struct StepCodes {
+  std::vector<int8_t> codes;
+  std::vector<float> scales;
+};
+
+StepCodes decode_to_codes(const Queries& queries, const PagedCache& cache, QuantizeArgs to,
+                          bool together, int blocks) {
+  const auto rows = static_cast<int64_t>(queries.position.size());
+  const Buffer scratch = decode_scratch(queries.c, rows, 1400);
+  to.type = queries.c.type;
+  to.m = rows;
+  to.k = to.padded_k = queries.stride;
+  to.group_size = 128;
+  const Buffer codes(static_cast<size_t>(rows * to.k));
+  const Buffer scales(static_cast<size_t>(rows * queries.c.heads * 4));
+  to.codes = codes.as<int8_t>();
+  to.scales = scales.as<float>();
+  DecodeArgs args;
+  args.attention = queries.args(cache);
+  args.rows = rows;
+  args.sequence = queries.device_sequence.as<int32_t>();
+  args.position = queries.device_position.as<int32_t>();
+  args.max_context = 1400;
+  args.scratch = scratch.as<>();
+  args.multiprocessors = blocks > 0 ? blocks : multiprocessors();
+  EXPECT_TRUE(decode_quantizes(args.attention, to));
+  if (together) args.codes = to;
+  NIBBLE_CHECK_CUDA(launch_attention_decode(args, nullptr));
+  if (!together) {
+    to.x = queries.out.as<>();
+    to.x_stride = queries.stride;
+    NIBBLE_CHECK_CUDA(launch_quantize(to, nullptr));
+  }
+  NIBBLE_CHECK_CUDA(cudaDeviceSynchronize());
+  EXPECT_TRUE(codes.guard_is_intact() && scales.guard_is_intact());
+  return {codes.download<int8_t>(), scales.download<float>()};
+}
+
+/// Rows of one split and of several, one that is left out, and one with a NaN in a head.
+TEST(CudaAttention, DecodeToCodesIsDecodeAndThenQuantize) {
+  NIBBLE_NEEDS_GPU();
+  std::mt19937 random(32);
+  for (const Case& c : {kCases[0], kCases[4], kCases[6]}) {
+    const PagedCache cache(c.kv_type, c.kv_heads, c.head_dim, 8, 1400, random);
+    const std::vector<int32_t> position = {0, 63, 200, -1, 256, 700, 1399, 1023};
+    std::vector<uint16_t> bits = random_bits(8 * c.heads * c.head_dim, c.kv_type, 1.0f, random);
+    bits[2 * c.heads * c.head_dim + c.head_dim] = c.kv_type == Element::f16 ? 0x7e00 : 0x7fc0;
+    const Queries queries(c, {3, 0, 1, 2, 4, 5, 6, 7}, position, bits);
+    for (int i = 0; i < 6; ++i) {
+      SCOPED_TRACE(fmt::format("heads {}/{}, {}", c.heads, c.kv_heads, i));
+      QuantizeArgs to;
+      to.scaling = Scaling::group;
+      to.wgmma_order = i % 2 == 1;
+      to.symmetric = i / 2 != 1;
+      to.limit = i / 2 == 0 ? 127 : i / 2 == 1 ? 15 : 7;
+      to.clip = i / 2 == 2 ? 0.8f : 1.0f;
+      queries.out.fill(0xcc);
+      const StepCodes apart = decode_to_codes(queries, cache, to, false, 0);
+      for (const int blocks : {0, 2}) {
+        const StepCodes found = decode_to_codes(queries, cache, to, true, blocks);
+        for (int64_t row = 0; row < 8; ++row) {
+          for (int64_t k = 0; position[row] >= 0 && k < queries.stride; ++k) {
+            const int64_t at = row * queries.stride + k;
+            ASSERT_EQ(found.codes[at], apart.codes[at]) << "row " << row << ", k " << k;
+          }
+          for (int64_t head = 0; head < c.heads; ++head) {
+            const float scale = found.scales[row * c.heads + head];
+            const float expected = position[row] < 0 ? 0 : apart.scales[row * c.heads + head];
+            ASSERT_TRUE(scale == expected || (std::isnan(scale) && std::isnan(expected)))
+                << "row " << row << ", head " << head << ": " << scale << ", not " << expected;
+          }
+        }
+        EXPECT_TRUE(std::isnan(found.scales[2 * c.heads + 1]));
+      }
+    }
   }
 }
 
@@ -407,6 +491,15 @@ TEST(CudaAttention, RefusesWhatItCannotDo) {
   EXPECT_EQ(launch_attention_decode(decode, nullptr), cudaErrorInvalidValue);  // of 256
   decode.max_context = 256;
   decode.rows = 1025;
+  EXPECT_EQ(launch_attention_decode(decode, nullptr), cudaErrorInvalidValue);
+  decode.rows = 1;
+  decode.codes.codes = reinterpret_cast<int8_t*>(256);
+  decode.codes.scales = reinterpret_cast<float*>(256);
+  decode.codes.k = decode.codes.padded_k = 512;
+  decode.codes.group_size = 128;
+  EXPECT_EQ(launch_attention_decode(decode, nullptr), cudaErrorInvalidValue);  // one scale a row
+  decode.codes.scaling = Scaling::group;
+  decode.codes.group_size = 64;
   EXPECT_EQ(launch_attention_decode(decode, nullptr), cudaErrorInvalidValue);
 }
 

@@ -7,6 +7,7 @@
 
 #include "cuda_testing.h"
 #include "gemm/cuda/fused_quantize.h"
+#include "gemm/cuda/gate_cluster.h"
 #include "gemm/ref.h"
 
 namespace nibble::cuda::testing {
@@ -362,6 +363,71 @@ TEST(CudaFusedQuantize, GateIsRoundedFromTheRightValue) {
   }
   expect_gate({2, 40960}, Element::bf16, GateFunction::silu,
               random);  // more than stays in registers
+}
+
+TEST(CudaFusedQuantize, AGateRowOfSeveralBlocksIsThatOfOne) {
+  NIBBLE_NEEDS_GPU();
+  if (gpu().value().capability < 90) GTEST_SKIP() << "clusters of blocks need 9.0";
+  std::mt19937 random(14);
+  for (const Shape& s : {Shape{1, 14336}, Shape{33, 14336}, Shape{64, 14336}, Shape{100, 2304},
+                         Shape{5, 4224}, Shape{2, 40960}, Shape{7, 1096}}) {
+    for (int i = 0; i < 6; ++i) {
+      SCOPED_TRACE(fmt::format("m {} k {}, {}", s.m, s.k, i));
+      const Element type = i % 2 == 0 ? Element::bf16 : Element::f16;
+      const Buffer x(rows_of(s.m, 2 * s.k, type, random));
+      std::vector<int8_t> codes[2];
+      std::vector<uint32_t> scales[2];
+      std::vector<int32_t> sums[2];
+      for (const bool clusters : {false, true}) {
+        const Quantized q(s, type);
+        GateQuantizeArgs args;
+        args.to = q.args;
+        args.to.wgmma_order = i % 2 == 1;
+        args.to.symmetric = i != 3;
+        args.to.limit = i == 3 ? 15 : i == 4 ? 7 : 127;
+        args.to.clip = i == 2 ? 0.7f : 1.0f;
+        args.to.x = x.as<>();
+        args.to.x_stride = args.up_stride = 2 * s.k;
+        args.up = x.as<uint16_t>() + s.k;
+        args.function = i == 5 ? GateFunction::gelu_tanh : GateFunction::silu;
+        args.clusters = clusters;
+        NIBBLE_CHECK_CUDA(launch_gate_quantize(args, nullptr));
+        NIBBLE_CHECK_CUDA(cudaDeviceSynchronize());
+        codes[clusters] = q.codes.download<int8_t>();
+        scales[clusters] = q.scales.download<uint32_t>();
+        sums[clusters] = q.sums.download<int32_t>();
+        ASSERT_TRUE(q.codes.guard_is_intact() && q.scales.guard_is_intact());
+      }
+      ASSERT_EQ(codes[1], codes[0]);
+      ASSERT_EQ(scales[1], scales[0]);
+      ASSERT_EQ(sums[1], sums[0]);
+    }
+  }
+}
+
+/// Pure, so without a GPU.
+TEST(CudaFusedQuantize, GateRowsAreSharedOutWhileTheyAreFew) {
+  GateQuantizeArgs args;
+  args.to.k = args.to.padded_k = 14336;
+  args.to.group_size = 128;
+  const auto blocks = [&](int64_t m) {
+    args.to.m = m;
+    return gate_cluster_blocks(args);
+  };
+  EXPECT_EQ(blocks(1), 1);  // no clusters
+  args.clusters = true;
+  EXPECT_EQ(blocks(1), 8);
+  EXPECT_EQ(blocks(32), 8);
+  EXPECT_EQ(blocks(33), 4);
+  EXPECT_EQ(blocks(128), 2);
+  EXPECT_EQ(blocks(129), 1);
+  args.to.k = args.to.padded_k = 2048;
+  EXPECT_EQ(blocks(1), 2);
+  args.to.padded_k = 1 << 17;  // more than a chunk a thread
+  EXPECT_EQ(blocks(1), 1);
+  args.to.padded_k = 14336;
+  args.to.scaling = Scaling::group;  // is dealt to blocks anyway
+  EXPECT_EQ(blocks(1), 1);
 }
 
 TEST(CudaFusedQuantize, GateIn16BitsIsRoundedFromTheRightValue) {

@@ -47,6 +47,7 @@ struct GateQuantizeArgs {
   const void* up = nullptr;  // (m, k) of to.type
   int64_t up_stride = 0;     // elements
   GateFunction function = GateFunction::silu;
+  bool clusters = false;  // the device has clusters of blocks (9.0 and later): few rows are faster
 };
 cudaError_t launch_gate_quantize(const GateQuantizeArgs& args, cudaStream_t stream);
 /// The same rounded to to.type: out (m, k), rows out_stride elements apart. Of args.to: x,

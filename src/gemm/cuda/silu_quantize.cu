@@ -2,37 +2,13 @@
 #include <algorithm>
 
 #include "gemm/cuda/fused_quantize.h"
-#include "gemm/cuda/gate_device.h"
+#include "gemm/cuda/gate_cluster.h"
+#include "gemm/cuda/gate_source.h"
 #include "gemm/cuda/launch.h"
 #include "gemm/cuda/quantize_rows.h"
 
 namespace nibble::cuda {
 namespace {
-
-template <Element type, GateFunction function>
-struct Gated {
-  static constexpr bool kVector = true;
-  struct Fetched {
-    Raw<type> gate, up;
-  };
-  GateQuantizeArgs a;
-
-  __host__ __device__ const QuantizeArgs& args() const { return a.to; }
-
-  __device__ Fetched fetch(int64_t row, int chunk, bool inside) const {
-    const bool there = inside && chunk * kChunk < static_cast<int>(a.to.k);
-    const auto* gate = static_cast<const char*>(a.to.x) + row * a.to.x_stride * 2;
-    const auto* up = static_cast<const char*>(a.up) + row * a.up_stride * 2;
-    return {load_raw<type>(gate, chunk, there), load_raw<type>(up, chunk, there)};
-  }
-  __device__ static Chunk values(const Fetched& f) {
-    const Chunk gate = values_of<type>(f.gate), up = values_of<type>(f.up);
-    Chunk c;
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) c.v[i] = gated<function>(gate.v[i]) * up.v[i];
-    return c;
-  }
-};
 
 constexpr int kGateThreads = 256;
 constexpr int kGateChunks = 2;  // of a thread
@@ -106,6 +82,8 @@ cudaError_t launch_gate_quantize(const GateQuantizeArgs& args, cudaStream_t stre
       !vector_rows(args.up, args.up_stride, to.k, to.type)) {
     return cudaErrorInvalidValue;
   }
+  const int blocks = gate_cluster_blocks(args);
+  if (blocks > 1) return launch_gate_cluster(args, blocks, stream);
   return to.type == Element::f16 ? launch<Element::f16>(args, stream)
                                  : launch<Element::bf16>(args, stream);
 }

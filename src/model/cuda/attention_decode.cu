@@ -1,9 +1,12 @@
 // Attention of one query row a sequence: bound by reading the cache. An item is 256 positions of
 // one KV head; each warp of a block takes whole pages of it, all query heads of the KV head at
 // once, and begins to load its next page, of this item or the next, as soon as one has been read.
-// The warps' results are added in order in shared memory, those of a row's splits by the block that
-// finishes last, also in order: one launch, and the same bits in any batch. That last step is for a
-// warp of its own: a block that is late once would else be last, and merge, every time.
+// Few items have a warp for each page, many have one for all of theirs, so that four blocks share a
+// multiprocessor and none of its warps waits for another. Either way every page of an item has a
+// result of its own (head_dim above 128: every other one). They are added in order in shared
+// memory, those of a row's splits by the block that finishes last, also in order: one launch, and
+// the same bits in any batch. That last step is for a warp of its own: a block that is late once
+// would else be last, and merge, every time.
 //
 // Products: S^T (positions, heads) = K Q^T and O^T (channels, heads) += V^T P^T, m16n8k16: query
 // heads are the narrow side.
@@ -62,10 +65,8 @@ struct Cursor {
   const char* values = nullptr;
 };
 
-template <Element type, int kDim>
+template <Element type, int kDim, class S>
 struct Warp {
-  using S = DecodeShape<kDim>;
-
   uint32_t q[kDim / 16][2];  // B operands: channels, heads
   float sums[kDim / 16][4];  // O^T
   float max[2], sum[2];      // of heads 2 c and 2 c + 1; sum of this lane's positions only
@@ -178,9 +179,12 @@ struct Warp {
     }
   }
 
-  /// To shared memory: results (heads, channels), states (heads).
-  __device__ void store(float* results, float2* states, int lane) {
+  /// To shared memory: result `index` of results (kResults, heads, channels), states (kResults,
+  /// heads).
+  __device__ void store(float* results, float2* states, int index, int lane) {
     const int r = lane / 4, c = lane % 4;
+    results += index * kDecodeHeads * S::kResultStride;
+    states += index * kDecodeHeads;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
@@ -198,13 +202,13 @@ struct Warp {
 
 constexpr int kWarpsDone = 1, kReadyToMerge = 2, kStored = 3;  // barriers
 
-template <Element type, int kDim, bool with_rope>
-__global__ void __launch_bounds__(DecodeShape<kDim>::kAllThreads, DecodeShape<kDim>::kBlocks)
+template <Element type, int kDim, int warps, bool with_rope>
+__global__ void __launch_bounds__(DecodeShape<kDim, warps>::kAllThreads,
+                                  DecodeShape<kDim, warps>::kBlocks)
     attention_decode(const __grid_constant__ DecodeArgs a) {
-  using S = DecodeShape<kDim>;
+  using S = DecodeShape<kDim, warps>;
   extern __shared__ __align__(1024) unsigned char shared[];
-  __shared__ DecodeWork work;
-  __shared__ float2 states[S::kWarps * kDecodeHeads];
+  __shared__ float2 states[S::kResults * kDecodeHeads];
   __shared__ alignas(8) uint64_t barriers[2 * S::kWarps];
   __shared__ NewRows<kDim> new_rows[with_rope ? S::kWarps : 1];
   ptx::grid_launch_dependents();
@@ -214,6 +218,7 @@ __global__ void __launch_bounds__(DecodeShape<kDim>::kAllThreads, DecodeShape<kD
   auto* results = reinterpret_cast<float*>(shared + 2 * S::kWarps * S::kPageBytes);
   const uint32_t keys = ptx::shared_address(shared) + warp * 2 * S::kPageBytes;
   const uint32_t values = keys + S::kPageBytes;
+  DecodeWork work(shared + S::kSharedBytes, a.rows);
   PageLoads<S::kPageBytes> loads{ptx::shared_address(&barriers[2 * warp]), lane};
 #if __CUDA_ARCH__ >= 900
   if (warp < S::kWarps && lane == 0) {
@@ -232,6 +237,12 @@ __global__ void __launch_bounds__(DecodeShape<kDim>::kAllThreads, DecodeShape<kD
   const DecodeScratch scratch(a, units);
   if (warp == S::kWarps) {
     if constexpr (with_rope) ptx::grid_wait();
+    if (kDim == kCodesHeadDim && a.codes.codes != nullptr) {
+      for (int row = static_cast<int>(blockIdx.x); row < static_cast<int>(a.rows);
+           row += static_cast<int>(gridDim.x)) {
+        if (work.position[row] < 0) store_no_scales(a, row, lane);
+      }
+    }
     for (int number = static_cast<int>(blockIdx.x); number < items;
          number += static_cast<int>(gridDim.x)) {
       const DecodeItem item = work.item(a, number, parts);
@@ -270,8 +281,9 @@ __global__ void __launch_bounds__(DecodeShape<kDim>::kAllThreads, DecodeShape<kD
   if constexpr (with_rope) ptx::grid_wait();
   if (number >= items) return;
   DecodeItem item = work.item(a, number, parts);
-  Warp<type, kDim> w;
+  Warp<type, kDim, S> w;
   const auto begin_item = [&] {
+    if (next.keys == nullptr || next.number != number) return;  // no page of it is this warp's
     if constexpr (with_rope) {
       const int page = item.last / kPagePositions, turn = page % kSplitPages;
       const bool has_new = page / kSplitPages == item.split && turn % S::kWarps == warp;
@@ -287,10 +299,21 @@ __global__ void __launch_bounds__(DecodeShape<kDim>::kAllThreads, DecodeShape<kD
   };
   begin_item();
   while (true) {
+    float2* own = states + warp * kDecodeHeads;  // and kWarps results further on the next
+    if (lane < kDecodeHeads) {
+#pragma unroll
+      for (int i = 0; i < S::kWarpResults; ++i) {
+        own[i * S::kWarps * kDecodeHeads + lane] = {-INFINITY, 0};
+      }
+    }
+    __syncwarp();
     w.clear();
+    bool seen = false;
     while (next.keys != nullptr && next.number == number) {
-      const int page = item.split * kSplitPages + next.turn * S::kWarps + warp;
+      const int turn = next.turn;
+      const int page = item.split * kSplitPages + turn * S::kWarps + warp;
       ++next.turn;
+      seen = true;
       seek(next);
       float s[4][4];
       loads.wait(0);
@@ -304,8 +327,12 @@ __global__ void __launch_bounds__(DecodeShape<kDim>::kAllThreads, DecodeShape<kD
       w.add_values(s, values, lane);
       __syncwarp();
       loads.begin(1, values, next.values);
+      if constexpr (S::kWarpResults > 1) {
+        w.store(results, states, turn * S::kWarps + warp, lane);
+        w.clear();
+      }
     }
-    w.store(results + warp * kDecodeHeads * S::kResultStride, states + warp * kDecodeHeads, lane);
+    if (S::kWarpResults == 1 && seen) w.store(results, states, warp, lane);
     const DecodeItem done = item;
     number += static_cast<int>(gridDim.x);
     if (number < items) {  // while the warps wait for each other
@@ -313,28 +340,39 @@ __global__ void __launch_bounds__(DecodeShape<kDim>::kAllThreads, DecodeShape<kD
       begin_item();
     }
     ptx::barrier_sync(kWarpsDone, S::kThreads);
-    add_warps<kDim>(a, done, results, states, scratch);
+    add_results<kDim, warps>(a, done, results, states, scratch);
     ptx::barrier_sync(kReadyToMerge, S::kAllThreads);  // also: the results are free again
     ptx::barrier_arrive(kStored, S::kAllThreads);
     if (number >= items) return;
   }
 }
 
-template <Element type, int kDim>
-cudaError_t launch(const DecodeArgs& a, cudaStream_t stream) {
-  using S = DecodeShape<kDim>;
-  const int64_t splits = (a.max_context + kDecodeSplit - 1) / kDecodeSplit;
-  const int64_t groups = a.attention.heads / a.attention.kv.kv_heads;
-  const int64_t items = a.rows * splits * a.attention.kv.kv_heads * decode_parts(groups);
+template <Element type, int kDim, int warps>
+cudaError_t launch(const DecodeArgs& a, int64_t items, cudaStream_t stream) {
+  using S = DecodeShape<kDim, warps>;
   Launch how;
   how.grid = dim3(
       static_cast<unsigned>(std::min<int64_t>(items, int64_t{a.multiprocessors} * S::kBlocks)));
   how.threads = S::kAllThreads;
-  how.shared_bytes = S::kSharedBytes;
+  how.shared_bytes = S::kSharedBytes + DecodeWork::bytes(a.rows);
   how.stream = stream;
   how.programmatic = a.attention.programmatic;
-  return a.rope.qkv != nullptr ? launch_kernel(attention_decode<type, kDim, true>, how, a)
-                               : launch_kernel(attention_decode<type, kDim, false>, how, a);
+  return a.rope.qkv != nullptr ? launch_kernel(attention_decode<type, kDim, warps, true>, how, a)
+                               : launch_kernel(attention_decode<type, kDim, warps, false>, how, a);
+}
+
+/// Few items: a warp for each of their results. More than multiprocessors: one for all of them, so
+/// that four times as many blocks are there at once, in as much memory.
+template <Element type, int kDim>
+cudaError_t launch(const DecodeArgs& a, cudaStream_t stream) {
+  const int64_t splits = (a.max_context + kDecodeSplit - 1) / kDecodeSplit;
+  const int64_t groups = a.attention.heads / a.attention.kv.kv_heads;
+  const int64_t least = a.rows * a.attention.kv.kv_heads * decode_parts(groups);
+  const int64_t items = least * splits;
+  if constexpr (kDecodeResults<kDim> == kSplitPages) {
+    if (least > a.multiprocessors) return launch<type, kDim, 1>(a, items, stream);
+  }
+  return launch<type, kDim, kDecodeResults<kDim>>(a, items, stream);
 }
 
 }  // namespace
@@ -357,6 +395,9 @@ cudaError_t launch_attention_decode(const DecodeArgs& args, cudaStream_t stream)
        rope.heads != args.attention.heads || rope.type != args.attention.kv.type ||
        rope.kv.head_dim != args.attention.kv.head_dim || rope.cosine == nullptr ||
        rope.sine == nullptr || rope.faults == nullptr)) {
+    return cudaErrorInvalidValue;
+  }
+  if (args.codes.codes != nullptr && !decode_quantizes(args.attention, args.codes)) {
     return cudaErrorInvalidValue;
   }
   return launch_for_pages(args.attention.kv, [&]<Element type, int kDim>() {

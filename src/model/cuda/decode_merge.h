@@ -6,22 +6,31 @@
 #include <algorithm>
 
 #include "gemm/cuda/quantize_device.h"
+#include "model/cuda/decode_codes.h"
 #include "model/cuda/decode_work.h"
 #include "model/cuda/kv_device.h"
 
 namespace nibble::cuda {
 
-/// A block for heads of kDim channels.
+/// Results that a block adds: page i of an item is part of result i % kDecodeResults, whatever the
+/// number of warps.
 template <int kDim>
+inline constexpr int kDecodeResults = kDim <= 128 ? 4 : 2;
+
+/// A block of `warps` warps, a power of 2 up to kDecodeResults, for heads of kDim channels.
+template <int kDim, int warps>
 struct DecodeShape {
-  static constexpr int kWarps = kDim <= 128 ? 4 : 2;
+  static constexpr int kWarps = warps;
+  static constexpr int kResults = kDecodeResults<kDim>;
+  static constexpr int kWarpResults = kResults / kWarps;            // of one warp
   static constexpr int kThreads = 32 * kWarps;                      // of those warps
   static constexpr int kAllThreads = kThreads + 32;                 // and the one that merges
   static constexpr int kPageBytes = kDim / kKvSlice * kSliceBytes;  // of one head
   static constexpr int kResultStride = kDim + 4;  // floats of a head: all lanes in other banks
-  static constexpr int kResultBytes = kWarps * kDecodeHeads * kResultStride * 4;
-  static constexpr int kSharedBytes = 2 * kWarps * kPageBytes + kResultBytes;
-  static constexpr int kBlocks = std::min(4, 227 * 1024 / (kSharedBytes + 12 * 1024));
+  static constexpr int kResultBytes = kResults * kDecodeHeads * kResultStride * 4;
+  static constexpr int kSharedBytes = 2 * kWarps * kPageBytes + kResultBytes;  // and DecodeWork
+  static constexpr int kBlocks = std::min(4, 227 * 1024 / (kSharedBytes + 4 * 1024));
+  static_assert(kWarpResults == 1 || kResults == kSplitPages, "a page a result, or a warp one");
 };
 
 /// Scratch memory: counters, then (max, sum) of every (unit, head), then its unscaled result.
@@ -51,12 +60,12 @@ __device__ __forceinline__ void store_result(const AttentionArgs& a, int row, in
   *reinterpret_cast<uint32_t*>(to) = rounded_pair(a.type, x, y);
 }
 
-/// Adds what the warps of a block have of an item: to out, or to scratch if there are other splits.
-template <int kDim>
-__device__ __forceinline__ void add_warps(const DecodeArgs& a, const DecodeItem& item,
-                                          const float* results, const float2* states,
-                                          const DecodeScratch& scratch) {
-  using S = DecodeShape<kDim>;
+/// Adds the results of a block for an item: to out, or to scratch if there are other splits.
+template <int kDim, int warps>
+__device__ __forceinline__ void add_results(const DecodeArgs& a, const DecodeItem& item,
+                                            const float* results, const float2* states,
+                                            const DecodeScratch& scratch) {
+  using S = DecodeShape<kDim, warps>;
   const int groups = static_cast<int>(a.attention.heads / a.attention.kv.kv_heads);
   const int first_head = item.kv_head * groups + item.part * kDecodeHeads;
   const int heads = min(kDecodeHeads, groups - item.part * kDecodeHeads);
@@ -65,12 +74,13 @@ __device__ __forceinline__ void add_warps(const DecodeArgs& a, const DecodeItem&
     float max = -INFINITY, sum = 0;
     float4 all = {0, 0, 0, 0};
 #pragma unroll
-    for (int w = 0; w < S::kWarps; ++w) {
+    for (int w = 0; w < S::kResults; ++w) {
       max = ptx::max_or_nan(max, states[w * kDecodeHeads + head].x);
     }
 #pragma unroll
-    for (int w = 0; w < S::kWarps; ++w) {  // a warp that saw nothing has zeros and the factor 0
+    for (int w = 0; w < S::kResults; ++w) {
       const float2 s = states[w * kDecodeHeads + head];
+      if (s.y == 0) continue;  // of no page
       const float factor = ptx::exp2_fast(s.x - max);
       const float4 v = *reinterpret_cast<const float4*>(
           results + (w * kDecodeHeads + head) * S::kResultStride + channel);
@@ -83,8 +93,15 @@ __device__ __forceinline__ void add_warps(const DecodeArgs& a, const DecodeItem&
     if (item.count == 1) {
       const float factor = 1.0f / sum;
       const AttentionArgs& at = a.attention;
-      store_result(at, item.row, first_head + head, channel, all.x * factor, all.y * factor);
-      store_result(at, item.row, first_head + head, channel + 2, all.z * factor, all.w * factor);
+      const float v[4] = {all.x * factor, all.y * factor, all.z * factor, all.w * factor};
+      if constexpr (kDim == kCodesHeadDim) {
+        if (a.codes.codes != nullptr) {  // a warp has a head
+          store_head_codes<4>(a, item.row, first_head + head, v, i % 32);
+          continue;
+        }
+      }
+      store_result(at, item.row, first_head + head, channel, v[0], v[1]);
+      store_result(at, item.row, first_head + head, channel + 2, v[2], v[3]);
     } else {
       const int64_t place = int64_t{item.unit} * scratch.heads + first_head + head;
       *reinterpret_cast<float4*>(scratch.results + place * kDim + channel) = all;
@@ -160,6 +177,14 @@ __device__ __forceinline__ void merge_splits(const DecodeArgs& a, const DecodeIt
       }
     }
     const float factor = 1.0f / sum;
+    if constexpr (kDim == kCodesHeadDim) {
+      if (a.codes.codes != nullptr) {
+        const float v[4] = {all[0].x * factor, all[0].y * factor, all[1].x * factor,
+                            all[1].y * factor};
+        store_head_codes<2>(a, item.row, first_head + head, v, lane);
+        continue;
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       store_result(a.attention, item.row, first_head + head, i * 64 + 2 * lane, all[i].x * factor,

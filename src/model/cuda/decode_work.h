@@ -24,10 +24,14 @@ struct DecodeItem {
   int first, last;   // positions that the row sees
 };
 
-/// Rows and their splits, in shared memory.
+/// Rows and their splits, in shared memory of bytes().
 struct DecodeWork {
-  int before[kDecodeRows + 1];  // splits of the rows in front
-  int position[kDecodeRows];
+  int* before;    // (rows + 1) splits of the rows in front
+  int* position;  // (rows)
+
+  static int bytes(int64_t rows) { return static_cast<int>(2 * rows + 1) * 4; }
+  __device__ DecodeWork(void* memory, int64_t rows)
+      : before(static_cast<int*>(memory)), position(before + rows + 1) {}
 
   /// By the first warp of the block; the others see it after a barrier.
   __device__ void fill(const DecodeArgs& a, int lane) {

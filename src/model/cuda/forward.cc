@@ -251,6 +251,7 @@ Status Forward::prepare(int64_t rows, bool* moved) {
 Status Forward::make_operand(const Source& source, bool first, const Plan& plan,
                              const LinearSpec& spec, const float* static_scales,
                              cudaStream_t stream) {
+  if (source.kind == Source::Kind::codes) return {};
   const int64_t rows = plan.problem.m;
   DeviceInput input;
   input.clip = spec.clip;
@@ -307,6 +308,7 @@ GateQuantizeArgs Forward::gate_args(int64_t rows) const {
   gate.up = gate_up_.as<uint16_t>() + c.intermediate;
   gate.up_stride = 2 * c.intermediate;
   gate.function = c.activation == Activation::silu ? GateFunction::silu : GateFunction::gelu_tanh;
+  gate.clusters = model_.device.capability >= 90;
   return gate;
 }
 
@@ -437,7 +439,7 @@ Status Forward::run_slot(int64_t layer, Slot slot, const Source& source, int64_t
         NIBBLE_TRY(run_gemm(plan, input, part.weights, to, stride, workspace_.as<>(), stream));
       } else {
         NIBBLE_TRY(make_operand(now, first, plan, spec, scales, stream));
-        NIBBLE_TRY(mark(source.quantizing(), stream));
+        if (now.kind != Source::Kind::codes) NIBBLE_TRY(mark(source.quantizing(), stream));
         NIBBLE_TRY(run_gemm_quantized(plan, workspace_operand(plan, workspace_.as<>()),
                                       part.weights, to, stride, workspace_.as<>(), stream));
       }
@@ -451,21 +453,56 @@ Status Forward::run_slot(int64_t layer, Slot slot, const Source& source, int64_t
   return {};
 }
 
-Status Forward::attend(int64_t layer, const PassInputs& inputs, int64_t rows, cudaStream_t stream) {
+AttentionArgs Forward::attention_args(int64_t layer) const {
+  const ModelConfig& c = model_.config;
+  AttentionArgs attention;
+  attention.q = q_.as<>();
+  attention.q_stride = c.heads * c.head_dim;
+  attention.heads = c.heads;
+  attention.kv = pool_.layer(layer);
+  attention.window = c.window[static_cast<size_t>(layer)];
+  attention.scale = static_cast<float>(c.attention_scale);
+  attention.type = model_.type;
+  attention.out = attention_.as<>();
+  attention.out_stride = attention.q_stride;
+  attention.programmatic = model_.device.programmatic();
+  return attention;
+}
+
+std::optional<QuantizeArgs> Forward::attention_codes(int64_t layer, const PassInputs& inputs,
+                                                     int64_t rows) {
+  const DeviceGroup& group =
+      model_.layers[static_cast<size_t>(layer)].groups[static_cast<int>(Slot::o)];
+  const LinearSpec& spec = plan_.at(layer, Slot::o);
+  if (inputs.num_tiles > 0 || group.parts.size() != 1 || runs_16bit(group.parts[0], spec)) {
+    return std::nullopt;
+  }
+  const Plan* plan = nullptr;
+  if (fused_slot(layer, Slot::o, Fusion::rows, rows, &plan) || plan == nullptr) return std::nullopt;
+  DeviceInput input;
+  input.clip = spec.clip;
+  input.static_scales =
+      static_scales_[static_cast<size_t>(layer * kSlots + static_cast<int>(Slot::o))].as<float>();
+  const QuantizeArgs to = quantize_args(*plan, input, workspace_operand(*plan, workspace_.as<>()));
+  if (!decode_quantizes(attention_args(layer), to)) return std::nullopt;
+  return to;
+}
+
+Status Forward::attend(int64_t layer, const PassInputs& inputs, int64_t rows,
+                       const QuantizeArgs* codes, cudaStream_t stream) {
   const ModelConfig& c = model_.config;
   const DeviceNorms& norms = model_.layers[static_cast<size_t>(layer)].norms;
-  const int64_t window = c.window[static_cast<size_t>(layer)];
-  const int kind = window > 0 ? 1 : 0;
-  const int64_t q_width = c.heads * c.head_dim;
+  const AttentionArgs attention = attention_args(layer);
+  const int kind = attention.window > 0 ? 1 : 0;
   RopeArgs rope;
   rope.type = model_.type;
   rope.qkv = qkv_.as<>();
-  rope.qkv_stride = q_width + 2 * c.kv_heads * c.head_dim;
+  rope.qkv_stride = (c.heads + 2 * c.kv_heads) * c.head_dim;
   rope.rows = rows;
   rope.heads = c.heads;
   rope.q = q_.as<>();
-  rope.q_stride = q_width;
-  rope.kv = pool_.layer(layer);
+  rope.q_stride = attention.q_stride;
+  rope.kv = attention.kv;
   rope.sequence = inputs.sequence;
   rope.position = inputs.position;
   rope.cosine = model_.cosine[kind].as<float>();
@@ -475,24 +512,11 @@ Status Forward::attend(int64_t layer, const PassInputs& inputs, int64_t rows, cu
   rope.eps = static_cast<float>(c.norm_eps);
   rope.faults = faults();
   rope.programmatic = model_.device.programmatic();
-  // Together while every block has an item at most: every one rotates its queries itself.
-  const bool together = inputs.num_tiles == 0 && decode_takes(rope) &&
-                        rows * c.kv_heads <= model_.device.multiprocessors;
+  const bool together = inputs.num_tiles == 0 && decode_takes(rope);
   if (!together) {
     NIBBLE_TRY(to_status(launch_rope(rope, stream), "rope"));
     NIBBLE_TRY(mark("rope, keys and values", stream));
   }
-  AttentionArgs attention;
-  attention.q = q_.as<>();
-  attention.q_stride = q_width;
-  attention.heads = c.heads;
-  attention.kv = rope.kv;
-  attention.window = window;
-  attention.scale = static_cast<float>(c.attention_scale);
-  attention.type = model_.type;
-  attention.out = attention_.as<>();
-  attention.out_stride = q_width;
-  attention.programmatic = model_.device.programmatic();
   if (inputs.num_tiles > 0) {
     // num_tiles fits: see PassStaging.
     const bool wgmma = model_.device.capability == 90;
@@ -509,6 +533,7 @@ Status Forward::attend(int64_t layer, const PassInputs& inputs, int64_t rows, cu
   args.scratch = decode_scratch_.as<>();
   args.multiprocessors = model_.device.multiprocessors;
   if (together) args.rope = rope;
+  if (codes != nullptr) args.codes = *codes;
   note("attention_decode");
   return to_status(launch_attention_decode(args, stream), "attention_decode");
 }
@@ -539,9 +564,11 @@ Status Forward::layers(const PassInputs& inputs, int64_t rows, cudaStream_t stre
     norm.post_norm =
         i == 0 ? nullptr : model_.layers[static_cast<size_t>(i - 1)].norms.post_mlp.as<float>();
     NIBBLE_TRY(run_slot(i, Slot::qkv, norm, rows, qkv_.as<>(), stream));
-    NIBBLE_TRY(attend(i, inputs, rows, stream));
-    NIBBLE_TRY(mark("attention", stream));
+    const std::optional<QuantizeArgs> codes = attention_codes(i, inputs, rows);
+    NIBBLE_TRY(attend(i, inputs, rows, codes ? &*codes : nullptr, stream));
+    NIBBLE_TRY(mark(codes ? "attention, quantizing" : "attention", stream));
     Source attended;
+    if (codes) attended.kind = Source::Kind::codes;
     attended.x = attention_.as<>();
     attended.width = c.heads * c.head_dim;
     NIBBLE_TRY(run_slot(i, Slot::o, attended, rows, delta_.as<>(), stream));

@@ -104,8 +104,8 @@ class Forward {
 
   /// Where the input of a slot's products comes from.
   struct Source {
-    enum class Kind { norm, gate, rows } kind = Kind::rows;
-    const float* norm = nullptr;  // of hidden + delta
+    enum class Kind { norm, gate, rows, codes } kind = Kind::rows;  // codes: the operand is there
+    const float* norm = nullptr;                                    // of hidden + delta
     const float* post_norm = nullptr;
     const void* delta = nullptr;
     const void* x = nullptr;  // rows that are there
@@ -137,7 +137,13 @@ class Forward {
                       const float* static_scales, cudaStream_t stream);
   Status make_rows(const Source& source, int64_t rows, const void** x, int64_t* stride,
                    cudaStream_t stream);
-  Status attend(int64_t layer, const PassInputs& inputs, int64_t rows, cudaStream_t stream);
+  /// What attention is to write for o's product, if it quantizes for it.
+  std::optional<QuantizeArgs> attention_codes(int64_t layer, const PassInputs& inputs,
+                                              int64_t rows);
+  /// codes: see attention_codes(), or null.
+  Status attend(int64_t layer, const PassInputs& inputs, int64_t rows, const QuantizeArgs* codes,
+                cudaStream_t stream);
+  AttentionArgs attention_args(int64_t layer) const;
   Status run_dense(const DeviceLinear& linear, const void* x, int64_t rows, void* y,
                    int64_t y_stride, cudaStream_t stream);
   void note(const std::string& kernel, const char* mode = "");

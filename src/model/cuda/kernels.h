@@ -124,11 +124,23 @@ struct DecodeArgs {
   /// before it reads qkv: sequence, position, the page table and what the cache holds already must
   /// be older than that kernel.
   RopeArgs rope;
+  /// With codes.codes: o's operand instead of out, which is then not written; the bits of
+  /// launch_quantize() from out. Only what decode_quantizes(). Not read of it: x, x_stride, m and
+  /// programmatic. A row that is left out gets scales of 0, and its codes stay as they are.
+  QuantizeArgs codes;
 };
 /// No norms, one type, and heads of whole slices.
 inline bool decode_takes(const RopeArgs& rope) {
   return rope.q_norm == nullptr && rope.k_norm == nullptr && rope.type == rope.kv.type &&
          rope.kv.head_dim == padded_head_dim(rope.kv.head_dim);
+}
+inline constexpr int64_t kCodesHeadDim = 128;
+/// int8 codes, every head a group of its own scale; no sums.
+inline bool decode_quantizes(const AttentionArgs& a, const QuantizeArgs& to) {
+  return (to.scaling == Scaling::group || to.scaling == Scaling::static_group) &&
+         to.group_size == kCodesHeadDim && a.kv.head_dim == kCodesHeadDim &&
+         to.k == a.heads * kCodesHeadDim && to.padded_k == to.k && to.kind == Codes::int8 &&
+         to.type == a.type && to.sums == nullptr && to.scales != nullptr;
 }
 int64_t decode_scratch_bytes(int64_t rows, int64_t heads, int64_t head_dim, int64_t max_context);
 cudaError_t launch_attention_decode(const DecodeArgs& args, cudaStream_t stream);

@@ -137,6 +137,20 @@ void attend_row(const AttentionArgs& a, int64_t row, int32_t sequence, int64_t p
   }
 }
 
+/// What launch_attention_decode() does with codes: of rows that are left out, scales of 0.
+void quantize_heads(const DecodeArgs& args) {
+  const AttentionArgs& a = args.attention;
+  const int64_t k = args.codes.k;
+  QuantizeArgs to = args.codes;
+  to.m = args.rows;
+  std::vector<float> rows(static_cast<size_t>(to.m * k), 0.0f);
+  for (int64_t i = 0; i < to.m * k; ++i) {
+    if (args.position[i / k] < 0) continue;
+    rows[static_cast<size_t>(i)] = load(a.out, a.type, i / k * a.out_stride + i % k);
+  }
+  write_codes(to, rows);
+}
+
 cudaError_t prefill(const PrefillArgs& args, cudaStream_t stream) {
   enqueue(stream, [=] {
     for (int64_t i = 0; i < args.num_tiles; ++i) {
@@ -196,11 +210,15 @@ int64_t decode_scratch_bytes(int64_t, int64_t, int64_t, int64_t) { return 16; }
 
 cudaError_t launch_attention_decode(const DecodeArgs& args, cudaStream_t stream) {
   if (!attention_is_valid(args.attention)) return cudaErrorInvalidValue;
+  if (args.codes.codes != nullptr && !decode_quantizes(args.attention, args.codes)) {
+    return cudaErrorInvalidValue;
+  }
   host::enqueue(stream, [=] {
     for (int64_t row = 0; row < args.rows; ++row) {
       if (args.rope.qkv != nullptr) host::rope_row(args.rope, row);
       host::attend_row(args.attention, row, args.sequence[row], args.position[row]);
     }
+    if (args.codes.codes != nullptr) host::quantize_heads(args);
   });
   return cudaSuccess;
 }
