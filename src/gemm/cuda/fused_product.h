@@ -33,4 +33,12 @@ cudaError_t launch_w4a8_slab_norm_sm90(const NormProductArgs& args, const SlabCo
 cudaError_t launch_w4a8_slab_rows_sm90(const QuantizeArgs& x, const GemmArgs& product,
                                        const SlabConfig& config, cudaStream_t stream);
 
+/// w4a8_slab_handed_sm90.cu: the same for up to kSlabTokens rows of f16 or bf16 and any K: the first
+/// blocks make a row each, and all wait for them. config: slab_config() with `handed`. codes and
+/// scales, the same ones in both arguments, are written and read. scratch: kFlagBytes (see
+/// workspace_layout()), zero before and after.
+cudaError_t launch_w4a8_slab_handed_sm90(const QuantizeArgs& x, const GemmArgs& product,
+                                         const SlabConfig& config, void* scratch,
+                                         cudaStream_t stream);
+
 }  // namespace nibble::cuda

@@ -81,7 +81,7 @@ __device__ __forceinline__ void make_rows(const Source& source,
 template <class S, class Source>
 struct MadeSlice {
   using Parameters = typename Source::Parameters;
-  static constexpr bool kMade = true;
+  static constexpr bool kMade = true, kStays = true;
   Source source;
   typename Source::Fetched fetched[kSlabFusedTokens];
   HeldSlice<S> held;
@@ -106,6 +106,9 @@ struct MadeSlice {
     acc.add(at, slab, table, bf16_scales, held);
   }
 
+  __device__ static int early_slabs(const Parameters& p, const Place& at) {
+    return at.warp < p.early_warps ? 1 : 0;
+  }
   __device__ __forceinline__ void prepare(const Parameters& p) { source.prepare(p); }
   __device__ __forceinline__ void fetch(const Parameters& p) {
 #pragma unroll
