@@ -123,7 +123,8 @@ void CudaContest::add_kernel(const CudaKernelRun& run) {
     check_status(run.whole(weights[i % copies], stream));
   };
   if (mode == Mode::w4a16) return add(line, copies, whole);
-  if (run.plan.is_one_launch()) {  // its product alone is another kernel's
+  if (run.plan.is_one_launch() && run.plan.family != cuda::KernelFamily::slab) {
+    // Its product alone is another kernel's.
     line.kernel = "one launch: " + line.kernel;
     line.product_alone = false;
     return add(line, copies, whole);
@@ -131,7 +132,8 @@ void CudaContest::add_kernel(const CudaKernelRun& run) {
   add(line, copies, [&run, &weights, copies](int64_t i, cudaStream_t stream) {
     check_status(run.product(weights[i % copies], stream));
   });
-  line.kernel = "quantize + " + line.kernel;
+  line.kernel =
+      (run.plan.is_one_launch() ? "one launch: quantize + " : "quantize + ") + line.kernel;
   line.product_alone = false;
   add(line, copies, whole);
 }

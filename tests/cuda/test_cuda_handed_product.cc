@@ -91,7 +91,7 @@ void expect_same_bits(const Problem& p, const GpuWeight& weight, bool with_oracl
                       std::mt19937& random) {
   Runs runs(p, weight, random);
   const std::vector<std::byte> expected = runs.apart();
-  for (const char* name : {kHanded, kRows}) {
+  for (const char* name : {kHanded, kRows, static_cast<const char*>(nullptr)}) {
     if (!plan_gemm(p, *gpu(), name).ok()) {
       ASSERT_NE(name, kHanded) << plan_gemm(p, *gpu(), name).status().message();
       continue;

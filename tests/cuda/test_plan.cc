@@ -150,12 +150,20 @@ TEST(CudaPlan, OneLaunchThatQuantizesAsWellIsForcedByName) {
     EXPECT_TRUE(plan->fused.quantizes);
     EXPECT_EQ(plan->fused.k_warps, plan->slab.k_warps);
   }
+  // Two rows and fewer without a name, where x has 16 bits; by the product's name never.
+  EXPECT_TRUE(plan_gemm(of_bf16(2), h200())->fused.quantizes);
+  EXPECT_STREQ(plan_gemm(of_bf16(2), h200())->kernel_name(), "w4a8_slab_sm90");
+  EXPECT_FALSE(plan_gemm(of_bf16(3), h200())->is_one_launch());
+  EXPECT_FALSE(plan_gemm(of_bf16(1, 28672), h200())->is_one_launch());
+  EXPECT_FALSE(plan_gemm(of_bf16(1), h200(), "w4a8_slab_sm90")->is_one_launch());
+  EXPECT_FALSE(plan_gemm(of_bf16(1), of_capability(80))->is_one_launch());
   expect_refused(of_bf16(3), h200(), rows, Code::unsupported, {rows, "at most 2", "3"});
   expect_refused(of_bf16(17), h200(), handed, Code::unsupported, {handed, "at most 16", "17"});
   expect_refused(of_bf16(1, 28672), h200(), rows, Code::unsupported, {rows, "1 rows", "28672"});
   for (const char* name : {rows, handed}) {
     Problem p = problem(1);  // f32
     p.x_dtype = Dtype::f32;
+    EXPECT_FALSE(plan_gemm(p, h200())->is_one_launch());
     expect_refused(p, h200(), name, Code::unsupported, {name, "f16 or bf16", "f32"});
     p = of_bf16(1, 204, 204);
     expect_refused(p, h200(), name, Code::unsupported, {name, "multiple of 8", "204"});
@@ -578,7 +586,7 @@ TEST(CudaPlan, TableNamesEveryKernel) {
     std::replace(mode.begin(), mode.end(), '-', '_');
     EXPECT_TRUE(std::string_view(row.name).starts_with(mode + "_")) << row.name;
   }
-  EXPECT_EQ(names.size(), 15u);
+  EXPECT_EQ(names.size(), 16u);
 }
 
 }  // namespace

@@ -221,7 +221,7 @@ Status launch_whole(const Plan& plan, const DeviceInput& input, const Operand& o
                     const GemmArgs& args, void* workspace, Stream stream) {
   const QuantizeArgs x = quantize_args(plan, input, operand);
   auto* const to = static_cast<cudaStream_t>(stream);
-  return to_status(plan.family == KernelFamily::slab_rows
+  return to_status(plan.fused.quantizes
                        ? launch_w4a8_slab_rows_sm90(x, args, plan.fused, to)
                        : launch_w4a8_slab_handed_sm90(x, args, plan.fused,
                                                       workspace_scratch(plan, workspace), to),

@@ -135,7 +135,7 @@ struct Plan {
   KernelFamily family = KernelFamily::rs;
   OperandOrder order = OperandOrder::natural;
   SlabConfig slab;            // of families slab, slab_rows and slab_handed
-  SlabConfig fused;           // of families slab_rows and slab_handed
+  SlabConfig fused;           // of one launch from x to y, if run_gemm is that
   RsConfig rs;                // of family rs
   SsConfig ss;                // of family ss
   bool programmatic = false;  // how activations are quantized: see DeviceInfo
@@ -148,9 +148,7 @@ struct Plan {
            family == KernelFamily::ss;
   }
   /// Whether run_gemm quantizes in the launch that multiplies.
-  bool is_one_launch() const {
-    return family == KernelFamily::slab_rows || family == KernelFamily::slab_handed;
-  }
+  bool is_one_launch() const { return fused.quantizes || fused.handed; }
   const char* kernel_name() const;  // "w4a8_slab_sm90", "w4a8_rs_sm90", ...
   std::string describe() const;     // one line
 };

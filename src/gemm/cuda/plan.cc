@@ -136,8 +136,7 @@ std::optional<SlabConfig> rows_config(const Problem& p, const DeviceInfo& device
 }
 
 /// What a kernel that quantizes x in its own launch cannot quantize.
-std::string refusal_to_quantize(const Candidate& kernel, const Problem& p,
-                                const DeviceInfo& device) {
+std::string refusal_to_quantize(KernelFamily family, const Problem& p, const DeviceInfo& device) {
   if (p.x_dtype == Dtype::f32 || p.k % 8 != 0) {
     return fmt::format("it takes f16 or bf16 x with K a multiple of 8, not {} with K = {}",
                        dtype_name(p.x_dtype), p.k);
@@ -149,7 +148,7 @@ std::string refusal_to_quantize(const Candidate& kernel, const Problem& p,
     return fmt::format("it takes scales per (token, group) with groups of at most {}, not {}",
                        kBlockDepth, p.group_size);
   }
-  if (kernel.family == KernelFamily::slab_rows && p.m > 0 && !rows_config(p, device)) {
+  if (family == KernelFamily::slab_rows && p.m > 0 && !rows_config(p, device)) {
     return fmt::format("no block holds {} rows of K = {} beside its weights", p.m, p.k);
   }
   return "";
@@ -190,7 +189,7 @@ std::string refusal(const Candidate& kernel, const Problem& p, const DeviceInfo&
   }
   const bool quantizes =
       kernel.family == KernelFamily::slab_rows || kernel.family == KernelFamily::slab_handed;
-  return quantizes ? refusal_to_quantize(kernel, p, device) : "";
+  return quantizes ? refusal_to_quantize(kernel.family, p, device) : "";
 }
 
 /// Fewer rows than this only by name.
@@ -303,7 +302,8 @@ const char* tail_text(bool split) { return split ? "split tail" : "whole tiles";
 
 std::string family_text(const Plan& plan) {
   switch (plan.family) {
-    case KernelFamily::slab: return plan.slab.describe();
+    case KernelFamily::slab:
+      return plan.slab.describe() + (plan.fused.quantizes ? ", or one launch with x" : "");
     case KernelFamily::slab_rows:
     case KernelFamily::slab_handed: return "one launch, " + plan.fused.describe();
     case KernelFamily::rs:
@@ -478,7 +478,9 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
   plan.order = kernel->order;
   plan.padded_k = layout_of(problem).padded_k();
   const PackedLayout layout = layout_of(problem);
-  const bool slab = plan.family == KernelFamily::slab || plan.is_one_launch();
+  const bool rows = plan.family == KernelFamily::slab_rows;
+  const bool handed = plan.family == KernelFamily::slab_handed;
+  const bool slab = plan.family == KernelFamily::slab || rows || handed;
   if (slab && problem.m > 0) {
     plan.slab =
         multiplies_halves(plan)
@@ -486,8 +488,13 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
             : slab_config(layout, problem.m, has_group_scales(problem), device.multiprocessors,
                           device.shared_bytes);
     plan.slab.programmatic = true;
-    if (plan.family == KernelFamily::slab_rows) plan.fused = *rows_config(problem, device);
-    if (plan.family == KernelFamily::slab_handed) {
+    // Faster than two launches of one or two rows (docs/notes.md), with the same bits.
+    const bool int8 = kernel->row.mode == Mode::w4a8;
+    if (rows || (force == nullptr && int8 && problem.m <= kSlabFusedTokens &&
+                 refusal_to_quantize(KernelFamily::slab_rows, problem, device).empty())) {
+      plan.fused = *rows_config(problem, device);
+    }
+    if (handed) {
       plan.fused = slab_handed_config(layout, problem.m, has_group_scales(problem),
                                       device.multiprocessors, device.shared_bytes);
     }
