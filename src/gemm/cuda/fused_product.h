@@ -1,6 +1,6 @@
-// Products of one or two rows (the last: up to 16) whose blocks make the activations themselves, all of them the same
-// ones, while their first weights are on the way: no kernel in front makes a row, quantizes it and
-// stores it. The codes, and so all results, are those of the separate kernels bit for bit. Same
+// Products of few rows (one or two; the last kernel, 16) whose blocks make the activations
+// themselves while their first weights are on the way: no kernel in front makes a row, quantizes it
+// and stores it. The codes, and so all results, are those of the separate kernels bit for bit. Same
 // rules as kernels.h; compute capability 9.0.
 //
 // config: slab_quantizing_config() of product.layout, with a scale per (token, K-group) if
