@@ -112,7 +112,7 @@ void CudaContest::add(CudaRow row, int64_t copies, Launch launch) {
   rows_.push_back(std::move(row));
 }
 
-/// The product alone, and with quantizing x, if the mode does that.
+/// The product alone, and with quantizing x, if the mode does that; or both in one launch.
 void CudaContest::add_kernel(const CudaKernelRun& run) {
   const Mode mode = run.plan.problem.mode;
   const auto& weights = weights_.copies;
@@ -123,10 +123,17 @@ void CudaContest::add_kernel(const CudaKernelRun& run) {
     check_status(run.whole(weights[i % copies], stream));
   };
   if (mode == Mode::w4a16) return add(line, copies, whole);
+  if (run.plan.is_one_launch() && run.plan.family != cuda::KernelFamily::slab) {
+    // Its product alone is another kernel's.
+    line.kernel = "one launch: " + line.kernel;
+    line.product_alone = false;
+    return add(line, copies, whole);
+  }
   add(line, copies, [&run, &weights, copies](int64_t i, cudaStream_t stream) {
     check_status(run.product(weights[i % copies], stream));
   });
-  line.kernel = "quantize + " + line.kernel;
+  line.kernel =
+      (run.plan.is_one_launch() ? "one launch: quantize + " : "quantize + ") + line.kernel;
   line.product_alone = false;
   add(line, copies, whole);
 }

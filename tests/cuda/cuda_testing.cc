@@ -221,7 +221,8 @@ std::vector<Variant> variants(const Problem& problem) {
 bool keeps_the_order(const Plan& plan) {
   switch (plan.family) {
     case KernelFamily::slab:
-    case KernelFamily::slab_fused:  // one or two rows: groups of a slice are summed side by side
+    case KernelFamily::slab_rows:
+    case KernelFamily::slab_handed:  // one or two rows: groups of a slice are summed side by side
       return plan.padded_k == kSlabDepth && plan.problem.m > 2;
     case KernelFamily::rs: return !plan.rs.split_tail && plan.rs.parts == 1;
     case KernelFamily::ss: return !plan.ss.split_tail;

@@ -111,16 +111,76 @@ TEST(CudaPlan, AKernelCanBeForcedWhereItRuns) {
   EXPECT_EQ(kernel_for(problem(1), h200(), "w4a8_rs_sm90"), "w4a8_rs_sm90");
   EXPECT_EQ(kernel_for(problem(1), h200(), "w4a8_mma_sm80"), "w4a8_mma_sm80");
   EXPECT_EQ(kernel_for(problem(16), h200(), "w4a8_slab_sm90"), "w4a8_slab_sm90");
-  EXPECT_EQ(kernel_for(problem(2), h200(), "w4a8_slab_fused_sm90"), "w4a8_slab_fused_sm90");
-  expect_refused(problem(3), h200(), "w4a8_slab_fused_sm90", Code::unsupported, {"at most 2"});
-  Problem floats = problem(1);
-  floats.x_dtype = Dtype::f32;
-  expect_refused(floats, h200(), "w4a8_slab_fused_sm90", Code::unsupported, {"f16 or bf16"});
   expect_refused(problem(17), h200(), "w4a8_slab_sm90", Code::unsupported, {"at most 16", "17"});
   expect_refused(problem(1), of_capability(89), "w4a8_rs_sm90", Code::unsupported, {"9.0", "8.9"});
   expect_refused(problem(1), of_capability(100), "w4a8_slab_sm90", Code::unsupported,
                  {"9.0", "10.0"});
   expect_refused(problem(1), h200(), "w4a8_amx", Code::invalid_argument, {"w4a8_amx"});
+}
+
+TEST(CudaPlan, OneLaunchThatQuantizesAsWellIsForcedByName) {
+  const auto* const rows = "w4a8_slab_rows_sm90";
+  const auto* const handed = "w4a8_slab_handed_sm90";
+  const auto of_bf16 = [](int64_t m, int64_t k = 4096, int64_t group_size = 128) {
+    Problem p = problem(m, 4096, k, group_size);
+    p.x_dtype = Dtype::bf16;
+    return p;
+  };
+  for (const int64_t m : {1, 2, 3, 16}) {
+    for (const int64_t k : {96, 4096, 14336, 131072}) {
+      const Problem p = of_bf16(m, k, 32);
+      const Result<Plan> plan = plan_gemm(p, h200(), handed);
+      ASSERT_TRUE(plan.ok()) << plan.status().message();
+      EXPECT_STREQ(plan->kernel_name(), handed);
+      EXPECT_TRUE(plan->is_one_launch());
+      EXPECT_TRUE(plan->reads_flags());
+      EXPECT_TRUE(plan->fused.handed);
+      EXPECT_TRUE(plan->fused.programmatic);
+      EXPECT_EQ(plan->fused.k_warps, plan->slab.k_warps);  // so the same bits
+      EXPECT_EQ(plan->fused.form, plan->slab.form);
+      EXPECT_NE(plan->describe().find("one launch"), std::string::npos) << plan->describe();
+    }
+  }
+  for (const int64_t m : {1, 2}) {
+    const Result<Plan> plan = plan_gemm(of_bf16(m), h200(), rows);
+    ASSERT_TRUE(plan.ok()) << plan.status().message();
+    EXPECT_STREQ(plan->kernel_name(), rows);
+    EXPECT_TRUE(plan->is_one_launch());
+    EXPECT_FALSE(plan->reads_flags());
+    EXPECT_TRUE(plan->fused.quantizes);
+    EXPECT_EQ(plan->fused.k_warps, plan->slab.k_warps);
+  }
+  // Two rows and fewer without a name, where x has 16 bits; by the product's name never.
+  EXPECT_TRUE(plan_gemm(of_bf16(2), h200())->fused.quantizes);
+  EXPECT_STREQ(plan_gemm(of_bf16(2), h200())->kernel_name(), "w4a8_slab_sm90");
+  EXPECT_FALSE(plan_gemm(of_bf16(3), h200())->is_one_launch());
+  EXPECT_FALSE(plan_gemm(of_bf16(1, 28672), h200())->is_one_launch());
+  EXPECT_FALSE(plan_gemm(of_bf16(1), h200(), "w4a8_slab_sm90")->is_one_launch());
+  EXPECT_FALSE(plan_gemm(of_bf16(1), of_capability(80))->is_one_launch());
+  expect_refused(of_bf16(3), h200(), rows, Code::unsupported, {rows, "at most 2", "3"});
+  expect_refused(of_bf16(17), h200(), handed, Code::unsupported, {handed, "at most 16", "17"});
+  expect_refused(of_bf16(1, 28672), h200(), rows, Code::unsupported, {rows, "1 rows", "28672"});
+  for (const char* name : {rows, handed}) {
+    Problem p = problem(1);  // f32
+    p.x_dtype = Dtype::f32;
+    EXPECT_FALSE(plan_gemm(p, h200())->is_one_launch());
+    expect_refused(p, h200(), name, Code::unsupported, {name, "f16 or bf16", "f32"});
+    p = of_bf16(1, 204, 204);
+    expect_refused(p, h200(), name, Code::unsupported, {name, "multiple of 8", "204"});
+    p = of_bf16(1);
+    p.granularity = Granularity::tensor;
+    expect_refused(p, h200(), name, Code::unsupported, {name, "tensor"});
+    p.granularity = Granularity::group;
+    EXPECT_EQ(kernel_for(p, h200(), name), name);
+    p.group_size = 256;
+    expect_refused(p, h200(), name, Code::unsupported, {name, "at most 128", "256"});
+    p = of_bf16(1);
+    p.mode = Mode::w4a4;
+    EXPECT_EQ(kernel_for(p, h200(), name), name);
+    p.symmetric = false;
+    expect_refused(p, h200(), name, Code::unsupported, {name, "symmetric"});
+    expect_refused(of_bf16(1), of_capability(80), name, Code::unsupported, {name, "9.0", "8.0"});
+  }
 }
 
 TEST(CudaPlan, RefusalsNameWhatIsWrong) {
@@ -553,7 +613,7 @@ TEST(CudaPlan, TableNamesEveryKernel) {
     std::replace(mode.begin(), mode.end(), '-', '_');
     EXPECT_TRUE(std::string_view(row.name).starts_with(mode + "_")) << row.name;
   }
-  EXPECT_EQ(names.size(), 15u);
+  EXPECT_EQ(names.size(), 16u);
 }
 
 }  // namespace

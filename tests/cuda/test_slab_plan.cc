@@ -79,20 +79,22 @@ TEST(SlabPlan, EveryConfigurationOfHalvesIsOneThatAKernelTakes) {
   }
 }
 
-TEST(SlabPlan, EveryFusedConfigurationIsOneThatItsKernelTakes) {
-  for (const int64_t k : {96, 512, 4096, 8192, 8704, 14336, 18944, 131072}) {
-    for (const int64_t n : {8, 1000, 4096, 57344, 262144}) {
-      for (const int64_t m : {1, 2}) {
-        const PackedLayout layout = packed_layout(n, k, 32);
-        const SlabConfig c = slab_fused_config(layout, m, kMultiprocessors, kSharedBytes);
-        SCOPED_TRACE(c.describe());
-        EXPECT_EQ(c.form, SlabForm::fused);
-        EXPECT_GE(c.k_warps, 1);
-        EXPECT_LE(c.k_warps, std::min<int64_t>(layout.slices, kSlabWarps));
-        EXPECT_EQ(c.tile_warps, 1);
-        EXPECT_GE(c.held_tiles, 1);
-        EXPECT_GE(c.blocks, 1);
-        EXPECT_LE(slab_shared_bytes(layout, m, false, c), kSharedBytes);
+// It is that of the product alone, in which bits and shared memory are the same.
+TEST(SlabPlan, WhatIsHandedRoundChangesNothingElse) {
+  for (const int64_t k : {96, 4096, 8704, 14336, 131072}) {
+    for (const int64_t m : {1, 2, 8, 16}) {
+      for (const bool group_scales : {false, true}) {
+        const PackedLayout layout = packed_layout(4096, k, 32);
+        SlabConfig c = slab_handed_config(layout, m, group_scales, kMultiprocessors, kSharedBytes);
+        EXPECT_TRUE(c.handed);
+        EXPECT_FALSE(c.quantizes);
+        EXPECT_NE(c.describe().find("the first quantizing"), std::string::npos);
+        EXPECT_LE(slab_shared_bytes(layout, m, group_scales, c), kSharedBytes);
+        c.handed = false;
+        const SlabConfig alone =
+            slab_config(layout, m, group_scales, kMultiprocessors, kSharedBytes);
+        EXPECT_EQ(c.describe(), alone.describe());
+        EXPECT_EQ(c.k_warps, alone.k_warps);
       }
     }
   }

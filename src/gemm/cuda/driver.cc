@@ -2,6 +2,7 @@
 // can see; launches; never allocates or waits.
 #include <fmt/format.h>
 
+#include "gemm/cuda/fused_product.h"
 #include "gemm/cuda/gemm_cuda.h"
 #include "gemm/cuda/kernels.h"
 #include "gemm/cuda/operand.h"
@@ -171,7 +172,8 @@ cudaError_t launch(const Plan& plan, const GemmArgs& args, void* workspace, cuda
   const bool halves = multiplies_halves(plan);
   switch (plan.family) {
     case KernelFamily::slab:
-    case KernelFamily::slab_fused:
+    case KernelFamily::slab_rows:
+    case KernelFamily::slab_handed:
       return halves ? launch_w4a16_slab_sm90(args, plan.slab, stream)
                     : launch_w4a8_slab_sm90(args, plan.slab, stream);
     case KernelFamily::rs:
@@ -211,6 +213,18 @@ Status launch_quantizer(const Plan& plan, const DeviceInput& input, const Operan
 
 Status launch_product(const Plan& plan, const GemmArgs& args, void* workspace, Stream stream) {
   return to_status(launch(plan, args, workspace, static_cast<cudaStream_t>(stream)),
+                   plan.kernel_name());
+}
+
+/// One launch that quantizes as well.
+Status launch_whole(const Plan& plan, const DeviceInput& input, const Operand& operand,
+                    const GemmArgs& args, void* workspace, Stream stream) {
+  const QuantizeArgs x = quantize_args(plan, input, operand);
+  auto* const to = static_cast<cudaStream_t>(stream);
+  return to_status(plan.fused.quantizes
+                       ? launch_w4a8_slab_rows_sm90(x, args, plan.fused, to)
+                       : launch_w4a8_slab_handed_sm90(x, args, plan.fused,
+                                                      workspace_scratch(plan, workspace), to),
                    plan.kernel_name());
 }
 
@@ -254,11 +268,9 @@ Status run_gemm(const Plan& plan, const DeviceInput& input, const DeviceWeights&
     return launch_product(plan, args, workspace, stream);
   }
   const Operand operand = workspace_operand(plan, workspace);
-  if (plan.family == KernelFamily::slab_fused) {
-    return to_status(launch_w4a8_slab_fused_sm90(quantize_args(plan, input, operand),
-                                                 gemm_args(plan, operand, weights, y, y_stride),
-                                                 plan.fused, static_cast<cudaStream_t>(stream)),
-                     plan.kernel_name());
+  if (plan.is_one_launch()) {
+    return launch_whole(plan, input, operand, gemm_args(plan, operand, weights, y, y_stride),
+                        workspace, stream);
   }
   NIBBLE_TRY(launch_quantizer(plan, input, operand, stream));
   return launch_product(plan, gemm_args(plan, operand, weights, y, y_stride), workspace, stream);

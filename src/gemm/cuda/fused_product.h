@@ -1,6 +1,6 @@
-// Products of one or two rows whose blocks make the activations themselves, all of them the same
-// ones, while their first weights are on the way: no kernel in front makes a row, quantizes it and
-// stores it. The codes, and so all results, are those of the separate kernels bit for bit. Same
+// Products of few rows (one or two; the last kernel, 16) whose blocks make the activations
+// themselves while their first weights are on the way: no kernel in front makes a row, quantizes it
+// and stores it. The codes, and so all results, are those of the separate kernels bit for bit. Same
 // rules as kernels.h; compute capability 9.0.
 //
 // config: slab_quantizing_config() of product.layout, with a scale per (token, K-group) if
@@ -48,5 +48,13 @@ cudaError_t launch_w4a8_slab_norm_sm90(const NormProductArgs& args, const SlabCo
 cudaError_t launch_w4a8_slab_rows_sm90(const QuantizeArgs& x, const GemmArgs& product,
                                        const SlabConfig& config, cudaStream_t stream,
                                        const RowRanges& ranges = {});
+
+/// w4a8_slab_handed_sm90.cu: the same for up to kSlabTokens rows of f16 or bf16 and any K: the
+/// first blocks make a row each, and all wait for them. config: slab_handed_config(). codes and
+/// scales, the same ones in both arguments, are written and read. scratch: kFlagBytes (see
+/// workspace_layout()), zero before and after.
+cudaError_t launch_w4a8_slab_handed_sm90(const QuantizeArgs& x, const GemmArgs& product,
+                                         const SlabConfig& config, void* scratch,
+                                         cudaStream_t stream);
 
 }  // namespace nibble::cuda

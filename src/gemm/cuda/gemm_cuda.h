@@ -120,11 +120,12 @@ enum class OperandOrder : int { natural = 0, wgmma = 1 };
 
 enum class KernelFamily : int {
   slab,  // M <= 16: mma.sync over slabs streamed by bulk copies, K split over the warps of a block
-  slab_fused,  // M <= 2: run_gemm is one launch that quantizes as well; its halves are slab's
-  rs,          // wgmma, weights expanded in registers, tokens as the N side
-  ss,          // wgmma, weights expanded in scratch first: for many rows
-  mma,         // mma.sync, any device from sm_80 on
-  mma_int4,    // mma.sync on 4-bit operands: native from 8.0 to 8.9, emulated later
+  slab_rows,    // M <= 2: run_gemm is one launch, every block quantizes x; its halves are slab's
+  slab_handed,  // M <= 16: the same, and the first blocks quantize x for all
+  rs,           // wgmma, weights expanded in registers, tokens as the N side
+  ss,           // wgmma, weights expanded in scratch first: for many rows
+  mma,          // mma.sync, any device from sm_80 on
+  mma_int4,     // mma.sync on 4-bit operands: native from 8.0 to 8.9, emulated later
 };
 
 /// Everything decided before a launch. A plain value, valid for its problem and device.
@@ -133,19 +134,21 @@ struct Plan {
   int device = 0;  // ordinal
   KernelFamily family = KernelFamily::rs;
   OperandOrder order = OperandOrder::natural;
-  SlabConfig slab;            // of families slab and slab_fused
-  SlabConfig fused;           // of family slab_fused
+  SlabConfig slab;            // of families slab, slab_rows and slab_handed
+  SlabConfig fused;           // of one launch from x to y, if run_gemm is that
   RsConfig rs;                // of family rs
   SsConfig ss;                // of family ss
   bool programmatic = false;  // how activations are quantized: see DeviceInfo
   int64_t padded_k = 0;
   size_t workspace_bytes = 0;  // of run_gemm; begins with flags that are zeroed once
 
-  /// Whether the kernel reads these flags: those that split K over blocks.
+  /// Whether the kernel reads these flags: those whose blocks wait for each other.
   bool reads_flags() const {
-    return family != KernelFamily::slab && family != KernelFamily::slab_fused &&
-           family != KernelFamily::mma && family != KernelFamily::mma_int4;
+    return family == KernelFamily::slab_handed || family == KernelFamily::rs ||
+           family == KernelFamily::ss;
   }
+  /// Whether run_gemm quantizes in the launch that multiplies.
+  bool is_one_launch() const { return fused.quantizes || fused.handed; }
   const char* kernel_name() const;  // "w4a8_slab_sm90", "w4a8_rs_sm90", ...
   std::string describe() const;     // one line
 };

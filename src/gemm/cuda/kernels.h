@@ -48,13 +48,6 @@ cudaError_t launch_w4a8_slab_sm90(const GemmArgs& args, const SlabConfig& config
 cudaError_t launch_w4a16_slab_sm90(const GemmArgs& args, const SlabConfig& config,
                                    cudaStream_t stream);
 
-/// w4a8_slab_fused_sm90.cu: quantizes x and multiplies in one launch. m <= kSlabFusedTokens; x of
-/// 16 bits, its rows 16-byte aligned and k a multiple of 8; symmetric codes, one scale a token or
-/// one static scale: cudaErrorInvalidValue for anything else. codes, scales and sums, of both
-/// arguments, are neither read nor written.
-cudaError_t launch_w4a8_slab_fused_sm90(const QuantizeArgs& x, const GemmArgs& args,
-                                        const SlabConfig& config, cudaStream_t stream);
-
 /// w4a8_rs_sm90.cu: any M. codes in wgmma order. scratch: rs_scratch_bytes().
 cudaError_t launch_w4a8_rs_sm90(const GemmArgs& args, const RsConfig& config, void* scratch,
                                 cudaStream_t stream);

@@ -38,18 +38,24 @@ constexpr int64_t kManyRowsOfExpanded = 640, kManyRowsOfExpandedE4m3 = 128;
 /// byte is a launch more. Reasoned from the data sheets of 8.0 and 8.9, not measured.
 constexpr int64_t kRowsOfNativeInt4 = 65;
 
-constexpr std::array<Candidate, 15> kCandidates = {{
+constexpr std::array<Candidate, 16> kCandidates = {{
     {{"w4a8_slab_sm90", Mode::w4a8, kHopper},
      KernelFamily::slab,
      OperandOrder::natural,
      true,
      kSlabTokens,
      0},
-    {{"w4a8_slab_fused_sm90", Mode::w4a8, kHopper},
-     KernelFamily::slab_fused,
+    {{"w4a8_slab_rows_sm90", Mode::w4a8, kHopper},
+     KernelFamily::slab_rows,
      OperandOrder::natural,
      true,
      kSlabFusedTokens,
+     0},
+    {{"w4a8_slab_handed_sm90", Mode::w4a8, kHopper},
+     KernelFamily::slab_handed,
+     OperandOrder::natural,
+     true,
+     kSlabTokens,
      0},
     {{"w4a4_ss_sm90", Mode::w4a4, kHopper},
      KernelFamily::ss,
@@ -122,6 +128,32 @@ bool is_of_mode(const Candidate& kernel, const Problem& p) {
   return kind(kernel.row.mode) == kind(p.mode);
 }
 
+PackedLayout layout_of(const Problem& p) { return packed_layout(p.n, p.k, p.group_size); }
+
+std::optional<SlabConfig> rows_config(const Problem& p, const DeviceInfo& device) {
+  return slab_quantizing_config(layout_of(p), p.m, has_group_scales(p), false,
+                                device.multiprocessors, device.shared_bytes);
+}
+
+/// What a kernel that quantizes x in its own launch cannot quantize.
+std::string refusal_to_quantize(KernelFamily family, const Problem& p, const DeviceInfo& device) {
+  if (p.x_dtype == Dtype::f32 || p.k % 8 != 0) {
+    return fmt::format("it takes f16 or bf16 x with K a multiple of 8, not {} with K = {}",
+                       dtype_name(p.x_dtype), p.k);
+  }
+  if (!p.symmetric || p.granularity == Granularity::tensor) {
+    return "it takes symmetric codes and no scale for the whole tensor that x must be read for";
+  }
+  if (has_group_scales(p) && p.group_size != promoted_depth(p.group_size)) {
+    return fmt::format("it takes scales per (token, group) with groups of at most {}, not {}",
+                       kBlockDepth, p.group_size);
+  }
+  if (family == KernelFamily::slab_rows && p.m > 0 && !rows_config(p, device)) {
+    return fmt::format("no block holds {} rows of K = {} beside its weights", p.m, p.k);
+  }
+  return "";
+}
+
 /// Empty if the kernel runs the problem on the device, else why not.
 std::string refusal(const Candidate& kernel, const Problem& p, const DeviceInfo& device) {
   const auto capability = [](int c) { return fmt::format("{}.{}", c / 10, c % 10); };
@@ -155,14 +187,9 @@ std::string refusal(const Candidate& kernel, const Problem& p, const DeviceInfo&
   if (kernel.family == KernelFamily::rs && by_group && short_groups) {
     return "it takes scales per (token, group) with groups of at least 128 only";
   }
-  const bool one_scale =
-      p.granularity == Granularity::token || p.granularity == Granularity::static_tensor;
-  if (kernel.family == KernelFamily::slab_fused &&
-      (p.x_dtype == Dtype::f32 || p.k % 8 != 0 || !p.symmetric || !one_scale)) {
-    return "it takes f16 or bf16 x with K a multiple of 8, symmetric codes, and a scale per token "
-           "or a static one";
-  }
-  return "";
+  const bool quantizes =
+      kernel.family == KernelFamily::slab_rows || kernel.family == KernelFamily::slab_handed;
+  return quantizes ? refusal_to_quantize(kernel.family, p, device) : "";
 }
 
 /// Fewer rows than this only by name.
@@ -245,8 +272,6 @@ Status check(const Problem& p) {
   return check_group_size(p.group_size, p.k);
 }
 
-PackedLayout layout_of(const Problem& p) { return packed_layout(p.n, p.k, p.group_size); }
-
 size_t aligned(size_t bytes) {
   return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
 }
@@ -277,8 +302,10 @@ const char* tail_text(bool split) { return split ? "split tail" : "whole tiles";
 
 std::string family_text(const Plan& plan) {
   switch (plan.family) {
-    case KernelFamily::slab: return plan.slab.describe();
-    case KernelFamily::slab_fused: return "one launch, " + plan.fused.describe();
+    case KernelFamily::slab:
+      return plan.slab.describe() + (plan.fused.quantizes ? ", or one launch with x" : "");
+    case KernelFamily::slab_rows:
+    case KernelFamily::slab_handed: return "one launch, " + plan.fused.describe();
     case KernelFamily::rs:
       return fmt::format("tile={}x{}{} {}", plan.rs.token_tile, 64 * plan.rs.math_groups,
                          plan.rs.blocks > 1 ? " two a multiprocessor" : "",
@@ -482,7 +509,9 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
   plan.order = kernel->order;
   plan.padded_k = layout_of(problem).padded_k();
   const PackedLayout layout = layout_of(problem);
-  const bool slab = plan.family == KernelFamily::slab || plan.family == KernelFamily::slab_fused;
+  const bool rows = plan.family == KernelFamily::slab_rows;
+  const bool handed = plan.family == KernelFamily::slab_handed;
+  const bool slab = plan.family == KernelFamily::slab || rows || handed;
   if (slab && problem.m > 0) {
     plan.slab =
         multiplies_halves(plan)
@@ -490,11 +519,17 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
             : slab_config(layout, problem.m, has_group_scales(problem), device.multiprocessors,
                           device.shared_bytes);
     plan.slab.programmatic = true;
-    if (plan.family == KernelFamily::slab_fused) {
-      plan.fused =
-          slab_fused_config(layout, problem.m, device.multiprocessors, device.shared_bytes);
-      plan.fused.programmatic = true;
+    // Faster than two launches of one or two rows (docs/notes.md), with the same bits.
+    const bool int8 = kernel->row.mode == Mode::w4a8;
+    if (rows || (force == nullptr && int8 && problem.m <= kSlabFusedTokens &&
+                 refusal_to_quantize(KernelFamily::slab_rows, problem, device).empty())) {
+      plan.fused = *rows_config(problem, device);
     }
+    if (handed) {
+      plan.fused = slab_handed_config(layout, problem.m, has_group_scales(problem),
+                                      device.multiprocessors, device.shared_bytes);
+    }
+    plan.fused.programmatic = true;
   } else if (plan.family == KernelFamily::rs && problem.m > 0) {
     plan.rs = rs_config(layout, problem.m, rs_activations(problem), device.multiprocessors);
   } else if (plan.family == KernelFamily::ss && problem.m > 0) {

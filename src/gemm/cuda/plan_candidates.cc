@@ -120,8 +120,14 @@ std::vector<Plan> plan_candidates(const Problem& problem, const DeviceInfo& devi
     const Result<Plan> plan = plan_gemm(problem, device, kernel.name);
     if (!plan.ok()) continue;  // not for this problem
     switch (plan->family) {
-      case KernelFamily::slab: candidates.add_slabs(*plan); break;
-      case KernelFamily::slab_fused: break;
+      case KernelFamily::slab: {
+        Plan of_slab = *plan;
+        of_slab.fused = chosen->fused;  // what run_gemm does tells no products apart
+        candidates.add_slabs(of_slab);
+        break;
+      }
+      case KernelFamily::slab_rows:
+      case KernelFamily::slab_handed: break;  // their products alone are slab's
       case KernelFamily::rs: candidates.add_tiles(*plan); break;
       case KernelFamily::ss: candidates.add_splits(*plan); break;
       case KernelFamily::mma:

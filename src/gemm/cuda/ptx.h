@@ -123,6 +123,12 @@ __device__ __forceinline__ void fence_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+/// The same of global memory: before the release that hands it to other blocks, and behind their
+/// acquire.
+__device__ __forceinline__ void fence_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 /// cp.async of 16 bytes past L1; `bytes` < 16 fills up with zeros. sm_80.
 __device__ __forceinline__ void copy16_async(uint32_t to, const void* from, int bytes = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
@@ -450,6 +456,10 @@ __device__ __forceinline__ uint32_t add_acquire_release(uint32_t* p, uint32_t v)
 /// Adds to *p, after all writes of the block that a barrier has ordered before this.
 __device__ __forceinline__ void add_release(uint32_t* p, uint32_t v) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+/// Adds 1 to *p, or makes it 0 where it is `last`; otherwise the same.
+__device__ __forceinline__ void increment_release(uint32_t* p, uint32_t last) {
+  asm volatile("red.release.gpu.global.inc.u32 [%0], %1;" ::"l"(p), "r"(last) : "memory");
 }
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
   uint32_t v;

@@ -8,7 +8,8 @@ namespace nibble::cuda::slab {
 template <class S>
 struct CodeSlice {
   using Parameters = Params;
-  static constexpr bool kMade = false;  // by the block itself
+  static constexpr bool kMade = false;   // by the block itself
+  static constexpr bool kStays = false;  // all of K is in shared memory
   HeldSlice<S> held;
   SliceScales<S> scales;
   TokenScale<S> token_scale;  // of the form `registers`, where one slice is all that a warp meets

@@ -150,7 +150,7 @@ inline constexpr int kStepBarrier = 0, kRingBarriers = 16;
 inline constexpr int kWarpBarriers = 400, kTokenScales = 544;
 static_assert(kRingBarriers + 8 * kSlabWarps * kSlabStages <= kWarpBarriers);
 static_assert(kWarpBarriers + 8 * kSlabWarps <= kTokenScales);
-inline constexpr int kWarpRanges = 640;  // fused: (warp, token)
+inline constexpr int kWarpRanges = 640;  // of kernels that quantize: (warp, token)
 static_assert(kTokenScales + 4 * kSlabTokens <= kWarpRanges);
 static_assert(kWarpRanges + 4 * kSlabWarps * kSlabFusedTokens <= kSlabHeaderBytes);
 

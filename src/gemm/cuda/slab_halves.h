@@ -10,7 +10,7 @@ namespace nibble::cuda::slab {
 template <class S>
 struct HalfSlice {
   using Parameters = Params;
-  static constexpr bool kMade = false;
+  static constexpr bool kMade = false, kStays = false;
   uint4 held[S::kHalves][4][4];  // block, step: eight k of token r (and r + 8), in pairs
   TokenScale<S> token_scale;     // of the form `registers`
 

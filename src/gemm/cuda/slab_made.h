@@ -102,10 +102,13 @@ __device__ __forceinline__ void make_rows(const Source& source,
 /// What all do with the rows that lie in shared memory.
 template <class S>
 struct MadeRows {
-  static constexpr bool kMade = true;
+  static constexpr bool kMade = true, kStays = true;
   HeldSlice<S> held;
   SliceScales<S> scales;
 
+  __device__ static int early_slabs(const MadeParams& p, const Place& at) {
+    return at.warp < p.early_warps ? 1 : 0;
+  }
   __device__ __forceinline__ void hold(const MadeParams& p, const Place& at, uint32_t shared,
                                        int slice) {
     held.load(at, shared + p.shared.activations + slice * kSlabDepth, p.shared.row_pitch, p.m,

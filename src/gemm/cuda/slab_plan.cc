@@ -24,7 +24,6 @@ const char* form_name(SlabForm form) {
   switch (form) {
     case SlabForm::registers: return "registers";
     case SlabForm::streamed: return "streamed";
-    case SlabForm::fused: return "fused";
   }
   return "";
 }
@@ -61,23 +60,6 @@ SlabConfig streamed_config(const PackedLayout& layout, int64_t m, int multiproce
 
 }  // namespace
 
-SlabConfig slab_fused_config(const PackedLayout& layout, int64_t m, int multiprocessors,
-                             int64_t shared_bytes) {
-  SlabConfig config;
-  config.form = SlabForm::fused;
-  const bool deep = layout.slices > kSlabWarps;
-  config.k_warps =
-      deep ? best_k_warps(layout.slices, {14, 16, 12, 13}) : static_cast<int>(layout.slices);
-  config.stages = deep ? 2 : 1;
-  config.blocks = multiprocessors * std::min(2, kSlabWarps / config.k_warps);
-  config.held_tiles = static_cast<int>(ceil_div(layout.tiles, config.blocks));
-  const int64_t most = shared_bytes / (kSlabWarps / config.k_warps > 1 ? 2 : 1);
-  while (slab_shared_bytes(layout, m, false, config) > most && config.held_tiles > 1) {
-    config.held_tiles = (config.held_tiles + 1) / 2;
-  }
-  return config;
-}
-
 // Two slabs in flight a warp, because it works on each for longer; at 16 tokens, eight warps hold
 // all that the registers of a multiprocessor can. Where shared memory is short, a warp less costs
 // less than a tile less that meets the activations while they are there.
@@ -107,9 +89,10 @@ SlabConfig slab_halves_config(const PackedLayout& layout, int64_t m, int multipr
 }
 
 std::string SlabConfig::describe() const {
-  return fmt::format("{}, {}x{} warps, ring of {}, {} held, {} blocks{}{}{}", form_name(form),
+  return fmt::format("{}, {}x{} warps, ring of {}, {} held, {} blocks{}{}{}{}", form_name(form),
                      k_warps, tile_warps, stages, held_tiles, blocks, halves ? ", halves" : "",
-                     quantizes ? ", quantizing" : "", programmatic ? ", programmatic" : "");
+                     quantizes ? ", quantizing" : "", handed ? ", the first quantizing" : "",
+                     programmatic ? ", programmatic" : "");
 }
 
 SlabRows slab_rows(const PackedLayout& layout, int64_t m, bool group_scales,
@@ -126,13 +109,12 @@ SlabShared slab_shared(const PackedLayout& layout, int64_t m, bool group_scales,
                        const SlabConfig& config) {
   const int64_t columns = slab_token_columns(m, config.halves), warps = config.warps();
   const bool streamed = config.form == SlabForm::streamed;
-  const bool holds = streamed || config.form == SlabForm::fused;  // sums of several tiles
   SlabShared s;
   int64_t at = kSlabHeaderBytes;
   s.partials = static_cast<int>(at);
-  s.partials_bytes = static_cast<int>(warps * (holds ? config.held_tiles : 1) *
+  s.partials_bytes = static_cast<int>(warps * (streamed ? config.held_tiles : 1) *
                                       slab_partial_bytes(static_cast<int>(columns)));
-  at += (holds ? 1 : 2) * int64_t{s.partials_bytes};
+  at += (streamed ? 1 : 2) * int64_t{s.partials_bytes};
   s.tables = static_cast<int>(at);
   if (!config.halves) {
     s.table_bytes = static_cast<int>(layout.slab_groups * columns * (group_scales ? 8 : 4));
@@ -192,6 +174,13 @@ std::optional<SlabConfig> slab_quantizing_config(const PackedLayout& layout, int
   }
   const int64_t most = int64_t{32} * config.warps() * slab_row_chunks(config) * 8;
   if (config.k_warps != order || layout.padded_k() > most) return std::nullopt;
+  return config;
+}
+
+SlabConfig slab_handed_config(const PackedLayout& layout, int64_t m, bool group_scales,
+                              int multiprocessors, int64_t shared_bytes) {
+  SlabConfig config = slab_config(layout, m, group_scales, multiprocessors, shared_bytes);
+  config.handed = true;
   return config;
 }
 

@@ -18,19 +18,19 @@ inline constexpr int kSlabStages = 3;
 enum class SlabForm : int {
   registers,  // a warp has one slice of 512 k for good: needs k_warps >= slices
   streamed,   // they come with the weights, slice by slice; k_warps <= slices
-  fused,      // M <= 2: each block quantizes x itself; k_warps <= slices
 };
 
 struct SlabConfig {
   SlabForm form = SlabForm::registers;
   int k_warps = 0;      // warps that share one column tile; slice s belongs to warp s % k_warps
-  int tile_warps = 1;   // column tiles worked on at once by a block: 1, 2 or 4; streamed, fused: 1
+  int tile_warps = 1;   // column tiles worked on at once by a block: 1, 2 or 4; streamed: 1
   int stages = 1;       // slabs in flight per warp, 1..kSlabStages
-  int held_tiles = 1;   // streamed, fused: tiles that meet a slice of activations while it is there
+  int held_tiles = 1;   // streamed: tiles that meet a slice of activations while it is there
   int blocks = 0;       // asked for; the tiles are dealt out evenly
   bool halves = false;  // w4a16: activations are x itself, 16 bits each, and not int8 codes
   int early_warps = 0;  // quantizes: warps that ask for a slab before the rows, all others after
-  bool quantizes = false;     // M <= 2: each block makes the codes of its rows itself
+  bool quantizes = false;     // M <= 2: each block makes the codes of all rows itself
+  bool handed = false;        // the first blocks make the codes, and all others wait for them
   bool programmatic = false;  // launched with programmatic stream serialization
 
   int warps() const { return k_warps * tile_warps; }
@@ -46,16 +46,17 @@ SlabConfig slab_config(const PackedLayout& layout, int64_t m, bool group_scales,
 SlabConfig slab_halves_config(const PackedLayout& layout, int64_t m, int multiprocessors,
                               int64_t shared_bytes);
 
-/// The same for the kernel that quantizes as well; 1 <= m <= kSlabFusedTokens.
-SlabConfig slab_fused_config(const PackedLayout& layout, int64_t m, int multiprocessors,
-                             int64_t shared_bytes);
-
 /// The same, of one of slab_config()'s forms, for the kernels that make their rows themselves
 /// (fused_product.h); nothing where slab_config() would add in another order, or K is too deep.
 /// gated: columns of gate and up are worked on side by side.
 std::optional<SlabConfig> slab_quantizing_config(const PackedLayout& layout, int64_t m,
                                                  bool group_scales, bool gated, int multiprocessors,
                                                  int64_t shared_bytes);
+
+/// slab_config() for the kernel whose first blocks quantize x for all.
+SlabConfig slab_handed_config(const PackedLayout& layout, int64_t m, bool group_scales,
+                              int multiprocessors, int64_t shared_bytes);
+
 /// Chunks of eight k that a thread of those kernels makes.
 inline constexpr int kSlabRegistersChunks = 2, kSlabStreamedChunks = 4;
 constexpr int slab_row_chunks(const SlabConfig& config) {
@@ -81,7 +82,7 @@ constexpr int slab_token_columns(int64_t m, bool halves = false) {
 
 /// Byte offsets into the shared memory of a block. Barriers and scales of tokens come first.
 struct SlabShared {
-  int partials = 0;        // float sums: two sets for steps in turn (streamed, fused: one)
+  int partials = 0;        // float sums: two sets for steps in turn (streamed: one)
   int partials_bytes = 0;  // of a set: (tile, k_warp) x slab_partial_bytes
   int tables = 0;          // sums, and scales, of the groups of the activations, slice by slice
   int table_bytes = 0;     // of a slice

@@ -9,10 +9,12 @@
 // a step are added one step later (one split barrier), in order of the slices. Slabs come by bulk
 // copies into a ring of each warp's own: the loop has no barrier of the block.
 //
-// Activations are a type: CodeSlice (slab_codes.h), HalfSlice (slab_halves.h) or MadeSlice
-// (slab_made.h).
-//   Parameters, kMade          of the kernel; whether the block makes the activations itself:
-//   prepare(p)                 then, what can be asked for before the kernel in front is complete
+// Activations are a type: CodeSlice (slab_codes.h), HalfSlice (slab_halves.h), MadeSlice
+// (slab_made.h) or HandedSlice (slab_handed.h).
+//   Parameters, kMade          of the kernel; whether its blocks make the activations:
+//   early_slabs(p, at)         then, slabs that a warp asks for in front of them
+//   prepare(p)                 and what else can be before the kernel in front is complete
+//   fetch(p, at)               asks for what they are made of
 //   load(p, at, memory)        asks for the warp's slice of all tokens
 //   store(at, shared, table)   what of it belongs into shared memory
 //   multiply(at, slab, table, bf16_scales, acc)
@@ -57,7 +59,7 @@ __global__ void __launch_bounds__(32 * S::kRegistersWarps, 1)
     // Rows are asked for behind these slabs, the rest of the ring behind them.
     if (at.leader) {
       ring.open();
-      request(at.warp < p.early_warps ? 1 : 0);
+      request(Activations::early_slabs(p, at));
     }
   } else {
     // Behind the slabs, loads would wait until those have drained from the queue.

@@ -8,7 +8,6 @@ cudaError_t launch_w4a8_slab_sm90(const GemmArgs& args, const SlabConfig& config
   switch (config.form) {
     case SlabForm::registers: return slab::launch_registers(args, config, stream);
     case SlabForm::streamed: return slab::launch_streamed(args, config, stream);
-    case SlabForm::fused: break;  // takes x: launch_w4a8_slab_fused_sm90
   }
   return cudaErrorInvalidValue;
 }
@@ -18,7 +17,6 @@ cudaError_t launch_w4a16_slab_sm90(const GemmArgs& args, const SlabConfig& confi
   switch (config.form) {
     case SlabForm::registers: return slab::launch_halves_registers(args, config, stream);
     case SlabForm::streamed: return slab::launch_halves_streamed(args, config, stream);
-    case SlabForm::fused: break;
   }
   return cudaErrorInvalidValue;
 }

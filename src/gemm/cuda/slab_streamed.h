@@ -14,9 +14,10 @@
 //                                        whatever does not come by bulk copies
 //   take(p, at, rows, table, slice)      the rows are there: to registers
 //   multiply(at, slab, table, bf16_scales, acc)
-// With Activations::kMade (slab_made.h) the block makes all rows itself, once, and they stay:
-//   fetch(p)                             asks for the rows
-//   make(p, memory)                      instead of request(); ends with a barrier of the block
+// With Activations::kMade the blocks make all rows, once:
+//   early_slabs(p, at), fetch(p, at)     as in slab_registers.h
+//   make(p, at, memory)                  ends with a barrier of the block
+// and with kStays they are then in the block's shared memory, where nothing needs to be requested.
 #pragma once
 
 #include "gemm/cuda/slab_output.h"
@@ -30,9 +31,9 @@ __global__ void __launch_bounds__(32 * S::kStreamedWarps, 1)
   const Place at(p);
   const Tiles tiles(p);
   const uint32_t shared = ptx::shared_address(memory);
-  constexpr bool kMade = Activations::kMade;
+  constexpr bool kMade = Activations::kMade, kStays = Activations::kStays;
   const uint32_t rows =
-      shared + p.shared.activations + (kMade ? 0 : at.warp * p.m * p.shared.row_pitch);
+      shared + p.shared.activations + (kStays ? 0 : at.warp * p.m * p.shared.row_pitch);
   const uint32_t rows_barrier = shared + kWarpBarriers + 8 * at.warp;
   const uint32_t table = shared + p.shared.tables + at.warp * p.shared.table_bytes;
   const uint32_t partials = shared + p.shared.partials;
@@ -47,13 +48,14 @@ __global__ void __launch_bounds__(32 * S::kStreamedWarps, 1)
   __syncwarp();
   if constexpr (kMade) {
     // Rows are asked for behind these slabs, the rest of the ring behind them.
-    const int before = at.warp < p.early_warps ? 1 : 0;
+    const int before = Activations::early_slabs(p, at);
     if (at.leader) queue.request_part(0, before);
     ptx::grid_launch_dependents();
     ptx::grid_wait();
     activations.fetch(p, at);
     if (at.leader) queue.request_part(before, p.stages);
     activations.make(p, at, memory);
+    if constexpr (!kStays) activations.request(p, at, rows, rows_barrier, at.k_warp);
   } else {
     // Behind the slabs, they would wait until those have drained from the queue.
     if (p.activations_first) activations.request(p, at, rows, rows_barrier, at.k_warp);
@@ -65,7 +67,7 @@ __global__ void __launch_bounds__(32 * S::kStreamedWarps, 1)
     }
   }
   TokenScale<S> token_scale;
-  if constexpr (!kMade) token_scale.load(p);
+  if constexpr (!kStays) token_scale.load(p);
 
   int parity = 0;
 #pragma unroll 1
@@ -73,7 +75,7 @@ __global__ void __launch_bounds__(32 * S::kStreamedWarps, 1)
     const int batch = now.batch, held = now.held(p, tiles);
 #pragma unroll 1
     while (now.batch == batch) {
-      if constexpr (!kMade) {
+      if constexpr (!kStays) {
         ptx::mbarrier_wait(rows_barrier, parity);
         parity ^= 1;
       }
@@ -81,7 +83,7 @@ __global__ void __launch_bounds__(32 * S::kStreamedWarps, 1)
       __syncwarp();  // the table is there, and all lanes have read the rows
       const bool first_slice = now.slice == at.k_warp;
       now.next_slice(p, at);
-      if constexpr (!kMade) {
+      if constexpr (!kStays) {
         if (!now.done(tiles)) activations.request(p, at, rows, rows_barrier, now.slice);
       }
       queue.template multiply_tiles<S, Accumulator<S>>(
@@ -89,7 +91,7 @@ __global__ void __launch_bounds__(32 * S::kStreamedWarps, 1)
             activations.multiply(at, slab, table, p.bf16_scales, acc);
           });
     }
-    if constexpr (!kMade) token_scale.store(shared);
+    if constexpr (!kStays) token_scale.store(shared);
     reduce<S>(p, shared, partials, tiles.first + batch, held, [] { __syncthreads(); });
     __syncthreads();  // the next batch writes where this one was read
   }

@@ -202,8 +202,8 @@ cudaError_t launch_w4a8_slab_sm90(const GemmArgs& args, const SlabConfig&, cudaS
 cudaError_t launch_w4a16_slab_sm90(const GemmArgs& args, const SlabConfig&, cudaStream_t stream) {
   return product(args, Acts::rows, stream);
 }
-cudaError_t launch_w4a8_slab_fused_sm90(const QuantizeArgs& x, const GemmArgs& args,
-                                        const SlabConfig&, cudaStream_t stream) {
+cudaError_t launch_w4a8_slab_handed_sm90(const QuantizeArgs& x, const GemmArgs& args,
+                                         const SlabConfig&, void*, cudaStream_t stream) {
   const cudaError_t error = launch_quantize(x, stream);
   return error == cudaSuccess ? product(args, Acts::codes, stream) : error;
 }
