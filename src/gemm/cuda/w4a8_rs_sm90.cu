@@ -68,7 +68,7 @@ struct Shape {
       kPromoted == 128 && kTokens != 96 && kMathGroups != 4 && !(kGroupScales && kResident == 2);
   // A token's scale is asked for before the products; elsewhere it would spill.
   static constexpr bool kScalesEarly =
-      kPromoted == 128 && kTokens != 96 && kMathGroups != 4 && !kGroupScales;
+      kPromoted == 128 && kTokens != 96 && kMathGroups != 4 && !kGroupScales && kResident == 1;
   // The first slice comes block by block. Of 32 rows it gains nothing; with short groups or a scale
   // per (token, group) it is not tried yet.
   static constexpr bool kFirstByBlocks = kTokens > 32 && kPromoted == 128 && !kGroupScales;
@@ -498,7 +498,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
     ptx::register_decrease<S::kProducerRegisters>();
     if (warp == S::kMathWarps && kernel.lane == 0) kernel.copy_activations(&act_map);
     if (copies_weights) {
-      if (kernel.lane < kMathWarps) kernel.copy_weights();
+      if (kernel.lane < S::kMathWarps) kernel.copy_weights();
       __syncwarp();
       ptx::cluster_wait();
     }
