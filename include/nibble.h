@@ -288,7 +288,8 @@ typedef struct nibble_cuda_plan {
 NIBBLE_API nibble_status nibble_cuda_gemm_plan(nibble_cuda_plan* out,
                                                const nibble_problem* problem, int32_t device,
                                                const char* kernel);
-/* The kernel that this plan runs. Static. */
+/* The kernel that multiplies. Static. nibble_cuda_gemm of one or two rows of f16 or bf16 may run
+ * one that quantizes as well, with the same bits: nibble_cuda_plan_describe says so. */
 NIBBLE_API const char* nibble_cuda_plan_kernel(const nibble_cuda_plan* plan);
 /* As nibble_plan_describe. */
 NIBBLE_API size_t nibble_cuda_plan_describe(const nibble_cuda_plan* plan, char* text, size_t bytes);

@@ -78,6 +78,17 @@ Status CudaKernelRun::product(const DeviceWeights& weights, cudaStream_t stream)
 Result<std::string> CudaKernelRun::check(const DeviceWeights& weights,
                                          const SampledColumns& sample) const {
   NIBBLE_TRY(whole(weights, nullptr));
+  const std::string wrong = compare(sample);
+  const bool has_product = plan.family == cuda::KernelFamily::slab;
+  if (!wrong.empty() || !plan.is_one_launch() || !has_product) return wrong;
+  // One launch leaves no operand behind for product(), and is another kernel.
+  const cuda::Operand operand = cuda::workspace_operand(plan, workspace.as<>());
+  NIBBLE_TRY(cuda::quantize_activations(plan, {x.as<>(), plan.problem.k}, operand, nullptr));
+  NIBBLE_TRY(product(weights, nullptr));
+  return compare(sample);
+}
+
+std::string CudaKernelRun::compare(const SampledColumns& sample) const {
   check_cuda(cudaDeviceSynchronize(), plan.kernel_name());
   const Problem& p = plan.problem;
   const int64_t count = std::min<int64_t>(p.m, 4);

@@ -30,11 +30,15 @@ struct CudaKernelRun {
   /// quantized last.
   Status whole(const cuda::DeviceWeights& weights, cudaStream_t stream) const;
   Status product(const cuda::DeviceWeights& weights, cudaStream_t stream) const;
-  /// Runs it once and compares up to four rows. Empty, or how one differs from the oracle by more
-  /// than rounding can do.
+  /// Runs it once (a product that whole() does not run by itself, too) and compares up to four
+  /// rows. Empty, or how one differs from the oracle by more than rounding can do. product() has
+  /// something to multiply then.
   Result<std::string> check(const cuda::DeviceWeights& weights, const SampledColumns& sample) const;
   /// x as floats, (m, k).
   std::vector<float> input() const;
+
+ private:
+  std::string compare(const SampledColumns& sample) const;
 };
 
 void check_status(const Status& status);  // throws

@@ -225,7 +225,7 @@ Status launch_whole(const Plan& plan, const DeviceInput& input, const Operand& o
                        ? launch_w4a8_slab_rows_sm90(x, args, plan.fused, to)
                        : launch_w4a8_slab_handed_sm90(x, args, plan.fused,
                                                       workspace_scratch(plan, workspace), to),
-                   plan.kernel_name());
+                   plan.fused.quantizes ? "w4a8_slab_rows_sm90" : "w4a8_slab_handed_sm90");
 }
 
 }  // namespace

@@ -140,7 +140,8 @@ struct Walk {
 };
 
 // ---- shared memory: header ---------------------------------------------------------------------
-//     0: step barrier   16: (warp, stage) ring   512: scales of tokens
+//     0: step barrier   16: (warp, stage) ring   400: a barrier a warp   544: scales of tokens
+//     640: ranges of warps
 #ifdef NIBBLE_RACECHECK  // it knows of an arrival only what the arriving thread itself has done
 inline constexpr int kArrivals = 32;
 #else

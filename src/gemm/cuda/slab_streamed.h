@@ -16,7 +16,7 @@
 //   multiply(at, slab, table, bf16_scales, acc)
 // With Activations::kMade the blocks make all rows, once:
 //   early_slabs(p, at), fetch(p, at)     as in slab_registers.h
-//   make(p, at, memory)                  ends with a barrier of the block
+//   make(p, at, memory)                  ends with a barrier of all that read what it made
 // and with kStays they are then in the block's shared memory, where nothing needs to be requested.
 #pragma once
 

@@ -1,5 +1,6 @@
 // Weights expanded for the ss kernels: the very bytes that they want in shared memory, so that one
-// bulk copy brings what a stage takes. Scratch of a launch, made from slabs by expand_sm90.cu.
+// bulk copy brings what a stage takes. Scratch of a launch, or kept (DeviceWeights::expand); made
+// from slabs by expand_sm90.cu.
 //
 // Block (tile, b): columns C tile .., k 128 b .., at (tile * blocks + b) * block_bytes():
 //   one part, of 16-bit weights two (64 k each): C rows of 128 bytes, a column each, k in order;

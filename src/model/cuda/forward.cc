@@ -155,7 +155,14 @@ Status Forward::set_plan(const ModelPlan& plan) {
   plan_ = plan;
   prepared_.clear();
   static_scales_ = std::move(scales);
-  return expanded_ ? expand_weights() : Status();
+  if (!expanded_) return {};
+  const Status expanded = expand_weights();
+  if (!expanded.ok()) {  // some lost the image of the plan before: then everything runs without
+    expanded_ = false;
+    plans_.clear();
+    prepared_.clear();
+  }
+  return expanded;
 }
 
 /// Those whose products of a whole pass start from an image. Fewer rows never want another.
