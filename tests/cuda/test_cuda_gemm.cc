@@ -348,7 +348,7 @@ TEST_F(CudaGemm, LargestInt4SumsAreExactInFp8) {
 }
 
 // Whole and split tiles, several of each a worker, launch after launch in one workspace; weights
-// expanded by each launch, and once and for all.
+// expanded by each launch, before the products and beside them, and once and for all.
 TEST_F(CudaGemm, ExpandedWeightsTileAfterTile) {
   for (const int64_t k : {1152, 4096}) {
     const int64_t n = k == 1152 ? 2696 : 3848;  // 11 and 16 tiles of 256; of 384, 8 and 11
@@ -377,14 +377,21 @@ TEST_F(CudaGemm, ExpandedWeightsTileAfterTile) {
                     std::string::npos);
           ASSERT_TRUE(weight.device.expand(*gpu(), int4).ok());
         }
-        for (const bool expanded : {false, true}) {
-          for (const int multiprocessors : {2, 6, 16}) {
-            Plan plan = *plan_gemm(problem, *gpu(), kernel, expanded);
-            plan.ss.multiprocessors = multiprocessors;
+        for (const int multiprocessors : {2, 6, 16}) {
+          Plan plan = kept;
+          plan.ss.multiprocessors = multiprocessors;
+          for (const int first_pairs : {0, 3, 100}) {  // a cluster's columns; none beside
+            plan.ss.expanded = false;
+            plan.ss.first_pairs = first_pairs;
             plan.workspace_bytes = workspace_layout(plan).total;
             ASSERT_EQ(run_and_compare(plan, weight, input, expected, 5), "")
                 << plan.describe() << " on " << multiprocessors;
           }
+          if (!kept.ss.expanded) continue;
+          plan.ss.expanded = true;
+          plan.workspace_bytes = workspace_layout(plan).total;
+          ASSERT_EQ(run_and_compare(plan, weight, input, expected, 5), "")
+              << plan.describe() << " on " << multiprocessors;
         }
       }
     }

@@ -1,14 +1,17 @@
 // Plans of the CUDA path: which kernel, why not another, and where things lie in the workspace.
 // Pure host functions; no GPU is needed.
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <limits>
 #include <set>
 #include <span>
 #include <string>
 #include <string_view>
 
 #include "gemm/cuda/plan.h"
+#include "gemm/cuda/ss_plan.h"
 
 namespace nibble::cuda {
 namespace {
@@ -403,6 +406,39 @@ TEST(CudaPlan, TilesOfExpandedWeightsPadFewRows) {
     EXPECT_EQ(config.token_tile, 128) << c.m;
     EXPECT_EQ(config.image().columns, 192) << c.m;
     EXPECT_EQ(config.image().weight_bytes, 2) << c.m;
+  }
+}
+
+// Many rows: products long enough to expand beside. Few, or few columns: all weights beforehand.
+TEST(CudaPlan, WeightsAreExpandedBesideLongProducts) {
+  const auto plan = [](Mode mode, int64_t m, int64_t n, int64_t k) {
+    Problem p = problem(m);
+    p.mode = mode;
+    p.n = n;
+    p.k = k;
+    const Result<Plan> made = plan_gemm(p, h200());
+    EXPECT_TRUE(made.ok()) << made.status().message();
+    EXPECT_EQ(made->family, KernelFamily::ss);
+    return *made;
+  };
+  for (const Mode mode : {Mode::w4a8, Mode::w4a8_fp8, Mode::w4a4, Mode::w4a16}) {
+    SCOPED_TRACE(mode_name(mode));
+    int64_t before = std::numeric_limits<int>::max();
+    for (const int64_t m : {1536, 2048, 4096, 16384}) {
+      const Plan wide = plan(mode, m, 57344, 8192);
+      const PackedLayout layout = packed_layout(57344, 8192, 128);
+      const int64_t first = ss_first_pairs(layout, wide.ss);
+      EXPECT_GT(first, 0) << m;  // the first wave has nothing to wait beside
+      EXPECT_LE(first, before) << m;
+      EXPECT_LT(2 * first, wide.ss.image().tiles(layout)) << m;
+      before = first;
+      const std::string text = fmt::format("{} of 57344 columns expanded beside",
+                                           57344 - first * 2 * wide.ss.image().columns);
+      EXPECT_NE(wide.describe().find(text), std::string::npos) << wide.describe();
+    }
+    const Plan narrow = plan(mode, 1536, 512, 4096);
+    EXPECT_EQ(ss_piece_words(packed_layout(512, 4096, 128), narrow.ss), 0);
+    EXPECT_EQ(narrow.describe().find("beside"), std::string::npos) << narrow.describe();
   }
 }
 

@@ -70,7 +70,7 @@ TEST(PlanCandidates, EveryKernelTileAndSplitIsAmongThem) {
     ways += 2 + tile.most_parts - 1;  // whole, the last ones shared, in parts
   }
   EXPECT_EQ(count(KernelFamily::rs), ways);
-  EXPECT_EQ(count(KernelFamily::ss), 2);
+  EXPECT_EQ(count(KernelFamily::ss), 4);  // whole or not, all weights expanded before or not
   EXPECT_EQ(count(KernelFamily::mma), 1);
   EXPECT_EQ(count(KernelFamily::slab), 0);
   EXPECT_GT(plan_candidates(made_up_problem(1, 28672, 4096, Mode::w4a8), made_up_device(90)).size(),

@@ -10,6 +10,7 @@
 
 #include "gemm/cuda/int4_operand.h"
 #include "gemm/cuda/limits.h"
+#include "gemm/cuda/ss_plan.h"
 
 namespace nibble::cuda {
 namespace {
@@ -300,6 +301,15 @@ const Candidate& candidate_of(const Plan& plan) {
 
 const char* tail_text(bool split) { return split ? "split tail" : "whole tiles"; }
 
+/// Which columns the weights are expanded of by a launch before the products.
+std::string expansion_text(const Plan& plan) {
+  if (plan.ss.expanded) return "expanded before, ";
+  const PackedLayout layout = layout_of(plan.problem);
+  const int64_t first = ss_first_pairs(layout, plan.ss) * 2 * plan.ss.image().columns;
+  if (first >= layout.n) return "";
+  return fmt::format("{} of {} columns expanded beside, ", layout.n - first, layout.n);
+}
+
 std::string family_text(const Plan& plan) {
   switch (plan.family) {
     case KernelFamily::slab:
@@ -313,7 +323,7 @@ std::string family_text(const Plan& plan) {
                                            : tail_text(plan.rs.split_tail));
     case KernelFamily::ss:
       return fmt::format("tile={}x{} {}{}{}", plan.ss.token_tile, 64 * plan.ss.math_groups,
-                         plan.ss.e4m3 ? "fp8 " : "", plan.ss.expanded ? "expanded before, " : "",
+                         plan.ss.e4m3 ? "fp8 " : "", expansion_text(plan),
                          tail_text(plan.ss.split_tail));
     case KernelFamily::mma: return "whole tiles";
     case KernelFamily::mma_int4: return "4-bit products, whole tiles";
@@ -372,16 +382,6 @@ std::optional<int64_t> rs_cost(const RsSchedule& schedule, const RsConfig& confi
                                   ? kWideSum + parts * int64_t{sizeof(float)} / kBytesOfNanosecond
                                   : 0);
   return tiles * schedule.slices * kSteps * step / workers + sum;
-}
-
-/// Splitting costs a sum over parts; an almost full last wave is not worth it, nor is an only one
-/// that is full by two thirds.
-bool worth_splitting(const RsSchedule& schedule, int multiprocessors) {
-  const int tiles = schedule.tiles();
-  const int resident = std::max(1, multiprocessors / 2);  // clusters of two blocks
-  const int waves = (tiles + resident - 1) / resident;
-  const double full_enough = waves == 1 ? 0.67 : 0.95;
-  return tiles < full_enough * waves * resident;
 }
 
 }  // namespace
@@ -445,14 +445,6 @@ RsConfig rs_config(const PackedLayout& layout, int64_t m, RsActivations activati
     }
   }
   return best;
-}
-
-void set_ss_tile(SsConfig& config, int64_t m) {
-  config.token_tile = config.halves ? 128 : 192;
-  config.math_groups = config.halves ? 3 : 2;
-  const auto padded = [m](int64_t tile) { return (m + tile - 1) / tile * tile; };
-  const bool narrow = config.e4m3 && !config.group_scales;  // there is such a kernel
-  if (narrow && padded(176) < padded(192)) config.token_tile = 176;
 }
 
 const char* Plan::kernel_name() const { return candidate_of(*this).row.name; }
@@ -540,9 +532,7 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
     plan.ss.expanded = expanded && !plan.ss.halves;
     plan.ss.programmatic = true;
     plan.ss.multiprocessors = device.multiprocessors;
-    set_ss_tile(plan.ss, problem.m);
-    plan.ss.split_tail =
-        worth_splitting(ss_schedule_of(layout, problem.m, plan.ss), device.multiprocessors);
+    set_ss_work(plan.ss, layout, problem.m);
   }
   plan.workspace_bytes = workspace_layout(plan).total;
   return plan;

@@ -58,8 +58,4 @@ std::vector<RsConfig> rs_configs(const PackedLayout& layout, const RsTile& tile,
 RsConfig rs_config(const PackedLayout& layout, int64_t m, RsActivations activations,
                    int multiprocessors);
 
-/// The tile of the ss kernel for m rows and what else is set in the configuration: one that there
-/// is a kernel for, with the fewest rows of padding.
-void set_ss_tile(SsConfig& config, int64_t m);
-
 }  // namespace nibble::cuda

@@ -2,6 +2,7 @@
 #include "gemm/cuda/plan_candidates.h"
 
 #include <algorithm>
+#include <limits>
 #include <string>
 
 #include "gemm/cuda/plan.h"
@@ -50,11 +51,16 @@ void Candidates::add_tiles(const Plan& plan) {
   }
 }
 
+/// ss: whole tiles and shared ones, with all weights expanded beforehand and with as few.
 void Candidates::add_splits(const Plan& plan) {
+  constexpr int kAll = std::numeric_limits<int>::max();
   for (const bool split : {false, true}) {
-    Plan other = plan;
-    other.ss.split_tail = split;
-    add(other);
+    for (const int first_pairs : {plan.ss.first_pairs, kAll}) {
+      Plan other = plan;
+      other.ss.split_tail = split;
+      other.ss.first_pairs = first_pairs;
+      add(other);
+    }
   }
 }
 

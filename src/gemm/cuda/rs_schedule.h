@@ -12,6 +12,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "base/host_device.h"
 #include "gemm/cuda/packed.h"
@@ -206,6 +207,9 @@ struct SsConfig {
   bool e4m3_codes = false;    // w4a8-fp8: activations are e4m3 bytes already
   bool group_scales = false;  // of the activations
   bool expanded = false;      // the weights come with their image: none in the scratch
+  // Pairs of the image's tiles that are made before the products, the others beside them (most of
+  // all weights, where tokens are many); at least as many as there are: none beside.
+  int first_pairs = std::numeric_limits<int>::max();
   bool split_tail = true;
   int multiprocessors = 132;
   bool programmatic = false;  // both launches, with programmatic stream serialization
@@ -223,6 +227,19 @@ inline RsSchedule ss_schedule_of(const PackedLayout& layout, int64_t m, const Ss
                      config.multiprocessors / 2, config.split_tail, 16);
 }
 
+/// SsConfig::first_pairs, of those that there are.
+inline int64_t ss_first_pairs(const PackedLayout& layout, const SsConfig& config) {
+  const int64_t pairs = config.image().tiles(layout) / 2;
+  return config.expanded || config.first_pairs > pairs ? pairs : config.first_pairs;
+}
+
+/// Words of the scratch for what is expanded beside the products: a counter of slabs that have been
+/// taken, then how many slabs there are of each piece, a tile's 512 k, in order of tile and k.
+inline int64_t ss_piece_words(const PackedLayout& layout, const SsConfig& config) {
+  const int64_t tiles = config.image().tiles(layout);
+  return 2 * ss_first_pairs(layout, config) == tiles ? 0 : 1 + tiles * layout.slices;
+}
+
 /// Rows of the activations' scales, with padding: (groups, ss_scale_rows()) of float.
 inline int64_t ss_scale_rows(int64_t m, const SsConfig& config) {
   return (m + config.token_tile - 1) / config.token_tile * config.token_tile;
@@ -233,6 +250,7 @@ inline int64_t ss_scale_rows(int64_t m, const SsConfig& config) {
 struct SsScratch {
   size_t parts = 0;   // of split tiles
   size_t image = 0;   // unless the weights come with theirs
+  size_t pieces = 0;  // ss_piece_words(), zeroed by the first launch
   size_t codes = 0;   // (m, padded_k) of e4m3, if they have to be converted
   size_t scales = 0;  // (groups, ss_scale_rows) float, if there are group scales
   size_t bytes = 0;
@@ -248,7 +266,8 @@ inline SsScratch ss_scratch(const PackedLayout& layout, int64_t m, const SsConfi
   SsScratch at;
   at.parts = kFlagBytes;
   at.image = aligned(at.parts + (split ? static_cast<size_t>(schedule.workers) * 2 * part : 0));
-  at.codes = aligned(at.image + (config.expanded ? 0 : config.image().bytes(layout)));
+  at.pieces = aligned(at.image + (config.expanded ? 0 : config.image().bytes(layout)));
+  at.codes = aligned(at.pieces + static_cast<size_t>(ss_piece_words(layout, config)) * 4);
   at.scales = aligned(at.codes + (converts ? static_cast<size_t>(m * layout.padded_k()) : 0));
   at.bytes = at.scales + groups * static_cast<size_t>(ss_scale_rows(m, config)) * sizeof(float);
   return at;

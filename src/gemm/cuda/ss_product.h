@@ -1,13 +1,15 @@
 // The products of w4a8_ss_sm90 and w4a16_ss_sm90, by wgmma for many tokens: weights are expanded
-// first (expand_sm90.cu), then both operands are multiplied from shared memory. Promotion to float
-// every 128 k, in order of k: the bits of the CPU kernels. Source of the scheme: DeepGEMM's
-// promotion, here with one scale per weight column and group. Device code only.
+// first, those of the first tiles by a launch before this one (expand_sm90.cu), the others here,
+// beside the products (ss_beside.h); then both operands are multiplied from shared memory.
+// Promotion to float every 128 k, in order of k: the bits of the CPU kernels. Source of the scheme:
+// DeepGEMM's promotion, here with one scale per weight column and group. Device code only.
 //
 //               T tokens              a block: two or three math warpgroups of 64 columns, one
-//            +-------------+          producer warpgroup. A cluster of two blocks works on
-//    WG 0    |  64 columns |          neighbouring columns and shares the activations: each block
-//    WG 1    |  64 columns |          copies half and multicasts it.
-//   (WG 2)   |  64 columns |
+//            +-------------+          producer warpgroup: a warp that copies activations, one that
+//    WG 0    |  64 columns |          copies weights, two that expand them. A cluster of two blocks
+//    WG 1    |  64 columns |          works on neighbouring columns and shares the activations:
+//    each
+//   (WG 2)   |  64 columns |          block copies half and multicasts it.
 //            +-------------+
 //
 //    image ------- bulk copies ----> ring --------wgmma A--+
@@ -25,6 +27,7 @@
 #include "gemm/cuda/quantize_device.h"
 #include "gemm/cuda/register_budget.h"
 #include "gemm/cuda/rs_schedule.h"
+#include "gemm/cuda/ss_beside.h"
 #include "gemm/cuda/ss_image.h"
 #include "gemm/cuda/tensor_map.h"
 #include "gemm/cuda/tile_output.h"
@@ -32,6 +35,16 @@
 #include "gemm/cuda/wgmma_shared.h"
 
 namespace nibble::cuda {
+
+/// What products take as weights.
+template <class Products>
+inline constexpr Expanded kOperandOf = Expanded::int8;
+template <>
+inline constexpr Expanded kOperandOf<E4m3Products> = Expanded::e4m3;
+template <>
+inline constexpr Expanded kOperandOf<HalfProducts<Element::f16>> = Expanded::f16;
+template <>
+inline constexpr Expanded kOperandOf<HalfProducts<Element::bf16>> = Expanded::bf16;
 
 /// halved: sums of half the tokens are promoted while the others are multiplied.
 template <class ProductsOf, int tokens, int math_groups, bool halved, bool group_scales>
@@ -41,12 +54,13 @@ struct SsShape {
   static constexpr int kTokens = tokens, kMathGroups = math_groups, kMathWarps = 4 * kMathGroups;
   static constexpr int kThreads = 128 * (kMathGroups + 1);
   // of a thread; a block starts with as many for all as there are, in steps of 8
-  static constexpr int kMathRegisters = kMathGroups == 2 ? 232 : 160;
-  static constexpr int kProducerRegisters = kMathGroups == 2 ? 40 : 32;
+  static constexpr int kMathRegisters = kMathGroups == 2 ? 224 : 144;
+  static constexpr int kProducerRegisters = kMathGroups == 2 ? 56 : 80;
   static_assert(registers_suffice(1, 128 * kMathGroups, kMathRegisters, 128, kProducerRegisters));
   static constexpr int kSums = kTokens / 2;
   static constexpr int kSpan = Products::kSpan;  // stages of 128 k
   static constexpr int kStages = 4;
+  static constexpr Expanded kOperand = kOperandOf<Products>;
   static constexpr SsImage kImage = {.columns = 64 * kMathGroups, .weight_bytes = kSpan};
   static constexpr int kActBytes = kTokens * 128;
   static constexpr int kWeightStage =
@@ -60,7 +74,8 @@ struct SsShape {
   static constexpr int kBarriers = kOut + kMathGroups * kStageOut;
   static constexpr int kActScales = kBarriers + 8 * 4 * kStages;           // of a group
   static constexpr int kTokenScales = kActScales + kStages * kScaleBytes;  // of each warpgroup
-  static constexpr int kShared = kTokenScales + kMathGroups * kScaleBytes;
+  static constexpr int kTables = kTokenScales + kMathGroups * kScaleBytes;
+  static constexpr int kShared = kTables + table_bytes(kOperand);
   static_assert(kShared <= 232448 && kTokens % 16 == 0);
   static_assert(128 * (kMathGroups * kMathRegisters + kProducerRegisters) <=
                 kThreads * (65536 / kThreads / 8 * 8));  // more would never come
@@ -71,6 +86,7 @@ struct SsParams {
   const float* group_scales;  // of the activations: (groups, scale_rows), or null
   int64_t scale_rows;
   int blocks_of_group;
+  SsBeside beside;
   TileOutputParams end;
 };
 
@@ -138,13 +154,27 @@ struct SsKernel {
       // the scales come with the last part, behind which they lie
       const int bytes =
           S::kImage.part_bytes() + (part + 1 == S::kSpan ? S::kImage.scale_bytes() : 0);
+      const int tile = work.weight_tile * 2 + rank;
+      constexpr int kBlocks = kSlabDepth / kBlockDepth;
+      const bool next_piece = part == 0 && (b % kBlocks == 0 || b == work.slice0);
+      if (next_piece && p.beside.has(tile)) p.beside.wait<S::kImage>(tile, b / kBlocks);
       ptx::mbarrier_wait(weights_empty(stage), phase ^ 1);
       ptx::mbarrier_expect(weights_full(stage), bytes);
-      const int64_t block = (int64_t{work.weight_tile} * 2 + rank) * p.end.schedule.slices + b;
+      const int64_t block = int64_t{tile} * p.end.schedule.slices + b;
       ptx::bulk_load(base + S::kWeights + stage * S::kWeightStage,
                      p.image + block * S::kImage.block_bytes() + part * S::kImage.part_bytes(),
                      bytes, weights_full(stage));
     });
+  }
+
+  /// What two warps do beside; tables: shared memory, table_bytes() of the operand.
+  __device__ void expand_weights(uint8_t* tables) const {
+    if (p.beside.first_pair == p.beside.pairs) return;
+    if constexpr (table_bytes(S::kOperand) > 0) {
+      make_e4m3_tables(tables, threadIdx.x & 63, 64);
+      ptx::barrier_sync(1 + S::kMathGroups, 64);
+    }
+    p.beside.expand<S::kOperand, S::kImage>(tables, lane);
   }
 
   /// The sums of a warpgroup. Wherever it comes, the stage that is next has been waited for: that,
@@ -419,6 +449,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(S::kThreads, 1)
     ptx::register_decrease<S::kProducerRegisters>();
     if (warp == S::kMathWarps && kernel.lane == 0) kernel.copy_activations(&act_map);
     if (warp == S::kMathWarps + 1 && kernel.lane == 0) kernel.copy_weights();
+    if (warp >= S::kMathWarps + 2) kernel.expand_weights(shared + S::kTables);
   } else {
     ptx::register_increase<S::kMathRegisters>();
     kernel.multiply(&out_map);
@@ -441,6 +472,11 @@ cudaError_t launch_ss_product(const GemmArgs& args, const SsActivations& acts,
   auto* bytes = static_cast<uint8_t*>(scratch);
   SsParams p = {};
   p.image = config.expanded ? args.image : bytes + at.image;
+  p.beside.weights = expand_source(args, bytes + at.image);
+  p.beside.first_pair = static_cast<int>(ss_first_pairs(args.layout, config));
+  p.beside.pairs = static_cast<int>(S::kImage.tiles(args.layout) / 2);
+  p.beside.taken = reinterpret_cast<uint32_t*>(bytes + at.pieces);
+  p.beside.pieces = p.beside.taken + 1;
   p.end.t = S::kGroupScales ? nullptr : args.scales;
   if (S::kGroupScales) {
     p.group_scales = reinterpret_cast<const float*>(bytes + at.scales);
