@@ -409,6 +409,25 @@ TEST(CudaPlan, TilesOfExpandedWeightsPadFewRows) {
   }
 }
 
+// Where each multiprocessor has some tiles, the others' weights are expanded beside them: that is
+// worth it from fewer rows on.
+TEST(CudaPlan, WavesOfTilesRunWithExpandedWeights) {
+  const auto family = [](Mode mode, int64_t m, int64_t n) {
+    Problem p = problem(m);
+    p.mode = mode;
+    p.n = n;
+    return plan_gemm(p, h200())->family;
+  };
+  for (const auto& [mode, first] : {std::pair{Mode::w4a4, 768}, {Mode::w4a16, 1024}}) {
+    SCOPED_TRACE(mode_name(mode));
+    EXPECT_EQ(family(mode, first, 28672), KernelFamily::ss);
+    EXPECT_EQ(family(mode, first - 1, 28672), KernelFamily::rs);
+    EXPECT_EQ(family(mode, 1280, 4096), KernelFamily::rs);
+    EXPECT_EQ(family(mode, 1536, 4096), KernelFamily::ss);
+    EXPECT_EQ(family(mode, 0, 4096), KernelFamily::slab);
+  }
+}
+
 // Many rows: products long enough to expand beside. Few, or few columns: all weights beforehand.
 TEST(CudaPlan, WeightsAreExpandedBesideLongProducts) {
   const auto plan = [](Mode mode, int64_t m, int64_t n, int64_t k) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <set>
 #include <string>
+#include <utility>
 
 #include "gemm/cuda/plan.h"
 #include "gemm/cuda/plan_candidates.h"
@@ -70,11 +71,23 @@ TEST(PlanCandidates, EveryKernelTileAndSplitIsAmongThem) {
     ways += 2 + tile.most_parts - 1;  // whole, the last ones shared, in parts
   }
   EXPECT_EQ(count(KernelFamily::rs), ways);
-  EXPECT_EQ(count(KernelFamily::ss), 4);  // whole or not, all weights expanded before or not
+  EXPECT_EQ(count(KernelFamily::ss), 3);  // less than two waves, if shared, leave none beside
   EXPECT_EQ(count(KernelFamily::mma), 1);
   EXPECT_EQ(count(KernelFamily::slab), 0);
   EXPECT_GT(plan_candidates(made_up_problem(1, 28672, 4096, Mode::w4a8), made_up_device(90)).size(),
             15u);
+}
+
+TEST(PlanCandidates, WeightsAreExpandedBeforeAndBeside) {
+  const std::vector<Plan> plans =
+      plan_candidates(made_up_problem(4096, 28672, 4096, Mode::w4a8), made_up_device(90));
+  std::set<std::pair<bool, bool>> ways;
+  for (const Plan& plan : plans) {
+    if (plan.family != KernelFamily::ss) continue;
+    const bool beside = plan.describe().find("expanded beside") != std::string::npos;
+    ways.emplace(plan.ss.split_tail, beside);
+  }
+  EXPECT_EQ(ways.size(), 4u);
 }
 
 TEST(PlanCandidates, BeforeHopperThereIsOne) {

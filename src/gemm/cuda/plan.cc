@@ -27,11 +27,13 @@ struct Candidate {
   int64_t most_rows;   // 0: any
   int64_t worth_rows;  // see worth_rows()
 };
-/// From here on, expanding the weights beforehand costs less than it gains (docs/notes.md): int8
-/// against rs, int8 with scales per (token, group), int4 codes in fp8 against rs in int8, e4m3 in
-/// fp8 against 16 bits, and 16 bits against rs.
-constexpr int64_t kManyRows = 1536, kManyRowsOfGroups = 3072, kManyRowsOfInt4 = 1024,
-                  kManyRowsOfE4m3 = 512, kManyRowsOfHalves = 1536;
+/// From here on, expanding the weights first costs less than it gains (docs/notes.md): int8, 16
+/// bits and int4 codes in fp8 against rs, int8 with scales per (token, group), and e4m3 in fp8
+/// against 16 bits.
+constexpr int64_t kManyRows = 1536, kManyRowsOfGroups = 3072, kManyRowsOfE4m3 = 512;
+/// The same of int4 codes and of 16 bits where tiles are many (has_waves()), so that most weights
+/// are expanded beside the products.
+constexpr int64_t kManyRowsOfInt4InWaves = 768, kManyRowsOfHalvesInWaves = 1024;
 /// The same where they are expanded already. At 512 rows, int8 in tiles of 192 is slower than rs.
 constexpr int64_t kManyRowsOfExpanded = 640, kManyRowsOfExpandedE4m3 = 128;
 
@@ -63,7 +65,7 @@ constexpr std::array<Candidate, 16> kCandidates = {{
      OperandOrder::natural,
      true,
      0,
-     kManyRowsOfInt4},
+     kManyRows},
     {{"w4a8_ss_sm90", Mode::w4a8, kHopper},
      KernelFamily::ss,
      OperandOrder::natural,
@@ -89,7 +91,7 @@ constexpr std::array<Candidate, 16> kCandidates = {{
      OperandOrder::natural,
      true,
      0,
-     kManyRowsOfHalves},
+     kManyRows},
     {{"w4a16_rs_sm90", Mode::w4a16, kHopper}, KernelFamily::rs, OperandOrder::wgmma, true, 0, 0},
     {{"w4a16_mma_sm80", Mode::w4a16, kAmpere},
      KernelFamily::mma,
@@ -193,10 +195,29 @@ std::string refusal(const Candidate& kernel, const Problem& p, const DeviceInfo&
   return quantizes ? refusal_to_quantize(kernel.family, p, device) : "";
 }
 
+/// Whether every multiprocessor multiplies some tiles one after another, of one row or more.
+bool has_waves(const SsConfig& kind, const Problem& p, const DeviceInfo& device) {
+  constexpr double kWaves = 2.8;
+  SsConfig config = kind;
+  set_ss_tile(config, p.m);
+  const int tiles = ss_schedule_of(layout_of(p), p.m, config).tiles();
+  return tiles >= kWaves * (device.multiprocessors / 2);
+}
+
 /// Fewer rows than this only by name.
-int64_t worth_rows(const Candidate& kernel, const Problem& p, bool expanded) {
+int64_t worth_rows(const Candidate& kernel, const Problem& p, const DeviceInfo& device,
+                   bool expanded) {
   if (kernel.family == KernelFamily::ss && expanded && p.mode != Mode::w4a16) {
     return kernel.row.mode == Mode::w4a8_fp8 ? kManyRowsOfExpandedE4m3 : kManyRowsOfExpanded;
+  }
+  if (kernel.family == KernelFamily::ss && p.m > 0) {
+    if (kernel.row.mode == Mode::w4a4 &&
+        has_waves({.e4m3 = true, .group_scales = has_group_scales(p)}, p, device)) {
+      return kManyRowsOfInt4InWaves;
+    }
+    if (kernel.row.mode == Mode::w4a16 && has_waves({.halves = true}, p, device)) {
+      return kManyRowsOfHalvesInWaves;
+    }
   }
   const bool int8_ss = kernel.family == KernelFamily::ss && kernel.row.mode == Mode::w4a8;
   return int8_ss && has_group_scales(p) ? kManyRowsOfGroups : kernel.worth_rows;
@@ -226,7 +247,7 @@ Result<Candidate> choose(const Problem& problem, const DeviceInfo& device, const
     }
     known = true;
     std::string reason = refusal(kernel, problem, device);
-    const int64_t worth = worth_rows(kernel, problem, expanded);
+    const int64_t worth = worth_rows(kernel, problem, device, expanded);
     if (reason.empty() && force == nullptr && problem.m < worth) {
       reason = fmt::format("it is slower than others below {} rows", worth);
     }

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "gemm/cuda/plan.h"
+#include "gemm/cuda/ss_plan.h"
 
 namespace nibble::cuda {
 namespace {
@@ -55,9 +56,10 @@ void Candidates::add_tiles(const Plan& plan) {
 void Candidates::add_splits(const Plan& plan) {
   constexpr int kAll = std::numeric_limits<int>::max();
   for (const bool split : {false, true}) {
-    for (const int first_pairs : {plan.ss.first_pairs, kAll}) {
-      Plan other = plan;
-      other.ss.split_tail = split;
+    Plan other = plan;
+    other.ss.split_tail = split;
+    const int fewest = fewest_first_pairs(other.ss, layout(plan), plan.problem.m);
+    for (const int first_pairs : {fewest, kAll}) {
       other.ss.first_pairs = first_pairs;
       add(other);
     }
