@@ -74,7 +74,7 @@ TEST(CudaPlan, ExpandedWeightsAreWorthItFromFewerRowsOnAndNeedNoWorkspace) {
     EXPECT_EQ(plan(mode, first, true).family, KernelFamily::ss);
     EXPECT_EQ(plan(mode, first - 1, true).family, KernelFamily::rs);
     EXPECT_EQ(plan(mode, first, false).family, KernelFamily::rs);
-    const Plan kept = plan(mode, 2048, true), made = plan(mode, 2048, false);
+    const Plan kept = plan(mode, 4096, true), made = plan(mode, 4096, false);
     EXPECT_TRUE(kept.ss.expanded);
     EXPECT_FALSE(made.ss.expanded);
     const auto image = static_cast<size_t>(kept.problem.n * kept.problem.k);
@@ -89,8 +89,14 @@ TEST(CudaPlan, HopperRunsSlabsForFewRowsAndWgmmaForMore) {
   for (const int64_t m : {17, 32, 100, 1535}) {
     EXPECT_EQ(kernel_for(problem(m), h200()), "w4a8_rs_sm90");
   }
-  for (const int64_t m : {1536, 4096, 100000}) {
+  for (const int64_t m : {3072, 4096, 100000}) {
     EXPECT_EQ(kernel_for(problem(m), h200()), "w4a8_ss_sm90");
+  }
+  for (const int64_t m : {1535, 1536}) {  // few tiles of short K are not worth expanding yet
+    const char* many = m < 1536 ? "w4a8_rs_sm90" : "w4a8_ss_sm90";
+    EXPECT_EQ(kernel_for(problem(m), h200()), "w4a8_rs_sm90");
+    EXPECT_EQ(kernel_for(problem(m, 28672, 4096), h200()), many);
+    EXPECT_EQ(kernel_for(problem(m, 4096, 14336), h200()), many);
   }
   Problem groups = problem(3071);
   groups.granularity = Granularity::group;
@@ -455,7 +461,7 @@ TEST(CudaPlan, WeightsAreExpandedBesideLongProducts) {
                                            57344 - first * 2 * wide.ss.image().columns);
       EXPECT_NE(wide.describe().find(text), std::string::npos) << wide.describe();
     }
-    const Plan narrow = plan(mode, 1536, 512, 4096);
+    const Plan narrow = plan(mode, 4096, 512, 4096);
     EXPECT_EQ(ss_piece_words(packed_layout(512, 4096, 128), narrow.ss), 0);
     EXPECT_EQ(narrow.describe().find("beside"), std::string::npos) << narrow.describe();
   }

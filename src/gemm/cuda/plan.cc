@@ -31,6 +31,8 @@ struct Candidate {
 /// bits and int4 codes in fp8 against rs, int8 with scales per (token, group), and e4m3 in fp8
 /// against 16 bits.
 constexpr int64_t kManyRows = 1536, kManyRowsOfGroups = 3072, kManyRowsOfE4m3 = 512;
+/// The same of int8 where tiles are few (not has_waves()) and K is short.
+constexpr int64_t kManyRowsOfFewTiles = 3072, kDeepK = 8192;
 /// The same of int4 codes and of 16 bits where tiles are many (has_waves()), so that most weights
 /// are expanded beside the products.
 constexpr int64_t kManyRowsOfInt4InWaves = 768, kManyRowsOfHalvesInWaves = 1024;
@@ -210,17 +212,20 @@ int64_t worth_rows(const Candidate& kernel, const Problem& p, const DeviceInfo& 
   if (kernel.family == KernelFamily::ss && expanded && p.mode != Mode::w4a16) {
     return kernel.row.mode == Mode::w4a8_fp8 ? kManyRowsOfExpandedE4m3 : kManyRowsOfExpanded;
   }
-  if (kernel.family == KernelFamily::ss && p.m > 0) {
-    if (kernel.row.mode == Mode::w4a4 &&
-        has_waves({.e4m3 = true, .group_scales = has_group_scales(p)}, p, device)) {
-      return kManyRowsOfInt4InWaves;
-    }
-    if (kernel.row.mode == Mode::w4a16 && has_waves({.halves = true}, p, device)) {
-      return kManyRowsOfHalvesInWaves;
-    }
+  if (kernel.family != KernelFamily::ss || p.m == 0) return kernel.worth_rows;
+  const bool by_group = has_group_scales(p);
+  if (kernel.row.mode == Mode::w4a8) {
+    if (by_group) return kManyRowsOfGroups;
+    return p.k < kDeepK && !has_waves({}, p, device) ? kManyRowsOfFewTiles : kernel.worth_rows;
   }
-  const bool int8_ss = kernel.family == KernelFamily::ss && kernel.row.mode == Mode::w4a8;
-  return int8_ss && has_group_scales(p) ? kManyRowsOfGroups : kernel.worth_rows;
+  if (kernel.row.mode == Mode::w4a4 &&
+      has_waves({.e4m3 = true, .group_scales = by_group}, p, device)) {
+    return kManyRowsOfInt4InWaves;
+  }
+  if (kernel.row.mode == Mode::w4a16 && has_waves({.halves = true}, p, device)) {
+    return kManyRowsOfHalvesInWaves;
+  }
+  return kernel.worth_rows;
 }
 
 bool is_emulated(const Candidate& kernel, const DeviceInfo& device) {
