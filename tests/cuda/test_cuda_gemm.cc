@@ -732,5 +732,41 @@ TEST_F(CudaSanitizer, SmallProducts) {
   }
 }
 
+// By two clusters, whole tiles and shared ones: pieces of the weights pass between blocks.
+TEST_F(CudaSanitizer, WeightsExpandedBeside) {
+  const GpuWeight weight = make_gpu_weight({.k = 1152, .n = 776, .group_size = 128}, random_);
+  const auto x = to_rows(random_floats(37 * 1152, random_), 1152, 1152, Dtype::bf16);
+  for (const auto& [kernel, mode] : {std::pair{"w4a8_ss_sm90", Mode::w4a8},
+                                     {"w4a8_fp8_ss_sm90", Mode::w4a8_fp8},
+                                     {"w4a4_ss_sm90", Mode::w4a4},
+                                     {"w4a16_ss_sm90", Mode::w4a16}}) {
+    const Problem problem{.m = 37,
+                          .n = 776,
+                          .k = 1152,
+                          .group_size = 128,
+                          .mode = mode,
+                          .x_dtype = Dtype::bf16,
+                          .y_dtype = Dtype::bf16};
+    Result<Plan> made = plan_gemm(problem, *gpu(), kernel);
+    if (!made.ok()) GTEST_SKIP() << made.status().message();
+    Plan plan = *made;
+    plan.ss.multiprocessors = 4;
+    for (const bool split : {false, true}) {
+      std::vector<std::byte> before;
+      for (const int first_pairs : {100, 1, 0}) {
+        plan.ss.split_tail = split;
+        plan.ss.first_pairs = first_pairs;
+        plan.workspace_bytes = workspace_layout(plan).total;
+        const Product run(plan, weight, x, 1152);
+        ASSERT_TRUE(run().ok());
+        ASSERT_TRUE(run().ok());
+        const auto result = run.result();
+        ASSERT_TRUE(before.empty() || result == before) << plan.describe();
+        before = result;
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace nibble::cuda::testing
