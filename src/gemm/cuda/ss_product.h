@@ -36,6 +36,12 @@
 
 namespace nibble::cuda {
 
+#ifdef NIBBLE_RACECHECK  // it knows of an arrival only what the arriving thread itself has done
+inline constexpr int kReaders = 32;
+#else
+inline constexpr int kReaders = 1;  // lanes of a warp that say that it has read its weights' scales
+#endif
+
 /// What products take as weights.
 template <class Products>
 inline constexpr Expanded kOperandOf = Expanded::int8;
@@ -106,7 +112,7 @@ struct SsKernel {
       ptx::mbarrier_init(act_full(i), 1);
       ptx::mbarrier_init(act_empty(i), 2 * S::kMathWarps);  // the warps of both blocks
       ptx::mbarrier_init(weights_full(i), 1);
-      ptx::mbarrier_init(weights_empty(i), S::kMathWarps);
+      ptx::mbarrier_init(weights_empty(i), S::kMathWarps * kReaders);
     }
     ptx::fence_mbarrier_init();
   }
@@ -259,7 +265,7 @@ struct SsKernel {
     __device__ void free_stage(int at) const {
       ptx::mbarrier_arrive_cluster_if(k.lane < 2,
                                       ptx::cluster_address(k.act_empty(at), k.lane & 1));
-      ptx::mbarrier_arrive_if(k.lane == 0, k.weights_empty(at));
+      ptx::mbarrier_arrive_if(k.lane < kReaders, k.weights_empty(at));
     }
 
     /// Of `count` blocks; more: others follow.
