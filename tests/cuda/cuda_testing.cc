@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "gemm/cuda/ss_plan.h"
+
 namespace nibble::cuda::testing {
 namespace {
 
@@ -166,12 +168,13 @@ std::vector<Variant> variants(const Problem& problem) {
         variant.plan.ss.multiprocessors = sharing.multiprocessors;
         add(variant, sharing.name);
       }
-      if (kernel.plan.ss.e4m3 && !kernel.plan.ss.group_scales) {  // two tiles
+      for (const int tile : ss_token_tiles(kernel.plan.ss)) {
+        if (tile == kernel.plan.ss.token_tile) continue;
         Variant variant = kernel;
-        variant.plan.ss.token_tile = 176 + 192 - kernel.plan.ss.token_tile;
+        variant.plan.ss.token_tile = tile;
         variant.plan.ss.split_tail = true;
         variant.plan.ss.multiprocessors = 6;
-        add(variant, " other tile, split, three workers");
+        add(variant, fmt::format(" tile of {}, split, three workers", tile));
       }
       continue;
     }

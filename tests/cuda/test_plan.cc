@@ -254,7 +254,7 @@ TEST(CudaPlan, E4m3ActivationsMultiplyInFp8WhereThereAreManyRows) {
   ASSERT_TRUE(many.ok()) << many.status().message();
   EXPECT_STREQ(many->kernel_name(), "w4a8_fp8_ss_sm90");
   EXPECT_FALSE(multiplies_halves(*many));
-  for (const int64_t m : {1, 16, 17, 500}) {
+  for (const int64_t m : {1, 16, 17, 383}) {
     p.m = m;
     const Result<Plan> plan = plan_gemm(p, h200());
     ASSERT_TRUE(plan.ok()) << plan.status().message();
@@ -376,43 +376,38 @@ TEST(CudaPlan, ManyRowsOfFloatsRunWithExpandedWeights) {
   EXPECT_EQ(kernel_for(p, h200()), "w4a16_rs_sm90");
 }
 
-// One wave that is full by two thirds is not shared out: the sums cost more (docs/notes.md).
-TEST(CudaPlan, ExpandedWeightsInLessThanAWave) {
-  Problem p = problem(512);  // 3 x 32 tiles of 132
-  p.mode = Mode::w4a8_fp8;
-  EXPECT_FALSE(plan_gemm(p, h200())->ss.split_tail);
-  p.n = 2048;  // 3 x 16
-  EXPECT_TRUE(plan_gemm(p, h200())->ss.split_tail);
-  p.n = 6144;  // 3 x 48
-  EXPECT_TRUE(plan_gemm(p, h200())->ss.split_tail);
-}
-
-// Tiles of 192 rows; of e4m3 also 176, where that pads fewer.
-TEST(CudaPlan, TilesOfExpandedWeightsPadFewRows) {
-  struct Case {
-    int64_t m;
-    int e4m3;
+// Tiles of 192 rows, in 16 bits of 128; of e4m3 also 176 and 128, whichever costs least: the fewest
+// rounds of the shortest tiles where rounds are few, large tiles where they are many.
+TEST(CudaPlan, TilesOfExpandedWeights) {
+  const auto config = [](int64_t m, int64_t n, SsConfig kind) {
+    set_ss_work(kind, packed_layout(n, 4096, 128), m);
+    return kind;
   };
-  for (const Case& c :
-       {Case{512, 176}, {528, 176}, {1024, 176}, {1536, 192}, {2048, 192}, {4096, 192}}) {
-    SsConfig config;
-    set_ss_tile(config, c.m);
-    EXPECT_EQ(config.token_tile, 192) << c.m;
-    EXPECT_EQ(config.image().columns, 128) << c.m;
-    config.e4m3 = true;
-    set_ss_tile(config, c.m);
-    EXPECT_EQ(config.token_tile, c.e4m3) << c.m;
-    EXPECT_EQ(config.image().columns, 128) << c.m;
-    config.group_scales = true;
-    set_ss_tile(config, c.m);
-    EXPECT_EQ(config.token_tile, 192) << c.m;
-    config = {};
-    config.halves = true;
-    set_ss_tile(config, c.m);
-    EXPECT_EQ(config.token_tile, 128) << c.m;
-    EXPECT_EQ(config.image().columns, 192) << c.m;
-    EXPECT_EQ(config.image().weight_bytes, 2) << c.m;
+  struct Case {
+    int64_t m, n;
+    int tile;
+    bool split;
+  };
+  for (const Case& c : {Case{384, 28672, 192, true},
+                        {512, 4096, 128, false},    // 4 x 16 of 66 clusters at once
+                        {768, 4096, 192, false},    // 4 x 16
+                        {1024, 4096, 128, false},   // 8 x 16: two rounds
+                        {2048, 28672, 192, false},  // 11 x 112
+                        {4096, 28672, 192, false}}) {
+    const SsConfig e4m3 = config(c.m, c.n, {.e4m3 = true});
+    EXPECT_EQ(e4m3.token_tile, c.tile) << c.m << " x " << c.n;
+    EXPECT_EQ(e4m3.split_tail, c.split) << c.m << " x " << c.n;
+    EXPECT_EQ(e4m3.image().columns, 128);
+    EXPECT_EQ(config(c.m, c.n, {}).token_tile, 192);
+    EXPECT_EQ(config(c.m, c.n, {.e4m3 = true, .group_scales = true}).token_tile, 192);
+    const SsConfig halves = config(c.m, c.n, {.halves = true});
+    EXPECT_EQ(halves.token_tile, 128);
+    EXPECT_EQ(halves.image().columns, 192);
+    EXPECT_EQ(halves.image().weight_bytes, 2);
   }
+  EXPECT_TRUE(config(512, 1024, {.e4m3 = true}).split_tail);  // a quarter of a wave
+  EXPECT_TRUE(config(2048, 4096, {}).split_tail);
+  EXPECT_FALSE(config(4096, 28672, {}).split_tail);
 }
 
 // Where each multiprocessor has some tiles, the others' weights are expanded beside them: that is

@@ -30,7 +30,7 @@ struct Candidate {
 /// From here on, expanding the weights first costs less than it gains (docs/notes.md): int8, 16
 /// bits and int4 codes in fp8 against rs, int8 with scales per (token, group), and e4m3 in fp8
 /// against 16 bits.
-constexpr int64_t kManyRows = 1536, kManyRowsOfGroups = 3072, kManyRowsOfE4m3 = 512;
+constexpr int64_t kManyRows = 1536, kManyRowsOfGroups = 3072, kManyRowsOfE4m3 = 384;
 /// The same of int8 where tiles are few (not has_waves()) and K is short.
 constexpr int64_t kManyRowsOfFewTiles = 3072, kDeepK = 8192;
 /// The same of int4 codes and of 16 bits where tiles are many (has_waves()), so that most weights
@@ -201,7 +201,8 @@ std::string refusal(const Candidate& kernel, const Problem& p, const DeviceInfo&
 bool has_waves(const SsConfig& kind, const Problem& p, const DeviceInfo& device) {
   constexpr double kWaves = 2.8;
   SsConfig config = kind;
-  set_ss_tile(config, p.m);
+  config.token_tile = ss_token_tiles(kind).front();
+  config.math_groups = kind.halves ? 3 : 2;
   const int tiles = ss_schedule_of(layout_of(p), p.m, config).tiles();
   return tiles >= kWaves * (device.multiprocessors / 2);
 }

@@ -52,16 +52,19 @@ void Candidates::add_tiles(const Plan& plan) {
   }
 }
 
-/// ss: whole tiles and shared ones, with all weights expanded beforehand and with as few.
+/// ss: each tile, whole and shared, with all weights expanded beforehand and with as few.
 void Candidates::add_splits(const Plan& plan) {
   constexpr int kAll = std::numeric_limits<int>::max();
-  for (const bool split : {false, true}) {
-    Plan other = plan;
-    other.ss.split_tail = split;
-    const int fewest = fewest_first_pairs(other.ss, layout(plan), plan.problem.m);
-    for (const int first_pairs : {fewest, kAll}) {
-      other.ss.first_pairs = first_pairs;
-      add(other);
+  for (const int tile : ss_token_tiles(plan.ss)) {
+    for (const bool split : {false, true}) {
+      Plan other = plan;
+      other.ss.token_tile = tile;
+      other.ss.split_tail = split;
+      const int fewest = fewest_first_pairs(other.ss, layout(plan), plan.problem.m);
+      for (const int first_pairs : {fewest, kAll}) {
+        other.ss.first_pairs = first_pairs;
+        add(other);
+      }
     }
   }
 }

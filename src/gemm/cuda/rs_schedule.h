@@ -200,7 +200,7 @@ inline size_t rs_scratch_bytes(const PackedLayout& layout, int64_t m, const RsCo
 
 /// How w4a8_ss_sm90 and w4a16_ss_sm90 are launched.
 struct SsConfig {
-  int token_tile = 192;       // rows of x; with math_groups as set_ss_tile() sets it
+  int token_tile = 192;       // rows of x; with math_groups as set_ss_work() sets it
   int math_groups = 2;        // warpgroups of a block that multiply, 64 columns each
   bool halves = false;        // w4a16: weights as floats of x's type; then none of the next three
   bool e4m3 = false;          // products in fp8; w4a4: codes of magnitude up to 8, as exact

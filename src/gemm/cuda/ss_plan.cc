@@ -1,6 +1,8 @@
 #include "gemm/cuda/ss_plan.h"
 
 #include <algorithm>
+#include <array>
+#include <limits>
 
 namespace nibble::cuda {
 namespace {
@@ -15,20 +17,49 @@ bool worth_splitting(const RsSchedule& schedule, int multiprocessors) {
   return tiles < full_enough * waves * resident;
 }
 
+/// What 128 k of a tile take with all multiprocessors at work, nanoseconds: measured on an H200
+/// (docs/notes.md).
+int64_t step_of(const SsConfig& config) {
+  return config.halves ? 1100 : 100 + config.token_tile * 5 / 2;
+}
+
+/// What products take, nanoseconds; fitted to the times of docs/notes.md, 384 rows to 2048.
+int64_t cost(const RsSchedule& schedule, const SsConfig& config) {
+  constexpr int64_t kSum = 6000;
+  const int64_t steps = int64_t{schedule.slices} * step_of(config), tiles = schedule.tiles();
+  const int64_t clusters = std::max(1, config.multiprocessors / 2);
+  if (schedule.whole == tiles) return (tiles + clusters - 1) / clusters * steps;
+  return tiles * steps / clusters * 21 / 20 + kSum;  // a twentieth slower than alone
+}
+
+void set_cheapest_tile(SsConfig& config, const PackedLayout& layout, int64_t m) {
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (const int tile : ss_token_tiles(config)) {
+    for (const bool split : {false, true}) {
+      SsConfig other = config;
+      other.token_tile = tile;
+      other.split_tail = split;
+      const int64_t found = cost(ss_schedule_of(layout, m, other), other);
+      if (found >= least) continue;
+      least = found;
+      config = other;
+    }
+  }
+}
+
 }  // namespace
 
-void set_ss_tile(SsConfig& config, int64_t m) {
-  config.token_tile = config.halves ? 128 : 192;
-  config.math_groups = config.halves ? 3 : 2;
-  const auto padded = [m](int64_t tile) { return (m + tile - 1) / tile * tile; };
-  const bool narrow = config.e4m3 && !config.group_scales;  // there is such a kernel
-  if (narrow && padded(176) < padded(192)) config.token_tile = 176;
+std::span<const int> ss_token_tiles(const SsConfig& config) {
+  static constexpr std::array<int, 3> kE4m3 = {192, 176, 128};
+  static constexpr std::array<int, 1> kHalves = {128}, kOthers = {192};
+  if (config.halves) return kHalves;
+  if (config.e4m3 && !config.group_scales) return kE4m3;
+  return kOthers;
 }
 
 int fewest_first_pairs(const SsConfig& config, const PackedLayout& layout, int64_t m) {
-  // Measured on an H200 (docs/notes.md), nanoseconds: the products of 128 k, and a slab by one of
-  // the two warps of a block that expand.
-  const int64_t step = config.halves ? 1100 : 600, slab = config.e4m3 ? 7500 : 5000;
+  // nanoseconds, measured as the steps: a slab by one of the two warps of a block that expand
+  const int64_t step = step_of(config), slab = config.e4m3 ? 7500 : 5000;
   constexpr int64_t kWarps = 2;
   const RsSchedule schedule = ss_schedule_of(layout, m, config);
   const int64_t pairs = schedule.weight_tiles, wave = int64_t{schedule.slices} * step;
@@ -46,8 +77,11 @@ int fewest_first_pairs(const SsConfig& config, const PackedLayout& layout, int64
 }
 
 void set_ss_work(SsConfig& config, const PackedLayout& layout, int64_t m) {
-  set_ss_tile(config, m);
+  config.math_groups = config.halves ? 3 : 2;
+  const std::span<const int> tiles = ss_token_tiles(config);
+  config.token_tile = tiles.front();
   config.split_tail = worth_splitting(ss_schedule_of(layout, m, config), config.multiprocessors);
+  if (tiles.size() > 1) set_cheapest_tile(config, layout, m);
   config.first_pairs = fewest_first_pairs(config, layout, m);
 }
 

@@ -31,6 +31,10 @@ cudaError_t launch(const GemmArgs& args, const void* codes, const SsConfig& conf
       return launch_ss_product<SsShape<E4m3Products, 176, 2, false, false>>(args, acts, config,
                                                                             scratch, stream);
     }
+    if (is(true, 128)) {
+      return launch_ss_product<SsShape<E4m3Products, 128, 2, false, false>>(args, acts, config,
+                                                                            scratch, stream);
+    }
   }
   return cudaErrorInvalidValue;
 }

@@ -43,6 +43,10 @@ struct Int8Products {
 struct E4m3Products {
   using Sum = float;
   static constexpr int kSpan = 1;
+  __device__ __forceinline__ static void multiply(float (&c)[64], uint64_t a, uint64_t b,
+                                                  bool keep) {
+    NIBBLE_WGMMA_64("m64n128k32", "f32.e4m3.e4m3", NIBBLE_FLOAT, ", 1, 1");
+  }
   __device__ __forceinline__ static void multiply(float (&c)[88], uint64_t a, uint64_t b,
                                                   bool keep) {
     NIBBLE_WGMMA_88("m64n176k32", "f32.e4m3.e4m3", NIBBLE_FLOAT, ", 1, 1");
