@@ -47,11 +47,11 @@ Exact from_floats(const ref::Weights& w, int64_t c, const std::vector<float>& x,
 }
 
 /// What fp8 products may lose: of each 32 k, 13 bits below the largest addend, the running sum
-/// included, for each of the 33 addends. Sums are promoted every 128 k.
+/// included, for each of the 33 addends. Sums are promoted every group of at most 128 k.
 double fp8_error(const ref::Weights& w, int64_t c, const std::vector<float>& x, double t) {
   double error = 0, sum = 0;
   for (int64_t k = 0; k < w.k; k += 32) {
-    if (k % cuda::kBlockDepth == 0) sum = 0;
+    if (k % cuda::promoted_depth(w.group_size) == 0) sum = 0;
     const int64_t g = c * w.groups + k / w.group_size;
     double largest = std::fabs(sum);
     for (int64_t i = k; i < std::min(k + 32, w.k); ++i) {

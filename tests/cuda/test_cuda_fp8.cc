@@ -73,8 +73,8 @@ TEST_F(CudaFp8, NumbersAreThoseOfTheOracle) {
           for (int64_t i = 0; i < padded; ++i) {
             int64_t at = i;  // where k = i lies
             if (v.plan.order == OperandOrder::wgmma) {
-              const int64_t c = i / 8 % 4, p = i / 4 % 2, h = i % 2, e = i / 2 % 2;
-              at = i / 32 * 32 + 16 * p + 8 * h + 2 * c + e;
+              const int64_t word = i / 4 % 8;
+              at = i / 32 * 32 + (word % 2 * 4 + word / 2) * 4 + i % 4;
             }
             const float found = halves ? load_as_float(bytes.data(), row * padded + at, Dtype::f16)
                                        : from_e4m3(bytes[row * padded + at]);

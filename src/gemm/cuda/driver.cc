@@ -158,7 +158,6 @@ GemmArgs gemm_args(const Plan& plan, const Operand& operand, const DeviceWeights
   if (p.mode == Mode::w4a8_fp8) {
     args.x = operand.codes;
     args.x_stride = args.x_columns = plan.padded_k;
-    args.x_is_reordered = plan.order == OperandOrder::wgmma;
   }
   args.group_scales = has_group_scales(p);
   args.m = p.m;
@@ -181,7 +180,10 @@ cudaError_t launch(const Plan& plan, const GemmArgs& args, void* workspace, cuda
         return launch_w4a16_rs_sm90(args, plan.rs, workspace_scratch(plan, workspace),
                                     workspace_operand(plan, workspace).codes, stream);
       }
-      return launch_w4a8_rs_sm90(args, plan.rs, workspace_scratch(plan, workspace), stream);
+      return plan.problem.mode == Mode::w4a8_fp8
+                 ? launch_w4a8_fp8_rs_sm90(args, plan.rs, workspace_scratch(plan, workspace),
+                                           stream)
+                 : launch_w4a8_rs_sm90(args, plan.rs, workspace_scratch(plan, workspace), stream);
     case KernelFamily::ss:
       if (halves) {
         return launch_w4a16_ss_sm90(args, plan.ss, workspace_scratch(plan, workspace), stream);

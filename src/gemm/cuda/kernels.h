@@ -37,7 +37,6 @@ struct GemmArgs {
   int64_t x_stride = 0;  // elements
   int64_t x_columns = 0;  // k, or of codes padded_k; a multiple of 8
   Element x_type = Element::f16;
-  bool x_is_reordered = false;  // (m, padded_k), by launch_reorder or by the quantizer
   int64_t m = 0;
   Output out;
 };
@@ -52,8 +51,12 @@ cudaError_t launch_w4a16_slab_sm90(const GemmArgs& args, const SlabConfig& confi
 cudaError_t launch_w4a8_rs_sm90(const GemmArgs& args, const RsConfig& config, void* scratch,
                                 cudaStream_t stream);
 
-/// w4a16_rs_sm90.cu: any M. Unless x is reordered, it goes to `reordered` first, (m, padded_k) of
-/// 16 bits, 16-byte aligned, by a launch of its own. scratch: rs_scratch_bytes().
+/// w4a8_fp8_rs_sm90.cu: the same of e4m3 bytes, with scales per token.
+cudaError_t launch_w4a8_fp8_rs_sm90(const GemmArgs& args, const RsConfig& config, void* scratch,
+                                    cudaStream_t stream);
+
+/// w4a16_rs_sm90.cu: any M. x goes to `reordered` first, (m, padded_k) of 16 bits, 16-byte aligned,
+/// by a launch of its own. scratch: rs_scratch_bytes().
 cudaError_t launch_w4a16_rs_sm90(const GemmArgs& args, const RsConfig& config, void* scratch,
                                  void* reordered, cudaStream_t stream);
 
@@ -112,7 +115,7 @@ struct QuantizeArgs {
   bool symmetric = true;    // false: limit 15, zero point taken off
   float clip = 1.0f;
   const float* static_scales = nullptr;
-  bool wgmma_order = false;  // of int8; of halves that of reorder_sm90.cu
+  bool wgmma_order = false;  // of bytes
   int8_t* codes = nullptr;
   float* scales = nullptr;
   int32_t* sums = nullptr;  // or null

@@ -358,7 +358,7 @@ std::string family_text(const Plan& plan) {
   return "";
 }
 
-// What w4a8_rs_sm90 and w4a16_rs_sm90 are compiled for. Steps: with all multiprocessors at work,
+// What the rs kernels are compiled for. Steps: with all multiprocessors at work,
 // fitted together with the constants of rs_cost() to the times of docs/notes.md.
 // One warpgroup of 64 rows takes 240; 300 because it begins later than two blocks of 32 rows.
 constexpr std::array<RsTile, 8> kRsTiles = {{{128, 2, 1, 490, 2},
@@ -371,8 +371,20 @@ constexpr std::array<RsTile, 8> kRsTiles = {{{128, 2, 1, 490, 2},
                                              {32, 2, 2, 400, 4}}};
 constexpr std::array<RsTile, 5> kRsTilesOfGroupScales = {
     {{96, 3, 1, 610}, {64, 3, 1, 490, 4}, {64, 2, 1, 385, 4}, {32, 3, 1, 395, 4}, {32, 2, 2, 400}}};
-constexpr std::array<RsTile, 4> kRsTilesOfHalves = {
-    {{128, 2, 1, 775}, {64, 3, 1, 630}, {32, 3, 1, 502}, {32, 2, 2, 550}}};
+constexpr std::array<RsTile, 8> kRsTilesOfE4m3 = {{{128, 2, 1, 420, 2},
+                                                   {96, 3, 1, 540},
+                                                   {64, 4, 1, 590},
+                                                   {64, 3, 1, 470, 4},
+                                                   {64, 2, 1, 370, 4},
+                                                   {64, 1, 1, 300, 4},
+                                                   {32, 3, 1, 395, 4},
+                                                   {32, 2, 2, 400, 4}}};
+constexpr std::array<RsTile, 6> kRsTilesOfHalves = {{{128, 2, 1, 775, 2},
+                                                     {64, 3, 1, 630, 4},
+                                                     {64, 2, 1, 490, 4},
+                                                     {64, 1, 1, 380, 4},
+                                                     {32, 3, 1, 502, 4},
+                                                     {32, 2, 2, 550, 4}}};
 constexpr std::array<RsTile, 1> kRsTilesOfShortGroups = {{{64, 2, 1, 385}}};
 
 /// What the parts of a cluster take, all of them at work at once; none if they do not fit, since
@@ -415,7 +427,8 @@ std::optional<int64_t> rs_cost(const RsSchedule& schedule, const RsConfig& confi
 
 bool multiplies_halves(const Plan& plan) {
   return plan.problem.mode == Mode::w4a16 ||
-         (plan.problem.mode == Mode::w4a8_fp8 && plan.family != KernelFamily::ss);
+         (plan.problem.mode == Mode::w4a8_fp8 && plan.family != KernelFamily::ss &&
+          plan.family != KernelFamily::rs);
 }
 
 bool has_group_scales(const Problem& problem) {
@@ -423,7 +436,8 @@ bool has_group_scales(const Problem& problem) {
 }
 
 RsActivations rs_activations(const Problem& problem) {
-  if (problem.mode == Mode::w4a16 || problem.mode == Mode::w4a8_fp8) return RsActivations::halves;
+  if (problem.mode == Mode::w4a16) return RsActivations::halves;
+  if (problem.mode == Mode::w4a8_fp8) return RsActivations::e4m3;
   return has_group_scales(problem) ? RsActivations::codes_with_group_scales : RsActivations::codes;
 }
 
@@ -433,6 +447,7 @@ std::span<const RsTile> rs_tiles(const PackedLayout& layout, RsActivations activ
   if (short_groups && group_scales) return {};
   if (short_groups) return kRsTilesOfShortGroups;
   if (activations == RsActivations::halves) return kRsTilesOfHalves;
+  if (activations == RsActivations::e4m3) return kRsTilesOfE4m3;
   if (group_scales) return kRsTilesOfGroupScales;
   return kRsTiles;
 }

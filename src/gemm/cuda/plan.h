@@ -43,7 +43,7 @@ struct RsTile {
   int most_parts = 1;
 };
 /// What the rs kernels take as activations.
-enum class RsActivations { codes, codes_with_group_scales, halves };
+enum class RsActivations { codes, codes_with_group_scales, e4m3, halves };
 RsActivations rs_activations(const Problem& problem);
 
 /// Tiles that there is a kernel for; empty if none is for such groups.

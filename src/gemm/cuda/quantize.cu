@@ -14,7 +14,7 @@ template <Element type, bool vector>
 struct Plain {
   static constexpr bool kVector = vector;
   // bf16 stays as it was loaded until it is encoded: three blocks of 448 threads instead of two.
-  static constexpr int kRegisters = type == Element::bf16 ? 48 : kRowRegisters;
+  static constexpr int kRegisters = type == Element::bf16 ? 56 : kRowRegisters;
   QuantizeArgs a;
 
   __host__ __device__ const QuantizeArgs& args() const { return a; }

@@ -313,47 +313,37 @@ __device__ __forceinline__ uint32_t halves_of(uint32_t e4m3_pair) {
          static_cast<uint32_t>(__half_as_ushort(half_of(e4m3_pair >> 8))) << 16;
 }
 
-/// Stores a chunk as e4m3 numbers. For all lanes of a warp.
-__device__ __forceinline__ void store_e4m3(const Chunk& c, const Encoding& e, const QuantizeArgs& a,
-                                           int64_t row, int chunk, bool inside) {
+/// Eight e4m3 numbers as bytes.
+__device__ __forceinline__ uint2 encode_e4m3(const Chunk& c, const Encoding& e) {
   const Chunk s = scaled(c, e);
-  uint32_t pairs[kChunk / 2];
-#pragma unroll
-  for (int i = 0; i < kChunk / 2; ++i) pairs[i] = e4m3_pair(s.v[2 * i], s.v[2 * i + 1]);
-  const int64_t at = row * a.padded_k + int64_t{chunk} * kChunk;
-  if (a.kind == Codes::e4m3) {
-    if (!inside) return;
-    *reinterpret_cast<uint2*>(a.codes + at) =
-        make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
-    return;
-  }
-  uint4 halves = {halves_of(pairs[0]), halves_of(pairs[1]), halves_of(pairs[2]),
-                  halves_of(pairs[3])};
-  if (a.wgmma_order) halves = transpose_quad(pair_activations(halves), chunk);
-  if (inside) *reinterpret_cast<uint4*>(a.codes + 2 * at) = halves;
+  return {e4m3_pair(s.v[0], s.v[1]) | e4m3_pair(s.v[2], s.v[3]) << 16,
+          e4m3_pair(s.v[4], s.v[5]) | e4m3_pair(s.v[6], s.v[7]) << 16};
 }
 
-/// Stores the codes of a chunk and, by one lane of each promoted run, their sum. For all lanes of a
-/// warp; `inside` is false for lanes that have no chunk.
+/// Stores a chunk of bytes. For all lanes of a warp; `inside` is false for lanes that have no
+/// chunk.
 ///
 /// Order wgmma: chunk c of 32 k holds words 2 c + h, which belong at 4 h + c. Lanes c and c + 1 (c
 /// even) swap a word each, so that one has both of h = 0, the other both of h = 1: again eight
 /// bytes a lane, and the warp still writes 256 bytes in a row.
-__device__ __forceinline__ void store_codes(uint2 codes, const QuantizeArgs& a, const Dealing& d,
-                                            int64_t row, int chunk, bool inside) {
+__device__ __forceinline__ void store_bytes(uint2 words, const QuantizeArgs& a, int64_t row,
+                                            int chunk, bool inside) {
   int place = chunk;
-  uint2 words = codes;
   if (a.wgmma_order) {
-    const int c = chunk & 3;
+    const int c = threadIdx.x & 3;  // as chunk & 3, and the same for all chunks of a thread
     const bool odd = (c & 1) != 0;
-    const uint32_t other = __shfl_xor_sync(kAllLanes, odd ? codes.x : codes.y, 1);
-    words = odd ? make_uint2(other, codes.y) : make_uint2(codes.x, other);
-    place = chunk - c + 2 * (c & 1) + (c >> 1);
+    const uint32_t other = __shfl_xor_sync(kAllLanes, odd ? words.x : words.y, 1);
+    words = odd ? make_uint2(other, words.y) : make_uint2(words.x, other);
+    place += 2 * (c & 1) + (c >> 1) - c;
   }
   if (inside) {
     *reinterpret_cast<uint2*>(a.codes + row * a.padded_k + int64_t{place} * kChunk) = words;
   }
-  if (a.sums == nullptr) return;
+}
+
+/// Stores the sum of each promoted run of codes, by one lane. For all lanes of a warp.
+__device__ __forceinline__ void store_sum(uint2 codes, const QuantizeArgs& a, const Dealing& d,
+                                          int64_t row, int chunk, bool inside) {
   const int width = 1 << d.sum_shift;
   int sum = __dp4a(static_cast<int>(codes.x), 0x01010101,
                    __dp4a(static_cast<int>(codes.y), 0x01010101, 0));
@@ -368,11 +358,16 @@ __device__ __forceinline__ void store_codes(uint2 codes, const QuantizeArgs& a, 
 __device__ __forceinline__ void store_chunk(const Chunk& c, const Encoding& e,
                                             const QuantizeArgs& a, const Dealing& d, int64_t row,
                                             int chunk, bool inside) {
-  if (a.kind == Codes::int8) {
-    store_codes(encode(c, e), a, d, row, chunk, inside);
-  } else {
-    store_e4m3(c, e, a, row, chunk, inside);
+  const uint2 bytes = a.kind == Codes::int8 ? encode(c, e) : encode_e4m3(c, e);
+  if (a.kind == Codes::halves) {
+    if (!inside) return;
+    *reinterpret_cast<uint4*>(a.codes + 2 * (row * a.padded_k + int64_t{chunk} * kChunk)) = {
+        halves_of(bytes.x & 0xffff), halves_of(bytes.x >> 16), halves_of(bytes.y & 0xffff),
+        halves_of(bytes.y >> 16)};
+    return;
   }
+  store_bytes(bytes, a, row, chunk, inside);
+  if (a.sums != nullptr) store_sum(bytes, a, d, row, chunk, inside);
 }
 
 /// Quantizes kChunks chunks a thread that are in registers, chunk i being first + i * blockDim.x +

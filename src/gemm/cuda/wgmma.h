@@ -1,7 +1,7 @@
 // wgmma with weights as A in registers, tokens in shared memory as B: instructions of sm_90a that
 // have no function in CUDA C++. Source: PTX ISA, "wgmma". A in shared memory: wgmma_shared.h.
 //
-//   D[64][N] (+)= A[64][32] * B[N][32]^T      8-bit operands, int32 accumulators
+//   D[64][N] (+)= A[64][32] * B[N][32]^T      s8, int32 accumulators; e4m3, float ones
 //
 // Thread 4 r + c of warp w holds D rows 16 w + r and 16 w + r + 8; accumulator 4 j + 2 h + i is row
 // 16 w + r + 8 h, column (token) 8 j + 2 c + i. A: four words as of mma.m16n8k32.
@@ -78,6 +78,46 @@ __device__ __forceinline__ void wgmma(int (&c)[64], const uint32_t (&a)[4], uint
       "{ .reg .pred p; setp.ne.b32 p, %69, 0;"
       " wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" NIBBLE_N64
       "}, {%64, %65, %66, %67}, %68, p; }"
+      : NIBBLE_C64(NIBBLE_C)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));
+}
+#undef NIBBLE_C
+
+// The same of e4m3 with float sums: promotion needs no conversion.
+#define NIBBLE_C(element) "+f"(element)
+__device__ __forceinline__ void wgmma_e4m3(float (&c)[16], const uint32_t (&a)[4], uint64_t b,
+                                           bool keep) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %21, 0;"
+      " wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {" NIBBLE_N16
+      "}, {%16, %17, %18, %19}, %20, p, 1, 1; }"
+      : NIBBLE_C16(NIBBLE_C, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));
+}
+__device__ __forceinline__ void wgmma_e4m3(float (&c)[32], const uint32_t (&a)[4], uint64_t b,
+                                           bool keep) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %37, 0;"
+      " wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" NIBBLE_N32
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1; }"
+      : NIBBLE_C32(NIBBLE_C)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));
+}
+__device__ __forceinline__ void wgmma_e4m3(float (&c)[48], const uint32_t (&a)[4], uint64_t b,
+                                           bool keep) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %53, 0;"
+      " wgmma.mma_async.sync.aligned.m64n96k32.f32.e4m3.e4m3 {" NIBBLE_N48
+      "}, {%48, %49, %50, %51}, %52, p, 1, 1; }"
+      : NIBBLE_C48(NIBBLE_C)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));
+}
+__device__ __forceinline__ void wgmma_e4m3(float (&c)[64], const uint32_t (&a)[4], uint64_t b,
+                                           bool keep) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %69, 0;"
+      " wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" NIBBLE_N64
+      "}, {%64, %65, %66, %67}, %68, p, 1, 1; }"
       : NIBBLE_C64(NIBBLE_C)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));
 }

@@ -54,12 +54,6 @@ int64_t wgmma_place(int64_t k) {
   return k / 32 * 32 + place * 4 + k % 4;
 }
 
-/// The same of 16 bits (reorder_sm90.cu).
-int64_t halves_place(int64_t k) {
-  const int64_t c = k % 32 / 8, i = k % 8 / 4, e = k % 4 / 2, h = k % 2;
-  return k / 32 * 32 + 16 * i + 8 * h + 2 * c + e;
-}
-
 /// e4m3 numbers as bytes.
 uint8_t e4m3_byte(float value) {
   int exponent = 0;
@@ -77,7 +71,7 @@ float from_e4m3(uint8_t byte) {
 }
 
 /// What the activations of a product are.
-enum class Acts { codes, wgmma_codes, e4m3, rows };
+enum class Acts { codes, wgmma_codes, e4m3, wgmma_e4m3, rows };
 
 float activation(const GemmArgs& args, Acts acts, int64_t m, int64_t k) {
   const int64_t at = m * args.layout.padded_k();
@@ -85,10 +79,10 @@ float activation(const GemmArgs& args, Acts acts, int64_t m, int64_t k) {
     case Acts::codes: return static_cast<float>(args.codes[at + k]);
     case Acts::wgmma_codes: return static_cast<float>(args.codes[at + wgmma_place(k)]);
     case Acts::e4m3: return from_e4m3(static_cast<uint8_t>(args.codes[at + k]));
+    case Acts::wgmma_e4m3: return from_e4m3(static_cast<uint8_t>(args.codes[at + wgmma_place(k)]));
     case Acts::rows: break;
   }
-  const int64_t place = args.x_is_reordered ? halves_place(k) : k;
-  return host::load(args.x, args.x_type, m * args.x_stride + place);
+  return host::load(args.x, args.x_type, m * args.x_stride + k);
 }
 
 void multiply(const GemmArgs& args, Acts acts) {
@@ -155,16 +149,16 @@ void write_codes(const QuantizeArgs& to, const std::vector<float>& x) {
     for (int64_t k = 0; k < to.padded_k; ++k) {
       const auto from = static_cast<size_t>(m * to.k + k);
       const int64_t row = m * to.padded_k;
+      const int64_t place = to.wgmma_order ? wgmma_place(k) : k;
       if (to.kind == Codes::int8) {
-        to.codes[row + (to.wgmma_order ? wgmma_place(k) : k)] =
-            k < to.k ? a.codes[from] : int8_t{0};
+        to.codes[row + place] = k < to.k ? a.codes[from] : int8_t{0};
         continue;
       }
       const float value = k < to.k ? a.values[from] : 0.0f;
       if (to.kind == Codes::e4m3) {
-        to.codes[row + k] = static_cast<int8_t>(e4m3_byte(value));
+        to.codes[row + place] = static_cast<int8_t>(e4m3_byte(value));
       } else {
-        host::store(to.codes, Element::f16, row + (to.wgmma_order ? halves_place(k) : k), value);
+        host::store(to.codes, Element::f16, row + k, value);
       }
     }
   }
@@ -271,6 +265,10 @@ cudaError_t launch_w4a8_slab_norm_sm90(const NormProductArgs& args, const SlabCo
 }
 cudaError_t launch_w4a8_rs_sm90(const GemmArgs& args, const RsConfig&, void*, cudaStream_t stream) {
   return product(args, Acts::wgmma_codes, stream);
+}
+cudaError_t launch_w4a8_fp8_rs_sm90(const GemmArgs& args, const RsConfig&, void*,
+                                    cudaStream_t stream) {
+  return product(args, Acts::wgmma_e4m3, stream);
 }
 cudaError_t launch_w4a16_rs_sm90(const GemmArgs& args, const RsConfig&, void*, void*,
                                  cudaStream_t stream) {
