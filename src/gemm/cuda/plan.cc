@@ -371,7 +371,9 @@ constexpr std::array<RsTile, 8> kRsTiles = {{{128, 2, 1, 490, 2},
                                              {32, 2, 2, 400, 4}}};
 constexpr std::array<RsTile, 5> kRsTilesOfGroupScales = {
     {{96, 3, 1, 610}, {64, 3, 1, 490, 4}, {64, 2, 1, 385, 4}, {32, 3, 1, 395, 4}, {32, 2, 2, 400}}};
-constexpr std::array<RsTile, 8> kRsTilesOfE4m3 = {{{128, 2, 1, 420, 2},
+constexpr std::array<RsTile, 10> kRsTilesOfE4m3 = {{{192, 2, 1, 620},
+                                                   {160, 2, 1, 530},
+                                                   {128, 2, 1, 420, 2},
                                                    {96, 3, 1, 540},
                                                    {64, 4, 1, 590},
                                                    {64, 3, 1, 470, 4},

@@ -69,13 +69,15 @@ struct RsShape {
                                   kProducerRegisters));
   // Codes of the next block are expanded while products read those of this one; where registers do
   // not hold both, when the products are done.
-  static constexpr int kCodeSets = kMathGroups == 4 ? 1 : 2;
+  static constexpr int kCodeSets = kMathGroups == 4 || kTokens == 192 ? 1 : 2;
   // Parts of a tile may be summed in a cluster; elsewhere it would take registers from the loop.
   static constexpr bool kInCluster =
-      kPromoted == 128 && kTokens != 96 && kMathGroups != 4 && !(kGroupScales && kResident == 2);
+      kPromoted == 128 && kTokens != 96 && kTokens <= 128 && kMathGroups != 4 &&
+      !(kGroupScales && kResident == 2);
   // A token's scale is asked for before the products; elsewhere it would spill.
   static constexpr bool kScalesEarly =
-      kPromoted == 128 && kTokens != 96 && kMathGroups != 4 && !kGroupScales && kResident == 1;
+      kPromoted == 128 && kTokens != 96 && kTokens <= 128 && kMathGroups != 4 && !kGroupScales &&
+      kResident == 1;
   // The first slice comes block by block. Of 32 rows it gains nothing; with short groups or a scale
   // per (token, group) it is not tried yet.
   static constexpr bool kFirstByBlocks = kTokens > 32 && kPromoted == 128 && !kGroupScales;

@@ -121,6 +121,24 @@ __device__ __forceinline__ void wgmma_e4m3(float (&c)[64], const uint32_t (&a)[4
       : NIBBLE_C64(NIBBLE_C)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));
 }
+__device__ __forceinline__ void wgmma_e4m3(float (&c)[80], const uint32_t (&a)[4], uint64_t b,
+                                           bool keep) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %85, 0;"
+      " wgmma.mma_async.sync.aligned.m64n160k32.f32.e4m3.e4m3 {" NIBBLE_N80
+      "}, {%80, %81, %82, %83}, %84, p, 1, 1; }"
+      : NIBBLE_C80(NIBBLE_C)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));
+}
+__device__ __forceinline__ void wgmma_e4m3(float (&c)[96], const uint32_t (&a)[4], uint64_t b,
+                                           bool keep) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %101, 0;"
+      " wgmma.mma_async.sync.aligned.m64n192k32.f32.e4m3.e4m3 {" NIBBLE_N96
+      "}, {%96, %97, %98, %99}, %100, p, 1, 1; }"
+      : NIBBLE_C96(NIBBLE_C)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));
+}
 #undef NIBBLE_C
 
 }  // namespace nibble::cuda

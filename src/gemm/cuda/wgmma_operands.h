@@ -9,6 +9,7 @@
 #define NIBBLE_C32(constraint) NIBBLE_C16(constraint, 0), NIBBLE_C16(constraint, 16)
 #define NIBBLE_C48(constraint) NIBBLE_C32(constraint), NIBBLE_C16(constraint, 32)
 #define NIBBLE_C64(constraint) NIBBLE_C48(constraint), NIBBLE_C16(constraint, 48)
+#define NIBBLE_C80(constraint) NIBBLE_C64(constraint), NIBBLE_C16(constraint, 64)
 #define NIBBLE_C88(constraint) \
   NIBBLE_C64(constraint), NIBBLE_C16(constraint, 64), NIBBLE_C8(constraint, 80)
 #define NIBBLE_C96(constraint) NIBBLE_C88(constraint), NIBBLE_C8(constraint, 88)
@@ -24,6 +25,9 @@
 #define NIBBLE_N64 \
   NIBBLE_N48       \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NIBBLE_N80 \
+  NIBBLE_N64       \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 #define NIBBLE_N88                                                                   \
   NIBBLE_N64                                                                         \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
