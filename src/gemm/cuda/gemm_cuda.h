@@ -169,8 +169,8 @@ std::vector<KernelRow> kernel_table();
 
 /// Quantized activations in device memory, as a kernel reads them: codes 16-byte aligned; of w4a4
 /// in -8..7 if symmetric, else 0..15 less a zero point of 0..15 that all with one scale share. Of
-/// w4a8-fp8: e4m3 bytes for a kernel of family ss, else the same numbers as f16, twice the bytes;
-/// no sums.
+/// w4a8-fp8: e4m3 bytes for kernels of families rs and ss, else the same numbers as f16, twice the
+/// bytes; no sums.
 struct Operand {
   int8_t* codes = nullptr;    // (m, padded_k) in the plan's order; k beyond K is 0
   float* scales = nullptr;    // (m) or (m, groups)

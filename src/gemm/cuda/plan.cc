@@ -28,16 +28,15 @@ struct Candidate {
   int64_t worth_rows;  // see worth_rows()
 };
 /// From here on, expanding the weights first costs less than it gains (docs/notes.md): int8, 16
-/// bits and int4 codes in fp8 against rs, int8 with scales per (token, group), and e4m3 in fp8
-/// against 16 bits.
-constexpr int64_t kManyRows = 1536, kManyRowsOfGroups = 3072, kManyRowsOfE4m3 = 384;
-/// The same of int8 where tiles are few (not has_waves()) and K is short.
-constexpr int64_t kManyRowsOfFewTiles = 3072, kDeepK = 8192;
+/// bits and int4 codes in fp8 against rs, int8 with scales per (token, group), and e4m3.
+constexpr int64_t kManyRows = 1536, kManyRowsOfGroups = 3072, kManyRowsOfE4m3 = 1024;
+/// The same of int8 and of e4m3 where tiles are few (not has_waves()) and K is short.
+constexpr int64_t kManyRowsOfFewTiles = 3072, kManyE4m3RowsOfFewTiles = 2048, kDeepK = 8192;
 /// The same of int4 codes and of 16 bits where tiles are many (has_waves()), so that most weights
 /// are expanded beside the products.
 constexpr int64_t kManyRowsOfInt4InWaves = 768, kManyRowsOfHalvesInWaves = 1024;
 /// The same where they are expanded already. At 512 rows, int8 in tiles of 192 is slower than rs.
-constexpr int64_t kManyRowsOfExpanded = 640, kManyRowsOfExpandedE4m3 = 128;
+constexpr int64_t kManyRowsOfExpanded = 640, kManyRowsOfExpandedE4m3 = 384;
 
 /// Up to 64 rows, reading the weights takes as long as int8 products do, and packing codes two a
 /// byte is a launch more. Reasoned from the data sheets of 8.0 and 8.9, not measured.
@@ -215,9 +214,15 @@ int64_t worth_rows(const Candidate& kernel, const Problem& p, const DeviceInfo& 
   }
   if (kernel.family != KernelFamily::ss || p.m == 0) return kernel.worth_rows;
   const bool by_group = has_group_scales(p);
+  const auto few_tiles = [&](const SsConfig& kind) {
+    return p.k < kDeepK && !has_waves(kind, p, device);
+  };
   if (kernel.row.mode == Mode::w4a8) {
     if (by_group) return kManyRowsOfGroups;
-    return p.k < kDeepK && !has_waves({}, p, device) ? kManyRowsOfFewTiles : kernel.worth_rows;
+    return few_tiles({}) ? kManyRowsOfFewTiles : kernel.worth_rows;
+  }
+  if (kernel.row.mode == Mode::w4a8_fp8) {
+    return few_tiles({.e4m3 = true}) ? kManyE4m3RowsOfFewTiles : kernel.worth_rows;
   }
   if (kernel.row.mode == Mode::w4a4 &&
       has_waves({.e4m3 = true, .group_scales = by_group}, p, device)) {
@@ -234,12 +239,16 @@ bool is_emulated(const Candidate& kernel, const DeviceInfo& device) {
 }
 
 /// Nine rows and more of 16 bits, deep K: eight warps, which read x again for every four tiles.
-/// Past some tiles a multiprocessor, rs is faster (docs/notes.md).
+/// Past some K, or tiles a multiprocessor, rs is faster; of e4m3 numbers, which it multiplies as
+/// bytes, always (docs/notes.md).
 bool rereads_too_much(const Candidate& kernel, const Problem& p, const DeviceInfo& device) {
-  constexpr int64_t kSlices = 8, kTiles = 16;
+  constexpr int64_t kSlices = 8, kDeepSlices = 16, kTiles = 16;
+  if (kernel.family != KernelFamily::slab || kernel.row.mode == Mode::w4a8 || p.m <= 8) {
+    return false;
+  }
   const PackedLayout layout = packed_layout(p.n, p.k, p.group_size);
-  return kernel.family == KernelFamily::slab && kernel.row.mode != Mode::w4a8 && p.m > 8 &&
-         layout.slices > kSlices && layout.tiles > kTiles * device.multiprocessors;
+  return kernel.row.mode == Mode::w4a8_fp8 || layout.slices > kDeepSlices ||
+         (layout.slices > kSlices && layout.tiles > kTiles * device.multiprocessors);
 }
 
 Result<Candidate> choose(const Problem& problem, const DeviceInfo& device, const char* force,
@@ -358,36 +367,37 @@ std::string family_text(const Plan& plan) {
   return "";
 }
 
-// What the rs kernels are compiled for. Steps: with all multiprocessors at work,
-// fitted together with the constants of rs_cost() to the times of docs/notes.md.
-// One warpgroup of 64 rows takes 240; 300 because it begins later than two blocks of 32 rows.
-constexpr std::array<RsTile, 8> kRsTiles = {{{128, 2, 1, 490, 2},
-                                             {96, 3, 1, 610},
-                                             {64, 4, 1, 610},
-                                             {64, 3, 1, 490, 4},
-                                             {64, 2, 1, 385, 4},
-                                             {64, 1, 1, 300, 4},
-                                             {32, 3, 1, 395, 4},
-                                             {32, 2, 2, 400, 4}}};
+// What the rs kernels are compiled for. Steps: with all multiprocessors at work, fitted together
+// with the constants of rs_cost() to the times of docs/notes.md.
+constexpr std::array<RsTile, 9> kRsTiles = {{{160, 2, 1, 690},
+                                             {128, 2, 1, 570, 2},
+                                             {96, 3, 1, 700},
+                                             {64, 4, 1, 710},
+                                             {64, 3, 1, 555, 4},
+                                             {64, 2, 1, 430, 4},
+                                             {64, 1, 1, 340, 4},
+                                             {32, 3, 1, 460, 4},
+                                             {32, 2, 2, 465, 4}}};
 constexpr std::array<RsTile, 5> kRsTilesOfGroupScales = {
-    {{96, 3, 1, 610}, {64, 3, 1, 490, 4}, {64, 2, 1, 385, 4}, {32, 3, 1, 395, 4}, {32, 2, 2, 400}}};
-constexpr std::array<RsTile, 10> kRsTilesOfE4m3 = {{{192, 2, 1, 620},
-                                                   {160, 2, 1, 530},
-                                                   {128, 2, 1, 420, 2},
-                                                   {96, 3, 1, 540},
-                                                   {64, 4, 1, 590},
-                                                   {64, 3, 1, 470, 4},
-                                                   {64, 2, 1, 370, 4},
-                                                   {64, 1, 1, 300, 4},
-                                                   {32, 3, 1, 395, 4},
-                                                   {32, 2, 2, 400, 4}}};
-constexpr std::array<RsTile, 6> kRsTilesOfHalves = {{{128, 2, 1, 775, 2},
-                                                     {64, 3, 1, 630, 4},
-                                                     {64, 2, 1, 490, 4},
-                                                     {64, 1, 1, 380, 4},
-                                                     {32, 3, 1, 502, 4},
-                                                     {32, 2, 2, 550, 4}}};
-constexpr std::array<RsTile, 1> kRsTilesOfShortGroups = {{{64, 2, 1, 385}}};
+    {{96, 3, 1, 700}, {64, 3, 1, 555, 4}, {64, 2, 1, 430, 4}, {32, 3, 1, 460, 4}, {32, 2, 2, 465}}};
+constexpr std::array<RsTile, 10> kRsTilesOfE4m3 = {{{192, 2, 1, 580},
+                                                    {160, 2, 1, 535},
+                                                    {128, 2, 1, 440, 2},
+                                                    {96, 3, 1, 540},
+                                                    {64, 4, 1, 645},
+                                                    {64, 3, 1, 475, 4},
+                                                    {64, 2, 1, 360, 4},
+                                                    {64, 1, 1, 335, 4},
+                                                    {32, 3, 1, 440, 4},
+                                                    {32, 2, 2, 450, 4}}};
+constexpr std::array<RsTile, 7> kRsTilesOfHalves = {{{160, 2, 1, 1010},
+                                                     {128, 2, 1, 820, 2},
+                                                     {64, 3, 1, 660, 4},
+                                                     {64, 2, 1, 560, 4},
+                                                     {64, 1, 1, 400, 4},
+                                                     {32, 3, 1, 560, 4},
+                                                     {32, 2, 2, 600, 4}}};
+constexpr std::array<RsTile, 1> kRsTilesOfShortGroups = {{{64, 2, 1, 430}}};
 
 /// What the parts of a cluster take, all of them at work at once; none if they do not fit, since
 /// not all multiprocessors lie so that a cluster has room. Fitted to the times of docs/notes.md.
@@ -408,21 +418,20 @@ std::optional<int64_t> cost_of_parts(const RsSchedule& schedule, const RsConfig&
 /// (fits better than the longest worker's, because sums wait for less than that), and a sum: more
 /// of it where more than two share, whose parts all go through L2.
 std::optional<int64_t> rs_cost(const RsSchedule& schedule, const RsConfig& config, int step) {
-  constexpr int64_t kSum = 4000, kWideSum = 2500, kBytesOfNanosecond = 6667;
+  constexpr int64_t kSum = 4000, kWideSum = 2500, kLargeSum = 10000, kBytesOfNanosecond = 6667;
   constexpr int64_t kSteps = kSlabDepth / kBlockDepth;
   if (config.parts > 1) return cost_of_parts(schedule, config, step);
   const int64_t tiles = schedule.tiles(), workers = schedule.workers;
   if (schedule.whole == tiles) {
     return (tiles + workers - 1) / workers * schedule.slices * kSteps * step;
   }
-  // Parts of the largest tiles take longer to sum than sharing them widely saves.
-  const bool large = config.token_tile == 128 || config.math_groups == 4;
-  if (large && schedule.shares_widely()) return std::nullopt;
+  const int64_t work = tiles * schedule.slices * kSteps * step / workers;
+  if (!schedule.shares_widely()) return work + kSum;
+  // Parts of the largest tiles take longer to sum: it pays where K is deep.
+  const bool large = config.token_tile >= 128 || config.math_groups == 4;
   const int64_t parts = workers * 2 * config.token_tile * 64 * config.math_groups;
-  const int64_t sum = kSum + (schedule.shares_widely()
-                                  ? kWideSum + parts * int64_t{sizeof(float)} / kBytesOfNanosecond
-                                  : 0);
-  return tiles * schedule.slices * kSteps * step / workers + sum;
+  return work + kSum + kWideSum + (large ? kLargeSum : 0) +
+         parts * int64_t{sizeof(float)} / kBytesOfNanosecond;
 }
 
 }  // namespace

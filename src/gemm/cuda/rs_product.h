@@ -21,6 +21,8 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "gemm/cuda/kernels.h"
 #include "gemm/cuda/launch.h"
 #include "gemm/cuda/ptx.h"
@@ -67,9 +69,11 @@ struct RsShape {
                                                                : 32;
   static_assert(registers_suffice(kResident, 128 * kMathGroups, kMathRegisters, 128,
                                   kProducerRegisters));
-  // Codes of the next block are expanded while products read those of this one; where registers do
+  // Codes of the next stage are expanded while products read those of this one; where registers do
   // not hold both, when the products are done.
-  static constexpr int kCodeSets = kMathGroups == 4 || kTokens == 192 ? 1 : 2;
+  static constexpr bool kConverts = std::is_same_v<typename Operands::Sum, int>;
+  static constexpr int kCodeSets =
+      kMathGroups == 4 || kTokens == 192 || (kTokens == 160 && kConverts) ? 1 : 2;
   // Parts of a tile may be summed in a cluster; elsewhere it would take registers from the loop.
   static constexpr bool kInCluster =
       kPromoted == 128 && kTokens != 96 && kTokens <= 128 && kMathGroups != 4 &&

@@ -81,6 +81,22 @@ __device__ __forceinline__ void wgmma(int (&c)[64], const uint32_t (&a)[4], uint
       : NIBBLE_C64(NIBBLE_C)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));
 }
+__device__ __forceinline__ void wgmma(int (&c)[80], const uint32_t (&a)[4], uint64_t b, bool keep) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %85, 0;"
+      " wgmma.mma_async.sync.aligned.m64n160k32.s32.s8.s8 {" NIBBLE_N80
+      "}, {%80, %81, %82, %83}, %84, p; }"
+      : NIBBLE_C80(NIBBLE_C)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));
+}
+__device__ __forceinline__ void wgmma(int (&c)[96], const uint32_t (&a)[4], uint64_t b, bool keep) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %101, 0;"
+      " wgmma.mma_async.sync.aligned.m64n192k32.s32.s8.s8 {" NIBBLE_N96
+      "}, {%96, %97, %98, %99}, %100, p; }"
+      : NIBBLE_C96(NIBBLE_C)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}));
+}
 #undef NIBBLE_C
 
 // The same of e4m3 with float sums: promotion needs no conversion.

@@ -39,6 +39,14 @@ namespace nibble::cuda {
       : NIBBLE_C64(NIBBLE_C)                                                \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}))
 
+#define NIBBLE_WGMMA_160(types)                                             \
+  asm volatile(                                                             \
+      "{ .reg .pred p; setp.ne.b32 p, %85, 0;"                              \
+      " wgmma.mma_async.sync.aligned.m64n160k16.f32." types " {" NIBBLE_N80 \
+      "}, {%80, %81, %82, %83}, %84, p, 1, 1, 0; }"                         \
+      : NIBBLE_C80(NIBBLE_C)                                                \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}))
+
 /// keep = false overwrites the accumulators.
 template <Element type>
 __device__ __forceinline__ void wgmma_halves(float (&c)[16], const uint32_t (&a)[4], uint64_t b,
@@ -67,6 +75,16 @@ __device__ __forceinline__ void wgmma_halves(float (&c)[64], const uint32_t (&a)
     NIBBLE_WGMMA_128("bf16.bf16");
   }
 }
+template <Element type>
+__device__ __forceinline__ void wgmma_halves(float (&c)[80], const uint32_t (&a)[4], uint64_t b,
+                                             bool keep) {
+  if constexpr (type == Element::f16) {
+    NIBBLE_WGMMA_160("f16.f16");
+  } else {
+    NIBBLE_WGMMA_160("bf16.bf16");
+  }
+}
+#undef NIBBLE_WGMMA_160
 #undef NIBBLE_WGMMA_128
 #undef NIBBLE_WGMMA_64
 #undef NIBBLE_WGMMA_32
