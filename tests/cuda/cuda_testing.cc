@@ -197,7 +197,7 @@ std::vector<Variant> variants(const Problem& problem) {
       continue;
     }
     const PackedLayout layout = packed_layout(problem.n, problem.k, problem.group_size);
-    for (const RsTile& tile : rs_tiles(layout, rs_activations(problem))) {
+    for (const RsTile& tile : rs_tiles(layout, rs_activations(kernel.plan))) {
       for (const Sharing& sharing : kSharings) {
         Variant variant = kernel;
         variant.plan.rs.token_tile = tile.tokens;
@@ -319,6 +319,13 @@ int64_t natural_index(OperandOrder order, int64_t index) {
   return index / 32 * 32 + kWords[index % 32 / 4] * 4 + index % 4;
 }
 
+int8_t stored_code(const Plan& plan, int8_t code) {
+  if (!plan.e4m3 || code == 0) return code;
+  const int magnitude = std::abs(code), exponent = std::ilogb(static_cast<float>(magnitude));
+  const int mantissa = (magnitude << 3 >> exponent) & 7;
+  return static_cast<int8_t>((code < 0 ? 0x80 : 0) | (exponent + 7) << 3 | mantissa);
+}
+
 DeviceOperand upload(const Plan& plan, const Quantized& input) {
   const Problem& p = plan.problem;
   const int64_t promoted = promoted_depth(p.group_size), blocks = plan.padded_k / promoted;
@@ -328,7 +335,7 @@ DeviceOperand upload(const Plan& plan, const Quantized& input) {
     for (int64_t i = 0; i < plan.padded_k; ++i) {
       const int64_t k = natural_index(plan.order, i);
       if (k >= p.k) continue;
-      codes[row * plan.padded_k + i] = input.codes[row * p.k + k];
+      codes[row * plan.padded_k + i] = stored_code(plan, input.codes[row * p.k + k]);
       sums[row * blocks + k / promoted] += input.codes[row * p.k + k];
     }
   }

@@ -121,6 +121,9 @@ void expect_all_variants_right(const Problem& problem, const GpuWeight& weight,
 /// Natural position (row-major) of what lies at `index` of a row in the plan's order.
 int64_t natural_index(OperandOrder order, int64_t index);
 
+/// An integer code as the plan's operand has it: as it is, or as an e4m3 byte.
+int8_t stored_code(const Plan& plan, int8_t code);
+
 /// `input` as `plan` wants it in device memory, zero past K, with the sums.
 struct DeviceOperand {
   Buffer codes, scales, sums, range;

@@ -46,12 +46,15 @@ void expect_equals_oracle(const Plan& plan, const GemmInput& host, const Buffer&
     for (int64_t i = 0; i < plan.padded_k; ++i) {
       const int64_t k = natural_index(plan.order, i);
       const int8_t code = k < p.k ? expected.codes[row * p.k + k] : int8_t{0};
-      ASSERT_EQ(found_codes[row * plan.padded_k + i], code) << "row " << row << ", k " << k;
+      ASSERT_EQ(found_codes[row * plan.padded_k + i], stored_code(plan, code))
+          << "row " << row << ", k " << k;
       expected_sums[row * blocks + k / promoted] += code;
     }
   }
   ASSERT_EQ(scales.download<float>(), expected.scales);
-  ASSERT_EQ(sums.download<int32_t>(), expected_sums);
+  if (!plan.e4m3) {
+    ASSERT_EQ(sums.download<int32_t>(), expected_sums);
+  }
   for (const Buffer* buffer : {&codes, &scales, &sums, &range}) {
     ASSERT_TRUE(buffer->guard_is_intact());
   }
@@ -147,7 +150,9 @@ TEST(CudaQuantize, ManyRowsEqualTheOracle) {
                           .symmetric = many.kind.symmetric};
     const GemmInput host{
         .x = x.data(), .x_stride = k, .clip = many.kind.clip, .static_scales = &scale};
-    for (const char* kernel : {"w4a8_mma_sm80", "w4a8_rs_sm90"}) {  // both orders
+    const bool exact_in_fp8 = problem.mode == Mode::w4a4 && problem.symmetric;
+    for (const char* kernel : {"w4a8_mma_sm80", "w4a8_rs_sm90", "w4a4_rs_sm90"}) {  // both orders
+      if (kernel == std::string_view("w4a4_rs_sm90") && !exact_in_fp8) continue;
       const Result<Plan> plan = plan_gemm(problem, *gpu(), kernel);
       if (!plan.ok() && gpu()->capability != 90) continue;
       ASSERT_TRUE(plan.ok()) << plan.status().message();

@@ -347,9 +347,22 @@ TEST(CudaPlan, ManyRowsOfInt4RunInFp8) {
   p.mode = Mode::w4a4;
   EXPECT_STREQ(plan_gemm(p, h200())->kernel_name(), "w4a4_ss_sm90");
   EXPECT_EQ(plan_gemm(p, h200())->describe().find("as fast as w4a8"), std::string::npos);
+  p.m = 128;
+  EXPECT_EQ(kernel_for(p, h200()), "w4a4_rs_sm90");
+  EXPECT_TRUE(plan_gemm(p, h200())->e4m3);
+  p.m = 127;
+  EXPECT_EQ(kernel_for(p, h200()), "w4a8_rs_sm90");
+  EXPECT_FALSE(plan_gemm(p, h200())->e4m3);
+  p.m = 128;
+  p.granularity = Granularity::group;
+  EXPECT_EQ(kernel_for(p, h200()), "w4a8_rs_sm90");
+  expect_refused(p, h200(), "w4a4_rs_sm90", Code::unsupported, {"one scale a token"});
+  p.granularity = Granularity::token;
+  p.m = 4096;
   p.symmetric = false;  // up to 15: more bits than fp8 accumulation keeps
   EXPECT_STREQ(plan_gemm(p, h200())->kernel_name(), "w4a8_ss_sm90");
   expect_refused(p, h200(), "w4a4_ss_sm90", Code::unsupported, {"symmetric"});
+  expect_refused(p, h200(), "w4a4_rs_sm90", Code::unsupported, {"symmetric"});
   p.granularity = Granularity::group;
   EXPECT_STREQ(plan_gemm(p, h200())->kernel_name(), "w4a8_ss_sm90");
 }
@@ -429,12 +442,12 @@ TEST(CudaPlan, WavesOfTilesRunWithExpandedWeights) {
     p.n = n;
     return plan_gemm(p, h200())->family;
   };
-  for (const auto& [mode, first] : {std::pair{Mode::w4a4, 768}, {Mode::w4a16, 1024}}) {
+  for (const auto& [mode, narrow] : {std::pair{Mode::w4a4, 2048}, {Mode::w4a16, 1536}}) {
     SCOPED_TRACE(mode_name(mode));
-    EXPECT_EQ(family(mode, first, 28672), KernelFamily::ss);
-    EXPECT_EQ(family(mode, first - 1, 28672), KernelFamily::rs);
-    EXPECT_EQ(family(mode, 1280, 4096), KernelFamily::rs);
-    EXPECT_EQ(family(mode, 1536, 4096), KernelFamily::ss);
+    EXPECT_EQ(family(mode, 1024, 28672), KernelFamily::ss);
+    EXPECT_EQ(family(mode, 1023, 28672), KernelFamily::rs);
+    EXPECT_EQ(family(mode, narrow, 4096), KernelFamily::ss);
+    EXPECT_EQ(family(mode, narrow - 1, 4096), KernelFamily::rs);
     EXPECT_EQ(family(mode, 0, 4096), KernelFamily::slab);
   }
 }
@@ -698,7 +711,7 @@ TEST(CudaPlan, TableNamesEveryKernel) {
     std::replace(mode.begin(), mode.end(), '-', '_');
     EXPECT_TRUE(std::string_view(row.name).starts_with(mode + "_")) << row.name;
   }
-  EXPECT_EQ(names.size(), 16u);
+  EXPECT_EQ(names.size(), 17u);
 }
 
 }  // namespace

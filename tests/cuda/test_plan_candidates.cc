@@ -31,7 +31,7 @@ void expect_valid(const Plan& plan, const DeviceInfo& device) {
     }
   }
   if (plan.family == KernelFamily::rs) {
-    const auto tiles = rs_tiles(layout, rs_activations(p));
+    const auto tiles = rs_tiles(layout, rs_activations(plan));
     EXPECT_TRUE(std::any_of(tiles.begin(), tiles.end(), [&](const RsTile& tile) {
       return tile.tokens == plan.rs.token_tile && tile.math_groups == plan.rs.math_groups &&
              tile.blocks == plan.rs.blocks;

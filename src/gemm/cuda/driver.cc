@@ -70,9 +70,9 @@ Status check_weights(const Plan& plan, const DeviceWeights& weights) {
     return invalid(fmt::format("weights are on CUDA device {}, the plan is for {}",
                                weights.device(), plan.device));
   }
-  if (plan.ss.expanded && weights.image(plan.ss.e4m3) == nullptr) {
+  if (plan.ss.expanded && weights.image(plan.e4m3) == nullptr) {
     return invalid(fmt::format("the plan is for weights that are expanded to {}, these are not",
-                               plan.ss.e4m3 ? "e4m3" : "int8"));
+                               plan.e4m3 ? "e4m3" : "int8"));
   }
   return {};
 }
@@ -131,7 +131,9 @@ QuantizeArgs quantize_args(const Plan& plan, const DeviceInput& input, const Ope
   args.limit = !p.symmetric ? 15 : p.mode == Mode::w4a4 ? 7 : 127;
   if (p.mode == Mode::w4a8_fp8) {
     args.limit = 448;  // the largest e4m3 number
-    args.kind = multiplies_halves(plan) ? Codes::halves : Codes::e4m3;
+    args.kind = plan.e4m3 ? Codes::e4m3 : Codes::halves;
+  } else if (plan.e4m3) {
+    args.kind = Codes::int_as_e4m3;
   }
   args.symmetric = p.symmetric;
   args.clip = input.clip;
@@ -140,7 +142,7 @@ QuantizeArgs quantize_args(const Plan& plan, const DeviceInput& input, const Ope
   args.programmatic = plan.programmatic;
   args.codes = to.codes;
   args.scales = to.scales;
-  args.sums = p.mode == Mode::w4a8_fp8 ? nullptr : to.sums;
+  args.sums = args.kind == Codes::int8 ? to.sums : nullptr;
   args.tensor_range = to.range;
   return args;
 }
@@ -152,7 +154,7 @@ GemmArgs gemm_args(const Plan& plan, const Operand& operand, const DeviceWeights
   args.slabs = weights.slabs();
   args.layout = weights.layout();
   args.bf16_scales = weights.bf16_scales();
-  if (plan.ss.expanded) args.image = weights.image(plan.ss.e4m3);
+  if (plan.ss.expanded) args.image = weights.image(plan.e4m3);
   args.codes = operand.codes;
   args.scales = operand.scales;
   if (p.mode == Mode::w4a8_fp8) {
@@ -180,7 +182,7 @@ cudaError_t launch(const Plan& plan, const GemmArgs& args, void* workspace, cuda
         return launch_w4a16_rs_sm90(args, plan.rs, workspace_scratch(plan, workspace),
                                     workspace_operand(plan, workspace).codes, stream);
       }
-      return plan.problem.mode == Mode::w4a8_fp8
+      return plan.e4m3
                  ? launch_w4a8_fp8_rs_sm90(args, plan.rs, workspace_scratch(plan, workspace),
                                            stream)
                  : launch_w4a8_rs_sm90(args, plan.rs, workspace_scratch(plan, workspace), stream);

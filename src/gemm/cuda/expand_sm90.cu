@@ -1,6 +1,5 @@
 // What w4a8_ss_sm90 and w4a16_ss_sm90 start from: the first tiles of the weights' image
-// (ss_image.h), int4 activations as e4m3, and scales per (token, group) group by group. One launch,
-// at memory speed.
+// (ss_image.h), and scales per (token, group) group by group. One launch, at memory speed.
 #include <cuda_runtime.h>
 
 #include "gemm/cuda/kernels.h"
@@ -12,27 +11,23 @@ namespace nibble::cuda {
 namespace {
 
 constexpr int kThreads = 128;  // four warps: two or three of a tile's runs of 16 columns each
-constexpr int kCodesOfBlock = kThreads * 4 * 16;  // converted
 constexpr int kScalesOfBlock = kThreads * 8;      // copied
 constexpr int kWordsOfBlock = kThreads * 8;       // cleared
 
 struct ExpandParams {
   ExpandSource weights;
   SsImage shape;
-  const uint4* codes;  // to e4m3: code_count times 16
-  uint4* e4m3;
-  int64_t code_count;
   const float* t;  // (m, groups) to (groups, rows)
   float* t_of_groups;
   int64_t m, groups, rows;
   uint32_t* pieces;  // piece_words zeros
   int64_t piece_words;
-  int first_codes, first_scales, first_pieces;  // blocks of the grid: first those of the image
+  int first_scales, first_pieces;  // blocks of the grid: first those of the image
 };
 
 /// Block `index` of the image: all of a warp's runs are loaded before the first is stored.
 template <Expanded to, int runs>
-__device__ void expand_runs(const ExpandParams& p, int index, const uint8_t* tables) {
+__device__ void expand_runs(const ExpandParams& p, int index) {
   constexpr int kWarps = kThreads / 32;
   const int tile = index / p.weights.blocks, block = index - tile * p.weights.blocks;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -46,43 +41,16 @@ __device__ void expand_runs(const ExpandParams& p, int index, const uint8_t* tab
   }
 #pragma unroll
   for (int i = 0; i < runs; ++i)
-    of[i].template store<to>(p.weights, kShape, image, i * kWarps + warp, lane, tables);
+    of[i].template store<to>(p.weights, kShape, image, i * kWarps + warp, lane);
 }
 
 template <Expanded to>
 __device__ void expand(const ExpandParams& p, int index) {
-  __shared__ __align__(16) uint8_t tables[table_bytes(to) + 16];
-  if (to == Expanded::e4m3) {
-    make_e4m3_tables(tables, threadIdx.x, kThreads);
-    __syncthreads();
-  }
   constexpr int kRunsOfPass = kThreads / 32;
   if (p.shape.columns == 2 * kRunsOfPass * kSlabColumns) {
-    expand_runs<to, 2>(p, index, tables);
+    expand_runs<to, 2>(p, index);
   } else {
-    expand_runs<to, 3>(p, index, tables);
-  }
-}
-
-/// Integers of magnitude up to 15 to e4m3: 16 at a time.
-__device__ void convert(const ExpandParams& p, int block) {
-  __shared__ uint8_t table[32];  // of value & 31
-  if (threadIdx.x < 32) {
-    const int value = static_cast<int>(threadIdx.x) - (threadIdx.x >= 16 ? 32 : 0);
-    table[threadIdx.x] = static_cast<uint8_t>(e4m3_of(value));
-  }
-  __syncthreads();
-  const auto word = [&](uint32_t w) {
-    return table[w & 31] | table[w >> 8 & 31] << 8 | table[w >> 16 & 31] << 16 |
-           static_cast<uint32_t>(table[w >> 24 & 31]) << 24;
-  };
-  const int64_t first = int64_t{block} * (kCodesOfBlock / 16);
-#pragma unroll
-  for (int j = 0; j < kCodesOfBlock / 16; j += kThreads) {
-    const int64_t i = first + j + threadIdx.x;
-    if (i >= p.code_count) return;
-    const uint4 codes = p.codes[i];
-    p.e4m3[i] = {word(codes.x), word(codes.y), word(codes.z), word(codes.w)};
+    expand_runs<to, 3>(p, index);
   }
 }
 
@@ -111,10 +79,8 @@ __global__ void __launch_bounds__(kThreads) prepare(const __grid_constant__ Expa
   ptx::grid_launch_dependents();
   ptx::grid_wait();
   const int block = static_cast<int>(blockIdx.x);
-  if (block < p.first_codes) {
+  if (block < p.first_scales) {
     expand<to>(p, block);
-  } else if (block < p.first_scales) {
-    convert(p, block - p.first_codes);
   } else if (block < p.first_pieces) {
     transpose_scales(p, block - p.first_scales);
   } else {
@@ -128,8 +94,7 @@ ExpandParams image_params(const GemmArgs& args, const SsImage& shape, int64_t ti
   ExpandParams p = {};
   p.weights = expand_source(args, image);
   p.shape = shape;
-  p.first_codes = static_cast<int>(tiles) * p.weights.blocks;
-  p.first_scales = p.first_pieces = p.first_codes;
+  p.first_scales = p.first_pieces = static_cast<int>(tiles) * p.weights.blocks;
   return p;
 }
 
@@ -153,7 +118,7 @@ cudaError_t launch_expand_weights(const GemmArgs& args, bool e4m3, uint8_t* imag
                                   cudaStream_t stream) {
   if (args.layout.promoted != kBlockDepth) return cudaErrorInvalidValue;
   const ExpandParams p = image_params(args, kKeptImage, kKeptImage.tiles(args.layout), image);
-  return launch_prepare(p, e4m3 ? Expanded::e4m3 : Expanded::int8, p.first_codes, false, stream);
+  return launch_prepare(p, e4m3 ? Expanded::e4m3 : Expanded::int8, p.first_scales, false, stream);
 }
 
 cudaError_t launch_expand(const GemmArgs& args, const SsConfig& config, void* scratch,
@@ -173,13 +138,6 @@ cudaError_t launch_expand(const GemmArgs& args, const SsConfig& config, void* sc
   const auto blocks_for = [](int64_t count, int of_block) {
     return static_cast<int>((count + of_block - 1) / of_block);
   };
-  if (config.e4m3 && !config.e4m3_codes) {
-    p.codes = reinterpret_cast<const uint4*>(args.codes);
-    p.e4m3 = reinterpret_cast<uint4*>(bytes + at.codes);
-    p.code_count = args.m * layout.padded_k() / 16;
-    p.first_scales += blocks_for(p.code_count * 16, kCodesOfBlock);
-  }
-  p.first_pieces = p.first_scales;
   if (config.group_scales) {
     p.t = args.scales;
     p.t_of_groups = reinterpret_cast<float*>(bytes + at.scales);

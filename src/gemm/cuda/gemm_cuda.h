@@ -138,6 +138,7 @@ struct Plan {
   SlabConfig fused;           // of one launch from x to y, if run_gemm is that
   RsConfig rs;                // of family rs
   SsConfig ss;                // of family ss
+  bool e4m3 = false;          // of rs and ss: products in fp8, activations as e4m3 bytes
   bool programmatic = false;  // how activations are quantized: see DeviceInfo
   int64_t padded_k = 0;
   size_t workspace_bytes = 0;  // of run_gemm; begins with flags that are zeroed once
@@ -168,9 +169,9 @@ struct KernelRow {
 std::vector<KernelRow> kernel_table();
 
 /// Quantized activations in device memory, as a kernel reads them: codes 16-byte aligned; of w4a4
-/// in -8..7 if symmetric, else 0..15 less a zero point of 0..15 that all with one scale share. Of
-/// w4a8-fp8: e4m3 bytes for kernels of families rs and ss, else the same numbers as f16, twice the
-/// bytes; no sums.
+/// in -8..7 if symmetric, else 0..15 less a zero point of 0..15 that all with one scale share. With
+/// Plan::e4m3: e4m3 bytes, of w4a4 those of the same integers. Of w4a8-fp8 else: the same numbers
+/// as f16, twice the bytes. Neither has sums.
 struct Operand {
   int8_t* codes = nullptr;    // (m, padded_k) in the plan's order; k beyond K is 0
   float* scales = nullptr;    // (m) or (m, groups)

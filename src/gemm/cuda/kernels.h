@@ -63,8 +63,8 @@ cudaError_t launch_w4a16_rs_sm90(const GemmArgs& args, const RsConfig& config, v
 /// reorder_sm90.cu: args.x to `to`, (m, padded_k), in the order of the products of w4a16_rs_sm90.
 cudaError_t launch_reorder(const GemmArgs& args, void* to, cudaStream_t stream);
 
-/// w4a8_ss_sm90.cu: any M, groups of at least 128. codes in natural order; with config.e4m3 of
-/// magnitude up to 8, or e4m3 bytes if config.e4m3_codes. scratch: ss_scratch(). Two launches.
+/// w4a8_ss_sm90.cu: any M, groups of at least 128. codes in natural order; e4m3 bytes if
+/// config.e4m3. scratch: ss_scratch(). Two launches.
 cudaError_t launch_w4a8_ss_sm90(const GemmArgs& args, const SsConfig& config, void* scratch,
                                 cudaStream_t stream);
 
@@ -100,8 +100,9 @@ cudaError_t launch_pack(const PackArgs& args, cudaStream_t stream);
 
 /// quantize.cu: the activation quantizers of gemm/cpu/quantize.h, bit for bit.
 enum class Scaling : int { tensor, token, group, static_tensor, static_group };
-/// What codes are stored as: bytes, e4m3 bytes, or e4m3 numbers as f16.
-enum class Codes : int { int8, e4m3, halves };
+/// What codes are, and are stored as: integers as bytes, integers as e4m3 bytes (limit 7), e4m3
+/// numbers as bytes, or e4m3 numbers as f16.
+enum class Codes : int { int8, int_as_e4m3, e4m3, halves };
 struct QuantizeArgs {
   const void* x = nullptr;
   int64_t x_stride = 0;
@@ -118,7 +119,7 @@ struct QuantizeArgs {
   bool wgmma_order = false;  // of bytes
   int8_t* codes = nullptr;
   float* scales = nullptr;
-  int32_t* sums = nullptr;  // or null
+  int32_t* sums = nullptr;  // or null; of Codes::int8
   uint32_t* tensor_range = nullptr;  // Scaling::tensor: scratch of 4 words
   bool programmatic = false;
 };

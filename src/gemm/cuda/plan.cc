@@ -27,22 +27,25 @@ struct Candidate {
   int64_t most_rows;   // 0: any
   int64_t worth_rows;  // see worth_rows()
 };
-/// From here on, expanding the weights first costs less than it gains (docs/notes.md): int8, 16
-/// bits and int4 codes in fp8 against rs, int8 with scales per (token, group), and e4m3.
+/// From here on, expanding the weights first costs less than it gains (docs/notes.md): int8 and 16
+/// bits against rs, int8 with scales per (token, group), and fp8.
 constexpr int64_t kManyRows = 1536, kManyRowsOfGroups = 3072, kManyRowsOfE4m3 = 1024;
-/// The same of int8 and of e4m3 where tiles are few (not has_waves()) and K is short.
+/// The same of int8 and of fp8 where tiles are few (not has_waves()) and K is short.
 constexpr int64_t kManyRowsOfFewTiles = 3072, kManyE4m3RowsOfFewTiles = 2048, kDeepK = 8192;
-/// The same of int4 codes and of 16 bits where tiles are many (has_waves()), so that most weights
-/// are expanded beside the products.
-constexpr int64_t kManyRowsOfInt4InWaves = 768, kManyRowsOfHalvesInWaves = 1024;
+/// The same of fp8 with scales per (token, group) and of 16 bits where tiles are many
+/// (has_waves()), so that most weights are expanded beside the products.
+constexpr int64_t kManyE4m3RowsOfGroupsInWaves = 768, kManyRowsOfHalvesInWaves = 1024;
 /// The same where they are expanded already. At 512 rows, int8 in tiles of 192 is slower than rs.
 constexpr int64_t kManyRowsOfExpanded = 640, kManyRowsOfExpandedE4m3 = 384;
+
+/// From here on, int4 codes are multiplied faster in fp8 than as int8.
+constexpr int64_t kInt4RowsInFp8 = 128;
 
 /// Up to 64 rows, reading the weights takes as long as int8 products do, and packing codes two a
 /// byte is a launch more. Reasoned from the data sheets of 8.0 and 8.9, not measured.
 constexpr int64_t kRowsOfNativeInt4 = 65;
 
-constexpr std::array<Candidate, 16> kCandidates = {{
+constexpr std::array<Candidate, 17> kCandidates = {{
     {{"w4a8_slab_sm90", Mode::w4a8, kHopper},
      KernelFamily::slab,
      OperandOrder::natural,
@@ -67,6 +70,12 @@ constexpr std::array<Candidate, 16> kCandidates = {{
      true,
      0,
      kManyRows},
+    {{"w4a4_rs_sm90", Mode::w4a4, kHopper},
+     KernelFamily::rs,
+     OperandOrder::wgmma,
+     true,
+     0,
+     kInt4RowsInFp8},
     {{"w4a8_ss_sm90", Mode::w4a8, kHopper},
      KernelFamily::ss,
      OperandOrder::natural,
@@ -188,6 +197,9 @@ std::string refusal(const Candidate& kernel, const Problem& p, const DeviceInfo&
   if (kernel.family == KernelFamily::ss && short_groups) {
     return "it takes groups of at least 128";
   }
+  if (kernel.family == KernelFamily::rs && by_group && kernel.row.mode == Mode::w4a4) {
+    return "it takes one scale a token";  // with more, its large tiles do not fit the registers
+  }
   if (kernel.family == KernelFamily::rs && by_group && short_groups) {
     return "it takes scales per (token, group) with groups of at least 128 only";
   }
@@ -221,12 +233,10 @@ int64_t worth_rows(const Candidate& kernel, const Problem& p, const DeviceInfo& 
     if (by_group) return kManyRowsOfGroups;
     return few_tiles({}) ? kManyRowsOfFewTiles : kernel.worth_rows;
   }
-  if (kernel.row.mode == Mode::w4a8_fp8) {
-    return few_tiles({.e4m3 = true}) ? kManyE4m3RowsOfFewTiles : kernel.worth_rows;
-  }
-  if (kernel.row.mode == Mode::w4a4 &&
-      has_waves({.e4m3 = true, .group_scales = by_group}, p, device)) {
-    return kManyRowsOfInt4InWaves;
+  if (kernel.row.mode == Mode::w4a8_fp8 || kernel.row.mode == Mode::w4a4) {
+    const SsConfig kind = {.e4m3 = true, .group_scales = by_group};
+    if (by_group) return has_waves(kind, p, device) ? kManyE4m3RowsOfGroupsInWaves : kManyRows;
+    return few_tiles(kind) ? kManyE4m3RowsOfFewTiles : kManyRowsOfE4m3;
   }
   if (kernel.row.mode == Mode::w4a16 && has_waves({.halves = true}, p, device)) {
     return kManyRowsOfHalvesInWaves;
@@ -322,10 +332,9 @@ size_t scratch_bytes(const Plan& plan) {
   return kFlagBytes;
 }
 
-/// Whether codes of four bits are multiplied as such, by a kernel of their own.
+/// Whether the kernel is one for codes of four bits.
 bool multiplies_int4(const Plan& plan) {
-  return plan.family == KernelFamily::mma_int4 ||
-         (plan.family == KernelFamily::ss && plan.ss.e4m3 && !plan.ss.e4m3_codes);
+  return plan.family == KernelFamily::mma_int4 || (plan.problem.mode == Mode::w4a4 && plan.e4m3);
 }
 
 const Candidate& candidate_of(const Plan& plan) {
@@ -437,19 +446,18 @@ std::optional<int64_t> rs_cost(const RsSchedule& schedule, const RsConfig& confi
 }  // namespace
 
 bool multiplies_halves(const Plan& plan) {
-  return plan.problem.mode == Mode::w4a16 ||
-         (plan.problem.mode == Mode::w4a8_fp8 && plan.family != KernelFamily::ss &&
-          plan.family != KernelFamily::rs);
+  return plan.problem.mode == Mode::w4a16 || (plan.problem.mode == Mode::w4a8_fp8 && !plan.e4m3);
 }
 
 bool has_group_scales(const Problem& problem) {
   return problem.mode != Mode::w4a16 && scales_per_group(problem.granularity);
 }
 
-RsActivations rs_activations(const Problem& problem) {
-  if (problem.mode == Mode::w4a16) return RsActivations::halves;
-  if (problem.mode == Mode::w4a8_fp8) return RsActivations::e4m3;
-  return has_group_scales(problem) ? RsActivations::codes_with_group_scales : RsActivations::codes;
+RsActivations rs_activations(const Plan& plan) {
+  if (plan.problem.mode == Mode::w4a16) return RsActivations::halves;
+  if (plan.e4m3) return RsActivations::e4m3;
+  return has_group_scales(plan.problem) ? RsActivations::codes_with_group_scales
+                                        : RsActivations::codes;
 }
 
 std::span<const RsTile> rs_tiles(const PackedLayout& layout, RsActivations activations) {
@@ -553,6 +561,8 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
   plan.family = kernel->family;
   plan.order = kernel->order;
   plan.padded_k = layout_of(problem).padded_k();
+  plan.e4m3 = (plan.family == KernelFamily::rs || plan.family == KernelFamily::ss) &&
+              (kernel->row.mode == Mode::w4a4 || kernel->row.mode == Mode::w4a8_fp8);
   const PackedLayout layout = layout_of(problem);
   const bool rows = plan.family == KernelFamily::slab_rows;
   const bool handed = plan.family == KernelFamily::slab_handed;
@@ -576,11 +586,10 @@ Result<Plan> plan_gemm(const Problem& problem, const DeviceInfo& device, const c
     }
     plan.fused.programmatic = true;
   } else if (plan.family == KernelFamily::rs && problem.m > 0) {
-    plan.rs = rs_config(layout, problem.m, rs_activations(problem), device.multiprocessors);
+    plan.rs = rs_config(layout, problem.m, rs_activations(plan), device.multiprocessors);
   } else if (plan.family == KernelFamily::ss && problem.m > 0) {
     plan.ss.halves = kernel->row.mode == Mode::w4a16;
-    plan.ss.e4m3 = kernel->row.mode == Mode::w4a4 || kernel->row.mode == Mode::w4a8_fp8;
-    plan.ss.e4m3_codes = kernel->row.mode == Mode::w4a8_fp8;
+    plan.ss.e4m3 = plan.e4m3;
     plan.ss.group_scales = has_group_scales(problem);
     plan.ss.expanded = expanded && !plan.ss.halves;
     plan.ss.programmatic = true;

@@ -44,7 +44,7 @@ struct RsTile {
 };
 /// What the rs kernels take as activations.
 enum class RsActivations { codes, codes_with_group_scales, e4m3, halves };
-RsActivations rs_activations(const Problem& problem);
+RsActivations rs_activations(const Plan& plan);
 
 /// Tiles that there is a kernel for; empty if none is for such groups.
 std::span<const RsTile> rs_tiles(const PackedLayout& layout, RsActivations activations);

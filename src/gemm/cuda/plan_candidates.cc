@@ -43,7 +43,7 @@ class Candidates {
 
 /// rs: each shape of tile, whole, with the last ones shared, or cut into parts of a cluster.
 void Candidates::add_tiles(const Plan& plan) {
-  for (const RsTile& tile : rs_tiles(layout(plan), rs_activations(plan.problem))) {
+  for (const RsTile& tile : rs_tiles(layout(plan), rs_activations(plan))) {
     for (const RsConfig& config : rs_configs(layout(plan), tile, device_.multiprocessors)) {
       Plan other = plan;
       other.rs = config;

@@ -313,9 +313,13 @@ __device__ __forceinline__ uint32_t halves_of(uint32_t e4m3_pair) {
          static_cast<uint32_t>(__half_as_ushort(half_of(e4m3_pair >> 8))) << 16;
 }
 
-/// Eight e4m3 numbers as bytes.
-__device__ __forceinline__ uint2 encode_e4m3(const Chunk& c, const Encoding& e) {
-  const Chunk s = scaled(c, e);
+/// Eight e4m3 numbers as bytes; integers: the codes of encode(), whose magnitude is at most 8.
+__device__ __forceinline__ uint2 encode_e4m3(const Chunk& c, const Encoding& e, bool integers) {
+  Chunk s = scaled(c, e);
+  if (integers) {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) s.v[i] = __fsub_rn(__fadd_rn(s.v[i], 12582912.0f), 12582912.0f);
+  }
   return {e4m3_pair(s.v[0], s.v[1]) | e4m3_pair(s.v[2], s.v[3]) << 16,
           e4m3_pair(s.v[4], s.v[5]) | e4m3_pair(s.v[6], s.v[7]) << 16};
 }
@@ -358,7 +362,9 @@ __device__ __forceinline__ void store_sum(uint2 codes, const QuantizeArgs& a, co
 __device__ __forceinline__ void store_chunk(const Chunk& c, const Encoding& e,
                                             const QuantizeArgs& a, const Dealing& d, int64_t row,
                                             int chunk, bool inside) {
-  const uint2 bytes = a.kind == Codes::int8 ? encode(c, e) : encode_e4m3(c, e);
+  const uint2 bytes = a.kind == Codes::int8
+                          ? encode(c, e)
+                          : encode_e4m3(c, e, a.kind == Codes::int_as_e4m3);
   if (a.kind == Codes::halves) {
     if (!inside) return;
     *reinterpret_cast<uint4*>(a.codes + 2 * (row * a.padded_k + int64_t{chunk} * kChunk)) = {

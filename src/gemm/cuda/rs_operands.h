@@ -1,10 +1,10 @@
 // What the rs kernels (rs_product.h) multiply: how a lane's codes of packed.h become operand A in
 // registers, and the products of one step, 32 bytes of k of every token. Device code only.
 //
-// kSpan: stages of 128 k, a stage being four steps. kPower: products are 2^-kPower times what they
-// stand for, which the weights' scales make up for.
+// kSpan: stages of 128 k, a stage being four steps. kUnit: what products have to be multiplied by.
 #pragma once
 
+#include "gemm/cuda/byte_columns.h"
 #include "gemm/cuda/halves.h"
 #include "gemm/cuda/kernels.h"
 #include "gemm/cuda/packed.h"
@@ -15,41 +15,11 @@
 
 namespace nibble::cuda {
 
-__device__ __forceinline__ uint32_t low_nibbles(uint32_t w) { return w & 0x0f0f0f0fu; }
-__device__ __forceinline__ uint32_t high_nibbles(uint32_t w) {
-  uint32_t masked;  // masked first: shift and add are then one instruction
-  asm("and.b32 %0, %1, 0xf0f0f0f0;" : "=r"(masked) : "r"(w));
-  return masked >> 4;
-}
-
-/// q - z as int8, of the codes of one column.
-struct Int8Column {
-  uint32_t lift;  // 0x80 - z in each byte
-
-  __device__ __forceinline__ explicit Int8Column(uint32_t zero)
-      : lift(0x80808080u - zero * 0x01010101u) {}
-  /// Of four codes in bytes. No borrow leaves a byte: 0x80 + q - z is between 0x71 and 0x8f.
-  __device__ __forceinline__ uint32_t operator()(uint32_t q) const {
-    return (q + lift) ^ 0x80808080u;
-  }
-};
-
-/// 2^-9 (q - z) as e4m3: sign and magnitude, because e4m3 numbers below 2^-5 are their bits times
-/// 2^-9, subnormal or not.
-struct E4m3Column {
-  uint32_t zeros;
-
-  __device__ __forceinline__ explicit E4m3Column(uint32_t zero) : zeros(zero * 0x01010101u) {}
-  __device__ __forceinline__ uint32_t operator()(uint32_t q) const {
-    const uint32_t lifted = q + (0x80808080u - zeros);  // as above: bit 7 is q >= z
-    return __vabsdiffu4(q, zeros) | (~lifted & 0x80808080u);
-  }
-};
-
 /// Operands of 8 bits.
 template <class Column>
 struct ByteOperands {
   static constexpr int kSpan = 1;
+  static constexpr float kUnit = Column::kUnit;
 
   /// Stage u of the slab whose codes of this lane begin at `codes`. zeros(group): of the slab; low
   /// nibble: of column r, next nibble: of column r + 8.
@@ -84,7 +54,6 @@ struct ByteOperands {
 
 struct Int8Operands : ByteOperands<Int8Column> {
   using Sum = int;
-  static constexpr int kPower = 0;
   template <int count>
   __device__ __forceinline__ static void multiply(int (&c)[count], const uint32_t (&a)[4],
                                                   uint64_t b, bool keep) {
@@ -94,7 +63,6 @@ struct Int8Operands : ByteOperands<Int8Column> {
 
 struct E4m3Operands : ByteOperands<E4m3Column> {
   using Sum = float;
-  static constexpr int kPower = 9;
   template <int count>
   __device__ __forceinline__ static void multiply(float (&c)[count], const uint32_t (&a)[4],
                                                   uint64_t b, bool keep) {
@@ -107,7 +75,7 @@ template <Element type>
 struct HalfOperands {
   using Sum = float;
   static constexpr int kSpan = 2;
-  static constexpr int kPower = 0;
+  static constexpr float kUnit = 1;
 
   template <int promoted, class Zeros>
   __device__ __forceinline__ static void expand(uint32_t (&a)[4][4], uint32_t codes, int u,

@@ -322,12 +322,9 @@ struct RsKernel {
 
   /// Of the weights' group, for this lane's columns r and r + 8.
   __device__ float2 weight_scales(uint32_t pair) const {
-    float2 s = scales_of(pair, p.bf16_scales);
-    if constexpr (Operands::kPower > 0) {
-      constexpr float kUnit = 1 << Operands::kPower;
-      s = {s.x * kUnit, s.y * kUnit};
-    }
-    return s;
+    const float2 s = scales_of(pair, p.bf16_scales);
+    if constexpr (Operands::kUnit == 1) return s;
+    return {s.x * Operands::kUnit, s.y * Operands::kUnit};
   }
 
   __device__ void promote(const Sum (&c)[S::kSums], float (&f)[S::kSums], float2 s) const {

@@ -203,8 +203,7 @@ struct SsConfig {
   int token_tile = 192;       // rows of x; with math_groups as set_ss_work() sets it
   int math_groups = 2;        // warpgroups of a block that multiply, 64 columns each
   bool halves = false;        // w4a16: weights as floats of x's type; then none of the next three
-  bool e4m3 = false;          // products in fp8; w4a4: codes of magnitude up to 8, as exact
-  bool e4m3_codes = false;    // w4a8-fp8: activations are e4m3 bytes already
+  bool e4m3 = false;          // products in fp8, activations as e4m3 bytes
   bool group_scales = false;  // of the activations
   bool expanded = false;      // the weights come with their image: none in the scratch
   // Pairs of the image's tiles that are made before the products, the others beside them (most of
@@ -251,7 +250,6 @@ struct SsScratch {
   size_t parts = 0;   // of split tiles
   size_t image = 0;   // unless the weights come with theirs
   size_t pieces = 0;  // ss_piece_words(), zeroed by the first launch
-  size_t codes = 0;   // (m, padded_k) of e4m3, if they have to be converted
   size_t scales = 0;  // (groups, ss_scale_rows) float, if there are group scales
   size_t bytes = 0;
 };
@@ -261,14 +259,12 @@ inline SsScratch ss_scratch(const PackedLayout& layout, int64_t m, const SsConfi
   const bool split = schedule.whole != schedule.tiles();
   const auto part =
       static_cast<size_t>(config.math_groups * 128 * (config.token_tile / 2)) * sizeof(float);
-  const bool converts = config.e4m3 && !config.e4m3_codes;
   const auto groups = static_cast<size_t>(config.group_scales ? layout.k / layout.group_size : 0);
   SsScratch at;
   at.parts = kFlagBytes;
   at.image = aligned(at.parts + (split ? static_cast<size_t>(schedule.workers) * 2 * part : 0));
   at.pieces = aligned(at.image + (config.expanded ? 0 : config.image().bytes(layout)));
-  at.codes = aligned(at.pieces + static_cast<size_t>(ss_piece_words(layout, config)) * 4);
-  at.scales = aligned(at.codes + (converts ? static_cast<size_t>(m * layout.padded_k()) : 0));
+  at.scales = aligned(at.pieces + static_cast<size_t>(ss_piece_words(layout, config)) * 4);
   at.bytes = at.scales + groups * static_cast<size_t>(ss_scale_rows(m, config)) * sizeof(float);
   return at;
 }

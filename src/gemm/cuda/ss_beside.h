@@ -31,9 +31,9 @@ struct SsBeside {
     ptx::fence_async_global();
   }
 
-  /// What a warp does. tables: of make_e4m3_tables().
+  /// What a warp does.
   template <Expanded to, SsImage image>
-  __device__ void expand(const uint8_t* tables, int lane) const {
+  __device__ void expand(int lane) const {
     constexpr int kSlabs = image.columns / kSlabColumns;
     const int slices = static_cast<int>(weights.slices);
     const int count = (pairs - first_pair) * slices * 2 * kSlabs;
@@ -46,7 +46,7 @@ struct SsBeside {
       const int piece = slab / kSlabs, run = slab - piece * kSlabs;
       const int of_pair = piece / 2 / slices, slice = piece / 2 - of_pair * slices;
       const int tile = (first_pair + of_pair) * 2 + piece % 2;
-      expand_slab<to, image>(tile, slice, run, tables, lane);
+      expand_slab<to, image>(tile, slice, run, lane);
       ptx::fence_async_global();
       __syncwarp();
       if (lane == 0) ptx::add_release(pieces + tile * slices + slice, 1);
@@ -60,7 +60,7 @@ struct SsBeside {
 
   /// 16 columns of a tile, a slice of k; a block is loaded while the one before it is stored.
   template <Expanded to, SsImage image>
-  __device__ void expand_slab(int tile, int slice, int run, const uint8_t* tables, int lane) const {
+  __device__ void expand_slab(int tile, int slice, int run, int lane) const {
     constexpr int kBlocks = kSlabDepth / kBlockDepth;
     const int64_t columns = int64_t{tile} * (image.columns / kSlabColumns) + run;
     const int first = slice * kBlocks, last = min(first + kBlocks, weights.blocks);
@@ -70,7 +70,7 @@ struct SsBeside {
 #pragma unroll 1
     for (int block = first; block < last; ++block, to_block += image.block_bytes()) {
       const Run then(weights, columns, min(block + 1, last - 1), lane);
-      now.template store<to>(weights, image, to_block, run, lane, tables);
+      now.template store<to>(weights, image, to_block, run, lane);
       now = then;
     }
   }

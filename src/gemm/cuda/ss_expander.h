@@ -6,6 +6,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
+#include "gemm/cuda/byte_columns.h"
 #include "gemm/cuda/halves.h"
 #include "gemm/cuda/kernels.h"
 #include "gemm/cuda/packed.h"
@@ -38,46 +41,12 @@ inline ExpandSource expand_source(const GemmArgs& args, uint8_t* image) {
           image};
 }
 
-/// The e4m3 number of an integer of magnitude up to 16, exactly.
-__device__ __forceinline__ uint32_t e4m3_of(int value) {
-  if (value == 0) return 0;
-  const uint32_t magnitude = static_cast<uint32_t>(abs(value));
-  const uint32_t exponent = 31 - __clz(static_cast<int>(magnitude));
-  const uint32_t mantissa = (magnitude << 3 >> exponent) & 7;
-  return (value < 0 ? 0x80u : 0u) | (exponent + 7) << 3 | mantissa;
-}
-
-/// Four codes, the low 16 bits of `codes`, looked up in a table of 16 bytes.
-__device__ __forceinline__ uint32_t look_up(uint32_t codes, const uint4& table) {
-  const uint32_t seven = codes & 0x7777u;
-  const uint32_t is_high = __byte_perm(0x0000ff00u, 0, codes >> 3 & 0x1111u);
-  const uint32_t low = __byte_perm(table.x, table.y, seven);
-  const uint32_t high = __byte_perm(table.z, table.w, seven);
-  return (low & ~is_high) | (high & is_high);
-}
-
-/// A weight column's codes to 8 bits.
+/// What 8-bit operands are made by.
 template <Expanded to>
-struct ColumnExpander {
-  static constexpr bool kE4m3 = to == Expanded::e4m3;
-  uint4 table;
-  uint32_t lift;
+using ByteColumn = std::conditional_t<to == Expanded::e4m3, E4m3Column, Int8Column>;
 
-  __device__ ColumnExpander(uint32_t zero, const uint8_t* tables) {
-    if constexpr (kE4m3) table = reinterpret_cast<const uint4*>(tables)[zero];
-    lift = 0x80808080u - zero * 0x01010101u;
-  }
-  /// Eight codes of a word: those of the low nibbles, those of the high ones.
-  __device__ uint2 expand(uint32_t w) const {
-    if constexpr (kE4m3) {
-      const uint32_t a = look_up(w, table), b = look_up(w >> 16, table);
-      return {__byte_perm(a, b, 0x6420), __byte_perm(a, b, 0x7531)};
-    } else {
-      return {((w & 0x0f0f0f0fu) + lift) ^ 0x80808080u,
-              ((w >> 4 & 0x0f0f0f0fu) + lift) ^ 0x80808080u};
-    }
-  }
-};
+/// What an image's scales are of the weights'.
+constexpr float unit_of(Expanded to) { return to == Expanded::e4m3 ? E4m3Column::kUnit : 1.0f; }
 
 /// A weight column's codes to 16 bits.
 template <Element type>
@@ -98,12 +67,11 @@ struct HalfColumnExpander {
 struct Run {
   uint4 codes[2];
   uint32_t zeros, scales;
-  bool exists;
 
   Run() = default;
   /// run: of the 16 columns of a slab, counted through all tiles of the image.
   __device__ Run(const ExpandSource& p, int64_t run, int block, int lane) {
-    exists = run < p.tiles;  // columns past N: zeros
+    const bool exists = run < p.tiles;
     constexpr int kUnits = kSlabDepth / kBlockDepth;
     const uint8_t* slab = p.slabs + ((exists ? run : 0) * p.slices + block / kUnits) * p.slab_bytes;
     const int u = block % kUnits, r = lane >> 2;
@@ -113,12 +81,15 @@ struct Run {
     for (int half = 0; half < 2; ++half) {
       codes[half] = ptx::load16(slab + u * 1024 + half * 512 + lane * 16);
     }
+    if (exists) return;  // columns past N: zeros
+    codes[0] = codes[1] = {0, 0, 0, 0};
+    zeros = scales = 0;
   }
 
-  /// image: of the block; run: of its columns. tables: of make_e4m3_tables().
+  /// image: of the block; run: of its columns.
   template <Expanded to>
   __device__ void store(const ExpandSource& p, const SsImage& shape, uint8_t* image, int run,
-                        int lane, const uint8_t* tables) const {
+                        int lane) const {
     const int r = lane >> 2, c = lane & 3;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -131,7 +102,7 @@ struct Run {
         if constexpr (is_half(to)) {
           store_halves<to>(image + half * shape.part_bytes(), row, c, zero, eights);
         } else {
-          store_bytes<to>(image, row, c, half, zero, eights, tables);
+          store_bytes<to>(image, row, c, half, zero, eights);
         }
       }
     }
@@ -140,24 +111,23 @@ struct Run {
       const float scale = p.bf16_scales ? __uint_as_float(uint32_t{bits} << 16)
                                         : __half2float(__ushort_as_half(bits));
       auto* of_block = reinterpret_cast<float*>(image + shape.weight_bytes * shape.part_bytes());
-      of_block[run * kSlabColumns + r + 8 * c] = exists ? scale : 0.0f;
+      of_block[run * kSlabColumns + r + 8 * c] = scale * unit_of(to);
     }
   }
 
  private:
   /// Of a column: k 64 half + 8 c and the seven that follow (low nibbles), and the same 32 further.
   template <Expanded to>
-  __device__ void store_bytes(uint8_t* image, int row, int c, int half, uint32_t zero, uint2 eights,
-                              const uint8_t* tables) const {
-    const ColumnExpander<to> column(zero, tables);
-    uint2 first = column.expand(eights.x), second = column.expand(eights.y);
-    if (!exists) first = second = {0, 0};
+  __device__ void store_bytes(uint8_t* image, int row, int c, int half, uint32_t zero,
+                              uint2 eights) const {
+    const ByteColumn<to> column(zero);
+    const uint2 low = {column(low_nibbles(eights.x)), column(low_nibbles(eights.y))};
+    const uint2 high = {column(high_nibbles(eights.x)), column(high_nibbles(eights.y))};
     uint8_t* at = image + row * 128 + (c & 1) * 8;
 #pragma unroll
     for (int nibble = 0; nibble < 2; ++nibble) {
       const int chunk = 4 * half + 2 * nibble + (c >> 1);
-      *reinterpret_cast<uint2*>(at + ((chunk ^ (row & 7)) << 4)) =
-          nibble == 0 ? make_uint2(first.x, second.x) : make_uint2(first.y, second.y);
+      *reinterpret_cast<uint2*>(at + ((chunk ^ (row & 7)) << 4)) = nibble == 0 ? low : high;
     }
   }
   template <Expanded to>
@@ -168,23 +138,12 @@ struct Run {
                           column.template expand<false>(eights.y)};
     const uint2 high[2] = {column.template expand<true>(eights.x),
                            column.template expand<true>(eights.y)};
-    uint4 first = {low[0].x, low[0].y, low[1].x, low[1].y};
-    uint4 second = {high[0].x, high[0].y, high[1].x, high[1].y};
-    if (!exists) first = second = {0, 0, 0, 0};
+    const uint4 first = {low[0].x, low[0].y, low[1].x, low[1].y};
+    const uint4 second = {high[0].x, high[0].y, high[1].x, high[1].y};
     auto* at = reinterpret_cast<uint4*>(part + row * 128);
     at[c ^ (row & 7)] = first;
     at[(4 + c) ^ (row & 7)] = second;
   }
 };
-
-/// Bytes of make_e4m3_tables(); of other types there are none.
-constexpr int table_bytes(Expanded to) { return to == Expanded::e4m3 ? 256 : 0; }
-
-/// e4m3 of q - z, 16 bytes, q = 0 .. 15, for each z: what each of `threads` threads does for it.
-__device__ inline void make_e4m3_tables(uint8_t* tables, int thread, int threads) {
-  for (int i = thread; i < table_bytes(Expanded::e4m3); i += threads) {
-    tables[i] = static_cast<uint8_t>(e4m3_of(i % 16 - i / 16));
-  }
-}
 
 }  // namespace nibble::cuda

@@ -4,9 +4,9 @@
 //
 // Block (tile, b): columns C tile .., k 128 b .., at (tile * blocks + b) * block_bytes():
 //   one part, of 16-bit weights two (64 k each): C rows of 128 bytes, a column each, k in order;
-//     16-byte chunk c of row r at c ^ (r & 7), the 128-byte swizzle. int8: q - z; e4m3, f16, bf16:
-//     q - z as such a number, exact.
-//   C scales as float
+//     16-byte chunk c of row r at c ^ (r & 7), the 128-byte swizzle. int8, f16, bf16:
+//     q - z as such a number; e4m3: 2^-9 (q - z) (byte_columns.h). All exact.
+//   C scales as float; of e4m3, 2^9 times the weights'
 #pragma once
 
 #include <cstddef>

@@ -80,8 +80,7 @@ struct SsShape {
   static constexpr int kBarriers = kOut + kMathGroups * kStageOut;
   static constexpr int kActScales = kBarriers + 8 * 4 * kStages;           // of a group
   static constexpr int kTokenScales = kActScales + kStages * kScaleBytes;  // of each warpgroup
-  static constexpr int kTables = kTokenScales + kMathGroups * kScaleBytes;
-  static constexpr int kShared = kTables + table_bytes(kOperand);
+  static constexpr int kShared = kTokenScales + kMathGroups * kScaleBytes;
   static_assert(kShared <= 232448 && kTokens % 16 == 0);
   static_assert(128 * (kMathGroups * kMathRegisters + kProducerRegisters) <=
                 kThreads * (65536 / kThreads / 8 * 8));  // more would never come
@@ -173,14 +172,9 @@ struct SsKernel {
     });
   }
 
-  /// What two warps do beside; tables: shared memory, table_bytes() of the operand.
-  __device__ void expand_weights(uint8_t* tables) const {
-    if (p.beside.first_pair == p.beside.pairs) return;
-    if constexpr (table_bytes(S::kOperand) > 0) {
-      make_e4m3_tables(tables, threadIdx.x & 63, 64);
-      ptx::barrier_sync(1 + S::kMathGroups, 64);
-    }
-    p.beside.expand<S::kOperand, S::kImage>(tables, lane);
+  /// What two warps do beside.
+  __device__ void expand_weights() const {
+    if (p.beside.first_pair < p.beside.pairs) p.beside.expand<S::kOperand, S::kImage>(lane);
   }
 
   /// The sums of a warpgroup. Wherever it comes, the stage that is next has been waited for: that,
@@ -455,7 +449,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(S::kThreads, 1)
     ptx::register_decrease<S::kProducerRegisters>();
     if (warp == S::kMathWarps && kernel.lane == 0) kernel.copy_activations(&act_map);
     if (warp == S::kMathWarps + 1 && kernel.lane == 0) kernel.copy_weights();
-    if (warp >= S::kMathWarps + 2) kernel.expand_weights(shared + S::kTables);
+    if (warp >= S::kMathWarps + 2) kernel.expand_weights();
   } else {
     ptx::register_increase<S::kMathRegisters>();
     kernel.multiply(&out_map);

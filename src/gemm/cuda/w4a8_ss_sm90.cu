@@ -11,9 +11,9 @@ namespace nibble::cuda {
 namespace {
 
 template <bool kGroupScales>
-cudaError_t launch(const GemmArgs& args, const void* codes, const SsConfig& config, void* scratch,
+cudaError_t launch(const GemmArgs& args, const SsConfig& config, void* scratch,
                    cudaStream_t stream) {
-  const SsActivations acts = {codes, TensorElement::u8, args.layout.padded_k(),
+  const SsActivations acts = {args.codes, TensorElement::u8, args.layout.padded_k(),
                               args.layout.padded_k()};
   const auto is = [&](bool e4m3, int tokens) {
     return config.e4m3 == e4m3 && config.token_tile == tokens && config.math_groups == 2;
@@ -47,12 +47,8 @@ cudaError_t launch_w4a8_ss_sm90(const GemmArgs& args, const SsConfig& config, vo
   if (config.expanded && !fits) return cudaErrorInvalidValue;
   const cudaError_t error = launch_expand(args, config, scratch, stream);
   if (error != cudaSuccess) return error;
-  const void* codes = args.codes;
-  if (config.e4m3 && !config.e4m3_codes) {
-    codes = static_cast<uint8_t*>(scratch) + ss_scratch(args.layout, args.m, config).codes;
-  }
-  return config.group_scales ? launch<true>(args, codes, config, scratch, stream)
-                             : launch<false>(args, codes, config, scratch, stream);
+  return config.group_scales ? launch<true>(args, config, scratch, stream)
+                             : launch<false>(args, config, scratch, stream);
 }
 
 }  // namespace nibble::cuda

@@ -134,9 +134,9 @@ void write_codes(const QuantizeArgs& to, const std::vector<float>& x) {
   problem.k = to.k;
   problem.n = 8;
   problem.group_size = to.group_size;
-  problem.mode = to.kind != Codes::int8 ? Mode::w4a8_fp8
-                 : to.limit == 127      ? Mode::w4a8
-                                        : Mode::w4a4;
+  problem.mode = to.limit == 448   ? Mode::w4a8_fp8
+                 : to.limit == 127 ? Mode::w4a8
+                                   : Mode::w4a4;
   problem.symmetric = to.symmetric;
   problem.granularity = static_cast<Granularity>(to.scaling);
   GemmInput input;
@@ -154,8 +154,11 @@ void write_codes(const QuantizeArgs& to, const std::vector<float>& x) {
         to.codes[row + place] = k < to.k ? a.codes[from] : int8_t{0};
         continue;
       }
-      const float value = k < to.k ? a.values[from] : 0.0f;
-      if (to.kind == Codes::e4m3) {
+      const bool integers = to.kind == Codes::int_as_e4m3;
+      const float value = k >= to.k  ? 0.0f
+                          : integers ? static_cast<float>(a.codes[from])
+                                     : a.values[from];
+      if (to.kind != Codes::halves) {
         to.codes[row + place] = static_cast<int8_t>(e4m3_byte(value));
       } else {
         host::store(to.codes, Element::f16, row + k, value);
@@ -289,7 +292,7 @@ cudaError_t launch_w4a8_ss_sm90(const GemmArgs& args, const SsConfig& config, vo
       std::abort();
     });
   }
-  return product(args, config.e4m3_codes ? Acts::e4m3 : Acts::codes, stream);
+  return product(args, config.e4m3 ? Acts::e4m3 : Acts::codes, stream);
 }
 cudaError_t launch_w4a16_ss_sm90(const GemmArgs& args, const SsConfig&, void*,
                                  cudaStream_t stream) {
