@@ -732,6 +732,39 @@ TEST_F(CudaSanitizer, SmallProducts) {
   }
 }
 
+// Every tile of the rs kernels, by two workers: whole, shared, and in parts of a cluster.
+TEST_F(CudaSanitizer, TilesOfRegisters) {
+  const GpuWeight weight = make_gpu_weight({.k = 1152, .n = 776, .group_size = 128}, random_);
+  const auto x = to_rows(random_floats(37 * 1152, random_), 1152, 1152, Dtype::bf16);
+  for (const auto& [kernel, mode] : {std::pair{"w4a8_rs_sm90", Mode::w4a8},
+                                     {"w4a8_fp8_rs_sm90", Mode::w4a8_fp8},
+                                     {"w4a4_rs_sm90", Mode::w4a4},
+                                     {"w4a16_rs_sm90", Mode::w4a16}}) {
+    const Problem problem{.m = 37,
+                          .n = 776,
+                          .k = 1152,
+                          .group_size = 128,
+                          .mode = mode,
+                          .x_dtype = Dtype::bf16,
+                          .y_dtype = Dtype::bf16};
+    Result<Plan> made = plan_gemm(problem, *gpu(), kernel);
+    if (!made.ok()) GTEST_SKIP() << made.status().message();
+    Plan plan = *made;
+    const PackedLayout layout = packed_layout(776, 1152, 128);
+    for (const RsTile& tile : rs_tiles(layout, rs_activations(plan))) {
+      for (const RsConfig& config : rs_configs(layout, tile, 4 / tile.blocks)) {
+        plan.rs = config;
+        plan.workspace_bytes = workspace_layout(plan).total;
+        const Product run(plan, weight, x, 1152);
+        ASSERT_TRUE(run().ok()) << plan.describe();
+        const auto first = run.result();
+        ASSERT_TRUE(run().ok()) << plan.describe();
+        ASSERT_EQ(run.result(), first) << plan.describe();
+      }
+    }
+  }
+}
+
 // By two clusters, whole tiles and shared ones: pieces of the weights pass between blocks.
 TEST_F(CudaSanitizer, WeightsExpandedBeside) {
   const GpuWeight weight = make_gpu_weight({.k = 1152, .n = 776, .group_size = 128}, random_);
