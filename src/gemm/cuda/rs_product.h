@@ -57,15 +57,16 @@ struct RsShape {
   static constexpr int kMathWarps = 4 * kMathGroups, kThreads = 128 * (kMathGroups + 1);
   static constexpr int kResident = kResident_;  // blocks that a multiprocessor holds
   // of a thread: 65536 are there for all blocks, and the producers are one warpgroup
+  static constexpr bool kWide = kTokens == 96 && !kGroupScales;
   static constexpr int kMathRegisters = kMathGroups == 1   ? 200
                                         : kResident == 2   ? 104
                                         : kMathGroups == 2 ? 232
-                                        : kMathGroups == 3 ? 152
+                                        : kMathGroups == 3 ? (kWide ? 160 : 152)
                                                            : 112;
   static constexpr int kProducerRegisters = kMathGroups == 1   ? 56
                                             : kResident == 2   ? 32
                                             : kMathGroups == 2 ? 40
-                                            : kMathGroups == 3 ? 56
+                                            : kMathGroups == 3 ? (kWide ? 32 : 56)
                                                                : 32;
   static_assert(registers_suffice(kResident, 128 * kMathGroups, kMathRegisters, 128,
                                   kProducerRegisters));

@@ -31,6 +31,14 @@ namespace nibble::cuda {
       : NIBBLE_C32(NIBBLE_C)                                               \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}))
 
+#define NIBBLE_WGMMA_96(types)                                             \
+  asm volatile(                                                            \
+      "{ .reg .pred p; setp.ne.b32 p, %53, 0;"                             \
+      " wgmma.mma_async.sync.aligned.m64n96k16.f32." types " {" NIBBLE_N48 \
+      "}, {%48, %49, %50, %51}, %52, p, 1, 1, 0; }"                        \
+      : NIBBLE_C48(NIBBLE_C)                                               \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{keep}))
+
 #define NIBBLE_WGMMA_128(types)                                             \
   asm volatile(                                                             \
       "{ .reg .pred p; setp.ne.b32 p, %69, 0;"                              \
@@ -67,6 +75,15 @@ __device__ __forceinline__ void wgmma_halves(float (&c)[32], const uint32_t (&a)
   }
 }
 template <Element type>
+__device__ __forceinline__ void wgmma_halves(float (&c)[48], const uint32_t (&a)[4], uint64_t b,
+                                             bool keep) {
+  if constexpr (type == Element::f16) {
+    NIBBLE_WGMMA_96("f16.f16");
+  } else {
+    NIBBLE_WGMMA_96("bf16.bf16");
+  }
+}
+template <Element type>
 __device__ __forceinline__ void wgmma_halves(float (&c)[64], const uint32_t (&a)[4], uint64_t b,
                                              bool keep) {
   if constexpr (type == Element::f16) {
@@ -86,6 +103,7 @@ __device__ __forceinline__ void wgmma_halves(float (&c)[80], const uint32_t (&a)
 }
 #undef NIBBLE_WGMMA_160
 #undef NIBBLE_WGMMA_128
+#undef NIBBLE_WGMMA_96
 #undef NIBBLE_WGMMA_64
 #undef NIBBLE_WGMMA_32
 #undef NIBBLE_C
