@@ -35,13 +35,14 @@ struct DeviceModel {
   DeviceLinear head;                // tied: empty, and embedding is multiplied
   DeviceBuffer cosine[2], sine[2];  // (context, head_dim / 2): full attention, sliding
 
+  Dtype dtype() const { return static_cast<Dtype>(type); }
   bool tied() const { return head.n == 0; }
   /// 16-bit weights of lm_head; null if it is quantized.
   const void* head_rows() const;
   /// Of what is multiplied by the head.
   Dtype head_type() const {
     if (tied()) return embedding_type;
-    return head.quantized ? static_cast<Dtype>(type) : head.dense_type;
+    return head.quantized ? dtype() : head.dense_type;
   }
 };
 
@@ -120,6 +121,7 @@ class Forward {
                                   : "quantizing";
     }
   };
+  static bool runs_16bit(const DeviceLinear& linear, const LinearSpec& spec);
   static bool can_fuse(Source::Kind kind, const Problem& problem);
   Result<const Plan*> plan_for(const DeviceLinear& linear, const LinearSpec& spec, int64_t rows,
                                Dtype y_type);
