@@ -2,7 +2,7 @@
 // range put together in shared memory of all of them, by one barrier of the cluster.
 #include "gemm/cuda/gate_cluster.h"
 #include "gemm/cuda/gate_source.h"
-#include "gemm/cuda/ptx_cluster.h"
+#include "gemm/cuda/ptx.h"
 #include "gemm/cuda/quantize_rows.h"
 
 namespace nibble::cuda {

@@ -371,7 +371,10 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t address, int rank) 
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
   return there;
 }
-/// From an address of cluster_address().
+/// To and from an address of cluster_address().
+__device__ __forceinline__ void store4_cluster(uint32_t address, uint32_t v) {
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
 __device__ __forceinline__ float4 load_float4_cluster(uint32_t address) {
   float4 v;
   asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -439,9 +442,6 @@ __device__ __forceinline__ uint32_t load1_shared(uint32_t address) {
 }
 
 /// Flags between blocks of a grid.
-__device__ __forceinline__ void store_release(uint32_t* p, uint32_t v) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
-}
 /// Adds to *p and returns what it was: after all writes of the block that a barrier has ordered
 /// before this, and before all reads that one orders after it. Much cheaper than __threadfence(),
 /// which is sequentially consistent.

@@ -1,5 +1,5 @@
-// What device.cc, weights.cc and driver.cc share of the CUDA runtime: its errors as Status, and the
-// current device of a thread.
+// What host code shares of the CUDA runtime: its errors as Status, and the current device of a
+// thread.
 #pragma once
 
 #include <cuda_runtime_api.h>

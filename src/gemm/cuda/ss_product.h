@@ -7,9 +7,8 @@
 //               T tokens              a block: two or three math warpgroups of 64 columns, one
 //            +-------------+          producer warpgroup: a warp that copies activations, one that
 //    WG 0    |  64 columns |          copies weights, two that expand them. A cluster of two blocks
-//    WG 1    |  64 columns |          works on neighbouring columns and shares the activations:
-//    each
-//   (WG 2)   |  64 columns |          block copies half and multicasts it.
+//    WG 1    |  64 columns |          works on neighbouring columns and shares the
+//   (WG 2)   |  64 columns |          activations: each block copies half and multicasts it.
 //            +-------------+
 //
 //    image ------- bulk copies ----> ring --------wgmma A--+

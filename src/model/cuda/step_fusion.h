@@ -1,9 +1,8 @@
 // Which kernels of a decoding step are one with the product behind them: policy alone, pure, tested
 // without a GPU. The mechanism is gemm/cuda/fused_product.h.
 //
-//   apart: norm qkv attention quantize o norm gate_up gate down    nine launches a layer; eight
-//   where
-//                                                                  attention makes o's codes
+//   apart: norm qkv attention quantize o norm gate_up gate down    nine launches a layer, or eight:
+//                                                                  attention may make o's codes
 //   fused: qkv attention o gate_up down                            five
 #pragma once
 
