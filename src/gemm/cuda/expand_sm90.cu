@@ -11,8 +11,8 @@ namespace nibble::cuda {
 namespace {
 
 constexpr int kThreads = 128;  // four warps: two or three of a tile's runs of 16 columns each
-constexpr int kScalesOfBlock = kThreads * 8;      // copied
-constexpr int kWordsOfBlock = kThreads * 8;       // cleared
+constexpr int kScalesOfBlock = kThreads * 8;  // copied
+constexpr int kWordsOfBlock = kThreads * 8;   // cleared
 
 struct ExpandParams {
   ExpandSource weights;

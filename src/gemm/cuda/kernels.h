@@ -29,12 +29,12 @@ struct GemmArgs {
   PackedLayout layout;
   bool bf16_scales = false;
   const uint8_t* image = nullptr;  // for SsConfig::expanded: of the products' type
-  const int8_t* codes = nullptr;  // (m, layout.padded_k()), natural order or wgmma order
-  const float* scales = nullptr;  // (m), or (m, groups) if group_scales
+  const int8_t* codes = nullptr;   // (m, layout.padded_k()), natural order or wgmma order
+  const float* scales = nullptr;   // (m), or (m, groups) if group_scales
   bool group_scales = false;
   // w4a16, instead of codes and scales: (m, k) of f16 or bf16, rows 16-byte aligned, k % 8 == 0
   const void* x = nullptr;
-  int64_t x_stride = 0;  // elements
+  int64_t x_stride = 0;   // elements
   int64_t x_columns = 0;  // k, or of codes padded_k; a multiple of 8
   Element x_type = Element::f16;
   int64_t m = 0;
@@ -90,9 +90,9 @@ cudaError_t launch_w4a16_mma_sm80(const GemmArgs& args, cudaStream_t stream);
 /// pack.cu: AWQ tensors in device memory to slabs. q, zeros, scales as in format/quant_matrix.h,
 /// awq_gemm layout, all of it in device memory; zeros may be null (8 everywhere).
 struct PackArgs {
-  const uint32_t* q = nullptr;      // (k, n / 8)
-  const uint32_t* zeros = nullptr;  // (groups, n / 8)
-  const uint16_t* scales = nullptr; // (groups, n)
+  const uint32_t* q = nullptr;       // (k, n / 8)
+  const uint32_t* zeros = nullptr;   // (groups, n / 8)
+  const uint16_t* scales = nullptr;  // (groups, n)
   PackedLayout layout;
   uint8_t* slabs = nullptr;
 };
@@ -108,18 +108,18 @@ struct QuantizeArgs {
   int64_t x_stride = 0;
   Element type = Element::bf16;
   int64_t m = 0, k = 0, padded_k = 0;
-  int64_t group_size = 0;   // of scales
-  int promoted = 128;       // of sums
+  int64_t group_size = 0;  // of scales
+  int promoted = 128;      // of sums
   Scaling scaling = Scaling::token;
-  int limit = 127;          // 127 or 7; e4m3: 448
+  int limit = 127;  // 127 or 7; e4m3: 448
   Codes kind = Codes::int8;
-  bool symmetric = true;    // false: limit 15, zero point taken off
+  bool symmetric = true;  // false: limit 15, zero point taken off
   float clip = 1.0f;
   const float* static_scales = nullptr;
   bool wgmma_order = false;  // of bytes
   int8_t* codes = nullptr;
   float* scales = nullptr;
-  int32_t* sums = nullptr;  // or null; of Codes::int8
+  int32_t* sums = nullptr;           // or null; of Codes::int8
   uint32_t* tensor_range = nullptr;  // Scaling::tensor: scratch of 4 words
   bool programmatic = false;
 };

@@ -318,7 +318,9 @@ __device__ __forceinline__ uint2 encode_e4m3(const Chunk& c, const Encoding& e, 
   Chunk s = scaled(c, e);
   if (integers) {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) s.v[i] = __fsub_rn(__fadd_rn(s.v[i], 12582912.0f), 12582912.0f);
+    for (int i = 0; i < kChunk; ++i) {
+      s.v[i] = __fsub_rn(__fadd_rn(s.v[i], 12582912.0f), 12582912.0f);
+    }
   }
   return {e4m3_pair(s.v[0], s.v[1]) | e4m3_pair(s.v[2], s.v[3]) << 16,
           e4m3_pair(s.v[4], s.v[5]) | e4m3_pair(s.v[6], s.v[7]) << 16};
@@ -362,9 +364,8 @@ __device__ __forceinline__ void store_sum(uint2 codes, const QuantizeArgs& a, co
 __device__ __forceinline__ void store_chunk(const Chunk& c, const Encoding& e,
                                             const QuantizeArgs& a, const Dealing& d, int64_t row,
                                             int chunk, bool inside) {
-  const uint2 bytes = a.kind == Codes::int8
-                          ? encode(c, e)
-                          : encode_e4m3(c, e, a.kind == Codes::int_as_e4m3);
+  const uint2 bytes =
+      a.kind == Codes::int8 ? encode(c, e) : encode_e4m3(c, e, a.kind == Codes::int_as_e4m3);
   if (a.kind == Codes::halves) {
     if (!inside) return;
     *reinterpret_cast<uint4*>(a.codes + 2 * (row * a.padded_k + int64_t{chunk} * kChunk)) = {

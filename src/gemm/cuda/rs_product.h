@@ -76,13 +76,11 @@ struct RsShape {
   static constexpr int kCodeSets =
       kMathGroups == 4 || kTokens == 192 || (kTokens == 160 && kConverts) ? 1 : 2;
   // Parts of a tile may be summed in a cluster; elsewhere it would take registers from the loop.
-  static constexpr bool kInCluster =
-      kPromoted == 128 && kTokens != 96 && kTokens <= 128 && kMathGroups != 4 &&
-      !(kGroupScales && kResident == 2);
+  static constexpr bool kInCluster = kPromoted == 128 && kTokens != 96 && kTokens <= 128 &&
+                                     kMathGroups != 4 && !(kGroupScales && kResident == 2);
   // A token's scale is asked for before the products; elsewhere it would spill.
-  static constexpr bool kScalesEarly =
-      kPromoted == 128 && kTokens != 96 && kTokens <= 128 && kMathGroups != 4 && !kGroupScales &&
-      kResident == 1;
+  static constexpr bool kScalesEarly = kPromoted == 128 && kTokens != 96 && kTokens <= 128 &&
+                                       kMathGroups != 4 && !kGroupScales && kResident == 1;
   // The first slice comes block by block. Of 32 rows it gains nothing; with short groups or a scale
   // per (token, group) it is not tried yet.
   static constexpr bool kFirstByBlocks = kTokens > 32 && kPromoted == 128 && !kGroupScales;
@@ -92,7 +90,7 @@ struct RsShape {
   static constexpr int kKeptScales = kGroupScales ? 1 : kSlabGroups;
   static constexpr int kSlabBytes = kSlabCodeBytes + kSlabGroups * 40;
   static constexpr int kZeros = kSlabCodeBytes + kSlabGroups * 32;
-  static constexpr int kSums = kTokens / 2;  // accumulators of a thread
+  static constexpr int kSums = kTokens / 2;        // accumulators of a thread
   static constexpr int kActBytes = kTokens * 128;  // of a stage
   static constexpr int kSliceBytes = kMathWarps * kSlabBytes;
   using Output = TileOutput<kTokens, kMathGroups>;
@@ -101,10 +99,10 @@ struct RsShape {
   static constexpr int kSpan = Operands::kSpan;             // stages of a block
   static constexpr int kStages = kBlocks * kSpan;           // of a slice
   // stages of activations in the ring
-  static constexpr int kActs = kMathGroups == 1                ? 2 * kStages
-                               : kSpan == 1 && kTokens == 32   ? 2 * kStages
-                               : kSpan == 2 && kTokens > 64    ? kStages / 2
-                                                               : kStages;
+  static constexpr int kActs = kMathGroups == 1              ? 2 * kStages
+                               : kSpan == 1 && kTokens == 32 ? 2 * kStages
+                               : kSpan == 2 && kTokens > 64  ? kStages / 2
+                                                             : kStages;
   static_assert(!kGroupScales || kSpan == 1);
   static constexpr int kScaleSlices = kGroupScales ? 4 : 0;  // the same of scales per group
   static constexpr int kScaleBytes = kTokens * 4;            // of a block of k
@@ -128,10 +126,11 @@ struct RsKernel {
   using Sum = typename Operands::Sum;
   static constexpr int kTokens = S::kTokens;
   static constexpr int kMathWarps = S::kMathWarps;
-  static constexpr int kDepth = kBlockDepth / S::kSpan;       // k of a stage
-  static constexpr bool kPaired = S::kPromoted == 2 * kDepth;  // two stages a promotion
+  static constexpr int kDepth = kBlockDepth / S::kSpan;               // k of a stage
+  static constexpr bool kPaired = S::kPromoted == 2 * kDepth;         // two stages a promotion
   static constexpr int kParts = kPaired ? 1 : kDepth / S::kPromoted;  // promotions of a stage
   static constexpr int kSteps = 4 / kParts;                           // between promotions
+  static_assert(!kPaired || S::kCodeSets == 2);
   // Whole slices that the ring of activations holds, or the half of one.
   static constexpr int kRingSlices = S::kActs < S::kStages ? 1 : S::kActs / S::kStages;
 
@@ -391,13 +390,13 @@ struct RsKernel {
 #pragma unroll
             for (int j = 0; j < kSteps; ++j) {
               const int step = part * kSteps + j;
-              Operands::multiply(c, a[u % S::kCodeSets][step],
-                                 wgmma_descriptor(tokens + (acts + u % S::kActs) * (S::kActBytes >> 4) +
-                                                  2 * step),
-                                 j != 0 || (kPaired && u % 2 != 0));
+              Operands::multiply(
+                  c, a[u % S::kCodeSets][step],
+                  wgmma_descriptor(tokens + (acts + u % S::kActs) * (S::kActBytes >> 4) + 2 * step),
+                  j != 0 || (kPaired && u % 2 != 0));
             }
             wgmma_commit();
-            if (part == 0) {  // meanwhile, the codes of the next stage
+            if (part == 0) {                // meanwhile, the codes of the next stage
               if (kPaired && u % 2 != 0) {  // into registers that the stage before has read
                 wgmma_wait<1>();
                 release_stage(acts + (u - 1) % S::kActs);
@@ -560,9 +559,9 @@ cudaError_t launch_rs_product(const GemmArgs& args, const void* acts, const RsCo
   p.end.parts = reinterpret_cast<float*>(static_cast<uint8_t*>(scratch) + kFlagBytes);
   CUtensorMap act_map, out_map = {};
   const TensorElement act_type = S::kSpan == 1 ? TensorElement::u8 : TensorElement::f16;
-  cudaError_t error = make_tensor_map(&act_map, acts, act_type, args.layout.padded_k(), args.m,
-                                      args.layout.padded_k(), kBlockDepth / S::kSpan,
-                                      S::kTokens / 2);
+  cudaError_t error =
+      make_tensor_map(&act_map, acts, act_type, args.layout.padded_k(), args.m,
+                      args.layout.padded_k(), kBlockDepth / S::kSpan, S::kTokens / 2);
   if (error != cudaSuccess) return error;
   if (args.out.type != Element::f32) {
     const TensorElement type =

@@ -14,8 +14,8 @@ cudaError_t launch(const GemmArgs& args, const void* x, const RsConfig& config, 
       RsShape<Operands, 96, 3, 128, false>, RsShape<Operands, 64, 3, 128, false>,
       RsShape<Operands, 64, 2, 128, false>, RsShape<Operands, 64, 1, 128, false>,
       RsShape<Operands, 32, 3, 128, false>, RsShape<Operands, 32, 2, 128, false, 2>,
-      RsShape<Operands, 64, 2, 64, false>, RsShape<Operands, 64, 2, 32, false>>(
-      args, x, config, scratch, stream);
+      RsShape<Operands, 64, 2, 64, false>, RsShape<Operands, 64, 2, 32, false>>(args, x, config,
+                                                                                scratch, stream);
 }
 
 }  // namespace

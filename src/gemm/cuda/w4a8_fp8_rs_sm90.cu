@@ -14,10 +14,10 @@ using Shape = RsShape<E4m3Operands, tokens, math_groups, promoted, false, reside
 cudaError_t launch_w4a8_fp8_rs_sm90(const GemmArgs& args, const RsConfig& config, void* scratch,
                                     cudaStream_t stream) {
   return launch_rs_shape<Shape<192, 2, 128>, Shape<160, 2, 128>, Shape<128, 2, 128>,
-                         Shape<96, 3, 128>, Shape<64, 4, 128>, Shape<64, 3, 128>,
-                         Shape<64, 2, 128>, Shape<64, 1, 128>, Shape<32, 3, 128>,
-                         Shape<32, 2, 128, 2>, Shape<64, 2, 64>, Shape<64, 2, 32>>(
-      args, args.codes, config, scratch, stream);
+                         Shape<96, 3, 128>, Shape<64, 4, 128>, Shape<64, 3, 128>, Shape<64, 2, 128>,
+                         Shape<64, 1, 128>, Shape<32, 3, 128>, Shape<32, 2, 128, 2>,
+                         Shape<64, 2, 64>, Shape<64, 2, 32>>(args, args.codes, config, scratch,
+                                                             stream);
 }
 
 }  // namespace nibble::cuda

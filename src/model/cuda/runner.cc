@@ -1,5 +1,5 @@
-// The Runner of a GPU: what of a call goes into which pass, and the sequences' pages. Decoding steps
-// are in steps.h.
+// The Runner of a GPU: what of a call goes into which pass, and the sequences' pages. Decoding
+// steps are in steps.h.
 #include "model/cuda/runner.h"
 
 #include <fmt/format.h>

@@ -134,9 +134,7 @@ void write_codes(const QuantizeArgs& to, const std::vector<float>& x) {
   problem.k = to.k;
   problem.n = 8;
   problem.group_size = to.group_size;
-  problem.mode = to.limit == 448   ? Mode::w4a8_fp8
-                 : to.limit == 127 ? Mode::w4a8
-                                   : Mode::w4a4;
+  problem.mode = to.limit == 448 ? Mode::w4a8_fp8 : to.limit == 127 ? Mode::w4a8 : Mode::w4a4;
   problem.symmetric = to.symmetric;
   problem.granularity = static_cast<Granularity>(to.scaling);
   GemmInput input;
